@@ -1,0 +1,56 @@
+# Everything runs in .venv, which is set up on first use and again when a pin changes.
+PYTHON ?= python3.11
+# Extra arguments for torch's own install, such as an index that has only CPU builds.
+TORCH_PIP_ARGS ?=
+# How many test processes; each computes with one thread.
+WORKERS ?= 2
+TEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-long lint format bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## set up .venv
+
+# torch goes first and by itself: the rest then keeps the build that is there (a CPU one, say).
+# The build runs with the pinned setuptools, so without isolation.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH_PIP_ARGS) '$(TORCH)'
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## train, strip and export a small TCN (under 2 minutes)
+	$(BIN)/python examples/digits_tcn.py
+
+test: $(STAMP) ## all tests and doctests
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS)
+
+test-long: $(STAMP) ## the property tests, with many more cases
+	$(ONE_THREAD) WN_SURGERY_CASES=20000 $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS) tests/test_properties.py
+
+lint: $(STAMP) ## ruff, mypy --strict, pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict
+	$(BIN)/pyright
+
+format: $(STAMP) ## let ruff rewrite the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## every benchmark in benchmarks/
+	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+clean: ## remove .venv and whatever was built
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,4 @@
+"""Weight norm as a callback of a training framework; each module needs its framework installed.
+
+The folder is ``callbacks/`` at the top of the repository, installed as ``wn_surgery.callbacks``.
+"""

@@ -1,0 +1,366 @@
+"""The Lightning callback in real Trainers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as lp
+import pytest
+import pytorch_lightning
+import torch
+from torch import nn
+from torch.distributed.tensor import DeviceMesh, distribute_tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import wn_surgery as wn
+from wn_surgery.callbacks.lightning import WeightNorm
+
+# Lightning's advice, which is not about what is tested here.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
+]
+
+RULES = [{"types": "Linear"}, {"action": "skip", "names": "**.head"}]
+G, V = "parametrizations.weight.original0", "parametrizations.weight.original1"
+
+
+def loader() -> DataLoader[Any]:
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+    return DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=4)
+
+
+class Recipe:
+    """What a LightningModule of either package needs besides its layers."""
+
+    model: nn.Module
+
+    def loss(self, batch: list[torch.Tensor]) -> torch.Tensor:
+        return F.mse_loss(self.model(batch[0]), batch[1])
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.loss(batch)
+
+    def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        self.loss(batch)
+
+    test_step = validation_step
+
+    def predict_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.model(batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)  # type: ignore[attr-defined]
+
+
+def layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8))
+    net.add_module("head", nn.Linear(8, 1))
+    return net
+
+
+class Module(Recipe, lp.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = layers()
+
+
+class OldModule(Recipe, pytorch_lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = layers()
+
+
+class Late(Recipe, lp.LightningModule):
+    """Builds its layers in configure_model, as large models do."""
+
+    calls = 0
+
+    def configure_model(self) -> None:
+        self.calls += 1
+        if not hasattr(self, "model"):
+            self.model = layers()
+
+
+class LateInSetup(Recipe, lp.LightningModule):
+    def setup(self, stage: str) -> None:
+        if not hasattr(self, "model"):
+            self.model = layers()
+
+
+class Halves(Recipe, lp.LightningModule):
+    """Has layers from __init__ that match, and builds others that match too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(layers())
+
+    def configure_model(self) -> None:
+        if len(self.model) == 1:  # type: ignore[arg-type]
+            self.model.append(nn.Linear(1, 1))  # type: ignore[operator]
+
+
+def trainer(*callbacks: Any, package: Any = lp, epochs: int = 2, **options: Any) -> Any:
+    settings = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": epochs,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+    }
+    return package.Trainer(callbacks=list(callbacks), **{**settings, **options})
+
+
+def normed(module: nn.Module) -> list[str]:
+    return [site.name for site in wn.sites(module) if site.normed]
+
+
+@pytest.mark.parametrize(
+    ("package", "kind"), [(lp, Module), (pytorch_lightning, OldModule)], ids=["lp", "pl"]
+)
+def test_the_optimizer_holds_g_and_v_and_trains_them(package: Any, kind: Any) -> None:
+    module, callback = kind(), WeightNorm(RULES)
+    run = trainer(callback, package=package)
+    before = module.model[0].weight.detach().clone()
+    run.fit(module, loader())
+
+    assert normed(module) == ["model.0.weight", "model.2.weight"]
+    names = {id(p): name for name, p in module.named_parameters()}
+    held = {names[id(p)] for group in run.optimizers[0].param_groups for p in group["params"]}
+    assert held == set(names.values())
+    assert {f"model.0.{G}", f"model.0.{V}", "model.head.weight"} < held
+    assert not torch.equal(module.model[0].weight, before)
+    assert callback.report is not None
+    assert callback.report["changed"] == ["model.0.weight", "model.2.weight"]
+
+
+def test_a_model_is_patched_once_over_every_stage_and_trainer() -> None:
+    module, callback = Module(), WeightNorm(RULES)
+    run = trainer(callback)
+    run.fit(module, loader(), loader())
+    parameters, report = list(module.parameters()), callback.report
+    run.validate(module, loader(), verbose=False)
+    run.test(module, loader(), verbose=False)
+    run.predict(module, loader())
+    run.fit_loop.max_epochs = 3
+    run.fit(module, loader())
+    trainer(WeightNorm(RULES)).fit(module, loader())
+
+    assert all(a is b for a, b in zip(parameters, module.parameters(), strict=True))
+    assert callback.report is report
+
+
+def test_a_model_may_be_tested_before_it_is_trained() -> None:
+    module, x = Module(), torch.randn(3, 4)
+    expected = module.model(x)
+    run = trainer(WeightNorm(RULES))
+    run.test(module, loader(), verbose=False)
+    assert torch.equal(module.model(x), expected)
+    run.fit(module, loader())
+    assert len(run.optimizers[0].param_groups[0]["params"]) == 8
+
+
+@pytest.mark.parametrize("kind", [Module, Late], ids=["built in init", "built late"])
+def test_resuming_is_bit_exact(tmp_path: Path, kind: Any) -> None:
+    def train(epochs: int, folder: str, resume: str | None = None) -> tuple[Any, Any, str]:
+        module = kind()
+        saver = lp.callbacks.ModelCheckpoint(tmp_path / folder, "{epoch}", save_top_k=-1)
+        run = trainer(WeightNorm(RULES), saver, epochs=epochs, enable_checkpointing=True)
+        run.fit(module, loader(), ckpt_path=resume)
+        return module, run.optimizers[0].state_dict(), saver.best_model_path
+
+    whole, whole_state, _ = train(4, "whole")
+    _, _, path = train(2, "parts")
+    resumed, resumed_state, _ = train(4, "parts", resume=path)
+
+    assert whole.state_dict().keys() == resumed.state_dict().keys()
+    assert f"model.2.{V}" in resumed.state_dict()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    assert whole_state["param_groups"] == resumed_state["param_groups"]
+    for number, state in whole_state["state"].items():
+        for key, value in state.items():
+            assert torch.equal(value, resumed_state["state"][number][key]), (number, key)
+    assert len(whole_state["state"]) == 8
+
+
+@pytest.mark.parametrize("kind", [Late, LateInSetup])
+def test_layers_built_after_the_callback_are_patched(kind: Any) -> None:
+    module, callback = kind(), WeightNorm(RULES)
+    run = trainer(callback)
+    run.fit(module, loader())
+    assert normed(module) == ["model.0.weight", "model.2.weight"]
+    assert len(run.optimizers[0].param_groups[0]["params"]) == 8
+    # One shot: the module is left with its class's own methods.
+    assert not {"setup", "configure_model"} & vars(module).keys()
+    run.test(module, loader(), verbose=False)
+    assert not {"setup", "configure_model"} & vars(module).keys()
+
+
+def test_layers_built_in_two_places_are_all_patched() -> None:
+    module = Halves()
+    trainer(WeightNorm(RULES)).fit(module, loader())
+    assert normed(module) == ["model.0.0.weight", "model.0.2.weight", "model.1.weight"]
+
+
+def test_configure_model_is_called_as_often_as_without_the_callback() -> None:
+    module = Late()
+    run = trainer(WeightNorm(RULES))
+    run.fit(module, loader())
+    run.test(module, loader(), verbose=False)
+    assert module.calls == 2
+
+
+def test_a_hook_left_by_a_run_that_failed_is_replaced() -> None:
+    class Fails(lp.Callback):
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            raise RuntimeError("no such data")
+
+    module = Late()
+    with pytest.raises(RuntimeError, match="no such data"):
+        trainer(WeightNorm(RULES), Fails()).fit(module, loader())
+    trainer(WeightNorm(RULES)).fit(module, loader())
+    assert module.calls == 1
+    assert "configure_model" not in vars(module)
+    assert len(normed(module)) == 2
+
+
+def test_an_instance_level_hook_of_the_user_is_kept() -> None:
+    module = Module()
+
+    def mine() -> None:
+        module.extra = nn.Linear(2, 2)
+
+    module.configure_model = mine  # type: ignore[method-assign]
+    trainer(WeightNorm(RULES)).fit(module, loader())
+    assert "extra.weight" in normed(module)
+    assert vars(module)["configure_model"] is mine
+
+
+def test_bad_rules_raise_at_construction(tmp_path: Path) -> None:
+    with pytest.raises(wn.RuleError, match="aply"):
+        WeightNorm({"action": "aply"})
+    with pytest.raises(wn.RuleError):
+        WeightNorm(tmp_path / "missing.yaml")
+    with pytest.raises(ValueError, match="on_unmatched"):
+        WeightNorm(RULES, on_unmatched="raise")  # type: ignore[arg-type]
+
+
+def test_rules_come_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "rules.yaml"
+    path.write_text("rules:\n  - {types: Linear}\n  - {action: skip, names: '**.head'}\n")
+    assert WeightNorm(path).rules == WeightNorm(RULES).rules
+
+
+@pytest.mark.parametrize("kind", [Module, Late])
+def test_a_rule_that_matches_nothing_raises_with_a_hint(kind: Any) -> None:
+    module = kind()
+    with pytest.raises(wn.UnmatchedRuleError, match=r"its children: model\).*configure_model"):
+        trainer(WeightNorm([*RULES, {"types": "Conv2d"}])).fit(module, loader())
+
+
+def test_unmatched_rules_may_be_allowed() -> None:
+    module = Module()
+    trainer(WeightNorm({"types": "Conv2d"}, on_unmatched="ignore")).fit(module, loader())
+    assert normed(module) == []
+    with pytest.warns(wn.UnmatchedRuleWarning):
+        trainer(WeightNorm({"types": "Conv2d"}, on_unmatched="warn")).fit(module, loader())
+
+
+def test_an_optimizer_built_too_early_is_refused() -> None:
+    class Early(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return self.optimizer
+
+    with pytest.raises(wn.WeightNormError, match=r"holds model\.0\.weight.*configure_optimizers"):
+        trainer(WeightNorm(RULES)).fit(Early(), loader())
+
+
+def test_layers_sharded_in_configure_model_are_refused(tmp_path: Path) -> None:
+    class Shards(Late):
+        def configure_model(self) -> None:
+            super().configure_model()
+            for module in self.model.modules():
+                if isinstance(module, nn.Linear):
+                    module.weight = nn.Parameter(distribute_tensor(module.weight, mesh))
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        mesh = DeviceMesh("cpu", [0])
+        with pytest.raises(wn.WrappedModuleError, match=r"in configure_model\(\) before sharding"):
+            trainer(WeightNorm(RULES)).fit(Shards(), loader())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_strategies_that_spawn_are_refused_unless_the_model_is_patched() -> None:
+    class _MultiProcessingLauncher:
+        pass
+
+    module = Module()
+    strategy = SimpleNamespace(launcher=_MultiProcessingLauncher())
+    run = SimpleNamespace(strategy=strategy, is_global_zero=True)
+    module._trainer = run  # type: ignore[assignment]
+    with pytest.raises(wn.WeightNormError, match="spawn or fork"):
+        WeightNorm(RULES).setup(run, module, "fit")  # type: ignore[arg-type]
+    assert normed(module) == []
+    wn.apply(module, RULES)
+    WeightNorm(RULES).setup(run, module, "fit")  # type: ignore[arg-type]
+
+
+def test_state_is_plain_data(tmp_path: Path) -> None:
+    rules = [wn.Rule(types=nn.Linear, eps=1e-12), wn.Rule(where=lambda name, _: name == "model.2")]
+    callback = WeightNorm(rules)
+    torch.save(callback.state_dict(), tmp_path / "state")
+    state = torch.load(tmp_path / "state", weights_only=True)
+    assert state == callback.state_dict()
+    assert state["rules"][0] == rules[0].to_dict()
+    callback.load_state_dict(state)
+
+
+def test_a_checkpoint_of_other_rules_warns_and_of_a_newer_release_raises() -> None:
+    callback = WeightNorm(RULES)
+    with pytest.warns(UserWarning, match="other weight-norm rules"):
+        callback.load_state_dict(WeightNorm({"types": "Linear", "eps": 1e-6}).state_dict())
+    with pytest.raises(wn.WeightNormError, match="newer"):
+        callback.load_state_dict({"version": 99, "rules": []})
+
+
+def test_the_callback_can_be_copied_and_pickled_after_a_run() -> None:
+    module, callback = Module(), WeightNorm(RULES)
+    trainer(callback).test(module, loader(), verbose=False)
+    assert copy.deepcopy(callback).rules == callback.rules
+    assert pickle.loads(pickle.dumps(callback)).report == callback.report
+
+
+def test_weight_averaging_after_it_copies_the_patched_model() -> None:
+    module = Late()
+    averaging = lp.callbacks.WeightAveraging()
+    with pytest.warns(UserWarning, match="WeightAveraging callback with a model that overrides"):
+        trainer(WeightNorm(RULES), averaging).fit(module, loader())
+    assert averaging._average_model is not None
+    assert len(normed(averaging._average_model)) == 2
+    assert averaging._average_model.n_averaged > 0
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_verbose_prints_the_report(capsys: pytest.CaptureFixture[str], verbose: bool) -> None:
+    trainer(WeightNorm(RULES, verbose=verbose)).test(Module(), loader(), verbose=False)
+    assert ("model.0.weight" in capsys.readouterr().out) == verbose

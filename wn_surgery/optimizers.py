@@ -1,0 +1,167 @@
+"""Keep optimizers true across surgery: what replaces a parameter takes its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import nn
+
+__all__ = ["OptimizerChange", "OptimizerEdit", "Replacement"]
+
+
+class Replacement(NamedTuple):
+    """Parameters ``old`` of the site ``name`` are replaced by ``new``."""
+
+    name: str
+    old: tuple[nn.Parameter, ...]
+    new: tuple[nn.Parameter, ...]
+
+
+@dataclass
+class OptimizerChange:
+    """What changed in one optimizer.
+
+    Attributes:
+        optimizer: its class name.
+        groups: for each changed group, how many parameters left and how many came.
+        reset: the sites whose state (momentum and the like) was dropped.
+    """
+
+    optimizer: str
+    groups: dict[int, tuple[int, int]] = field(default_factory=dict)
+    reset: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The change as plain JSON data."""
+        groups = [{"group": i, "out": out, "in": came} for i, (out, came) in self.groups.items()]
+        return {"optimizer": self.optimizer, "groups": groups, "reset": list(self.reset)}
+
+    def __str__(self) -> str:
+        moved = ", ".join(
+            f"{out} parameter{'' if out == 1 else 's'} -> {came} in group {i}"
+            for i, (out, came) in self.groups.items()
+        )
+        reset = f"state reset for {', '.join(self.reset)}" if self.reset else "nothing to reset"
+        return f"{self.optimizer}: {moved or 'holds none of them'}; {reset}"
+
+
+class OptimizerEdit:
+    """One all-or-nothing change of several optimizers.
+
+    Args:
+        optimizers: ``torch.optim.Optimizer`` objects, or wrappers that keep one under
+            ``.optimizer`` (Lightning's and accelerate's do).
+
+    Raises:
+        TypeError: one of them is something else.
+    """
+
+    def __init__(self, optimizers: Iterable[Any]) -> None:
+        self._optimizers = [_unwrapped(optimizer) for optimizer in optimizers]
+        self._before: list[tuple[Any, list[dict[str, Any]], dict[Any, Any], Any]] = []
+
+    def replace(self, replacements: Sequence[Replacement]) -> list[OptimizerChange]:
+        """Put the new parameters in the place of the old ones.
+
+        Groups keep their hyperparameters and their order; the state of other parameters is
+        not touched. Where g and v are in different groups, the weight goes to v's.
+        """
+        for optimizer in self._optimizers:
+            groups = [dict(group, params=list(group["params"])) for group in optimizer.param_groups]
+            numel = getattr(optimizer, "_numel_cache", None)
+            self._before.append((optimizer, groups, dict(optimizer.state), numel))
+        return [_replace(optimizer, replacements) for optimizer in self._optimizers]
+
+    def rollback(self) -> None:
+        """Put the optimizers back as they were before :meth:`replace`."""
+        for optimizer, groups, state, numel in self._before:
+            for group, before in zip(optimizer.param_groups, groups, strict=True):
+                group["params"][:] = before["params"]
+                group.update({key: value for key, value in before.items() if key != "params"})
+            optimizer.state.clear()
+            optimizer.state.update(state)
+            if hasattr(optimizer, "_numel_cache"):
+                optimizer._numel_cache = numel
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    inner = optimizer
+    while not isinstance(getattr(inner, "param_groups", None), list) or hasattr(inner, "optimizer"):
+        if not hasattr(inner, "optimizer"):
+            raise TypeError(
+                f"optimizers holds a {type(optimizer).__name__}; expected a torch.optim.Optimizer"
+            )
+        inner = inner.optimizer
+    return inner
+
+
+def _replace(optimizer: Any, replacements: Sequence[Replacement]) -> OptimizerChange:
+    change = OptimizerChange(type(optimizer).__name__)
+    home = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    # id of an old parameter -> what comes in its place; the others of its site just go.
+    incoming: dict[int, Replacement] = {}
+    leaving: set[int] = set()
+    for replacement in replacements:
+        held = [parameter for parameter in replacement.old if id(parameter) in home]
+        if not held or id(held[0]) in leaving:
+            continue  # not in this optimizer, or the other end of a tie
+        leaving.update(map(id, held))
+        # The last is v (or the weight itself), whose hyperparameters the weight inherits.
+        incoming[id(held[-1])] = replacement
+        if any(parameter in optimizer.state for parameter in held):
+            change.reset.append(replacement.name)
+    if not leaving:
+        return change
+    for number, group in enumerate(optimizer.param_groups):
+        _replace_in_group(group, number, leaving, incoming, change)
+    if hasattr(optimizer, "_numel_cache"):
+        # L-BFGS keeps one flat state for all of its parameters, under the first.
+        optimizer.state.clear()
+        optimizer._numel_cache = None
+        change.reset = ["all parameters"]
+    for replacement in replacements:
+        for parameter in replacement.old:
+            optimizer.state.pop(parameter, None)
+    return change
+
+
+def _replace_in_group(
+    group: dict[str, Any],
+    number: int,
+    leaving: set[int],
+    incoming: dict[int, Replacement],
+    change: OptimizerChange,
+) -> None:
+    params: list[nn.Parameter] = []
+    names: list[str] = []
+    old_names: Sequence[str] = group.get("param_names") or [""] * len(group["params"])
+    out = came = 0
+    for parameter, name in zip(group["params"], old_names, strict=True):
+        if id(parameter) not in leaving:
+            params.append(parameter)
+            names.append(name)
+            continue
+        out += 1
+        replacement = incoming.get(id(parameter))
+        if replacement is not None:
+            params += replacement.new
+            names += _names(replacement, name)
+            came += len(replacement.new)
+    if out:
+        # In place: L-BFGS and closures hold on to the list itself.
+        group["params"][:] = params
+        if group.get("param_names"):
+            group["param_names"] = names
+        change.groups[number] = (out, came)
+
+
+def _names(replacement: Replacement, old: str) -> list[str]:
+    """The names that ``named_parameters()`` now gives, in the style of the group's old name."""
+    site = replacement.name
+    if len(replacement.new) == 1:
+        return [site]
+    path, _, param = site.rpartition(".")
+    prefix = f"{path}." if path else ""
+    return [f"{prefix}parametrizations.{param}.original{i}" for i in (0, 1)]

@@ -1,0 +1,230 @@
+"""Rules × sites → Plan. Everything is decided and checked here; nothing is changed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Literal, TypeAlias
+
+from torch import nn
+
+from . import checks
+from .checks import Problem
+from .diagnosis import explain
+from .errors import (
+    ConflictingNamesError,
+    ExistingSiteError,
+    StackedParametrizationError,
+)
+from .layouts import Layout
+from .matching import Match, match
+from .parametrization import WeightNorm
+from .plan import Plan, Step
+from .rules import Rule, RulesLike, as_rules
+from .sites import Node, Site, sites_of, walk
+from .ties import resolve_ties
+
+__all__ = ["OnUnmatched", "UnmatchedRuleWarning", "build", "build_migration", "plan"]
+
+OnUnmatched: TypeAlias = Literal["error", "warn", "ignore"]
+
+
+class UnmatchedRuleWarning(UserWarning):
+    """A rule decided nothing and ``on_unmatched="warn"``."""
+
+
+def plan(
+    model: nn.Module,
+    rules: RulesLike,
+    *,
+    on_unmatched: OnUnmatched = "error",
+    check: bool = True,
+) -> Plan:
+    """What ``apply(model, rules)`` would do, without doing it.
+
+    Args:
+        model: any module tree. It is only read.
+        rules: a Rule, a list of rules or dicts, a path to YAML or JSON, or a preset's name.
+        on_unmatched: what to do about a rule that decides nothing.
+        check: raise when the plan cannot be carried out; ``False`` returns it with its
+            problems, for printing.
+
+    Returns:
+        The plan.
+
+    Raises:
+        UnmatchedRuleError: a rule matches nothing; the message says which part of it
+            failed and suggests near misses.
+        WeightNormError: one of the other reasons in :mod:`wn_surgery.errors`.
+
+    Example:
+        >>> import wn_surgery as wn
+        >>> from torch import nn
+        >>> plan = wn.plan(nn.Sequential(nn.Linear(2, 3)), {"types": "Linear"})
+        >>> [(step.site.name, step.action) for step in plan.steps]
+        [('0.weight', 'apply')]
+    """
+    made = build(model, as_rules(rules), on_unmatched=on_unmatched)
+    if check:
+        made.check()
+    return made
+
+
+def build(model: nn.Module, rules: tuple[Rule, ...], on_unmatched: OnUnmatched = "error") -> Plan:
+    """The plan with its problems, whether or not it can be carried out."""
+    if on_unmatched not in ("error", "warn", "ignore"):
+        raise ValueError(f"on_unmatched={on_unmatched!r}; expected 'error', 'warn' or 'ignore'")
+    nodes = walk(model)
+    made = Plan(model, rules, [], parameters=_count(nodes))
+    winning: set[int] = set()
+    for found in match(nodes, rules):
+        winning.update(found.winners.values())
+        made.problems.extend(_conflicts(found, rules))
+        _decide(made, found)
+    resolve_ties(made, nodes)
+    _report_unmatched(made, nodes, winning, on_unmatched)
+    return made
+
+
+def build_migration(model: nn.Module, to: Layout) -> Plan:
+    """The plan of :func:`wn_surgery.migrate`."""
+    nodes = walk(model)
+    made = Plan(model, (), [], parameters=_count(nodes))
+    for node in nodes:
+        for site in sites_of(node):
+            held = site.held
+            if held is None or held.norm is None:
+                continue
+            there = held.layout == to and (to == "legacy" or held.maker == "wn_surgery")
+            step = Step(site, "keep" if there else "migrate", to, held.norm, None)
+            step.why = f"already {to}" if there else f"from {held.maker}"
+            made.steps.append(step)
+            if step.changes:
+                made.problems.extend(checks.before_any_change(site))
+                made.problems.extend(checks.before_migration(site, to))
+    return made
+
+
+def _count(nodes: Iterable[Node]) -> int:
+    seen: dict[int, int] = {}
+    for node in nodes:
+        lists = node.module._modules.get("parametrizations")
+        for owner in (node.module, *(lists.modules() if lists is not None else ())):
+            for parameter in owner._parameters.values():
+                if parameter is not None and not nn.parameter.is_lazy(parameter):
+                    seen[id(parameter)] = parameter.numel()
+    return sum(seen.values())
+
+
+def _decide(made: Plan, found: Match) -> None:
+    site, number = found.site, found.winner
+    rule = made.rules[number]
+    step = Step(site, "keep", site.layout, site.norm, rule)
+    step.shadowed = tuple(index + 1 for index in found.shadowed)
+    step.why = f"rule {number + 1}" + (f", {rule.label}" if rule.label else "")
+    made.steps.append(step)
+    if rule.action == "skip":
+        step.action = "skip"
+    elif rule.action == "remove":
+        made.problems.extend(_plan_removal(step))
+    elif site.normed:
+        made.problems.extend(_plan_replacement(step, rule))
+    elif site.held is not None:
+        made.problems.append(_stacked(site))
+    else:
+        made.problems.extend(_plan_application(step, rule))
+
+
+def _plan_removal(step: Step) -> Iterator[Problem]:
+    site = step.site
+    if site.normed:
+        step.action, step.after, step.norm = "remove", "plain", None
+        yield from checks.before_any_change(site)
+    elif site.held is not None and "WeightNorm" in site.held.maker:
+        yield _stacked(site)
+    else:
+        step.why += ", no weight norm here"
+
+
+def _plan_application(step: Step, rule: Rule) -> Iterator[Problem]:
+    step.action, step.after = "apply", "parametrized"
+    found = list(checks.before_apply(step.site, rule))
+    if not found:
+        dim = checks.resolve_dim(step.site, rule)
+        if isinstance(dim, Problem):
+            found = [dim]
+        else:
+            step.norm = WeightNorm(dim, rule.eps, rule.norm_dtype)
+            found = list(checks.before_norm(step.site, step.norm))
+    yield from found
+
+
+def _plan_replacement(step: Step, rule: Rule) -> Iterator[Problem]:
+    site = step.site
+    held = site.held
+    assert held is not None and held.norm is not None and held.g is not None
+    dim = checks.resolve_dim(site, rule)
+    if isinstance(dim, Problem):
+        yield dim
+        return
+    wanted = WeightNorm(dim, rule.eps, rule.norm_dtype)
+    if wanted.same_as(held.norm) and (rule.train_g or not held.g.requires_grad):
+        step.why += ", already there"
+        return
+    if not rule.replace:
+        frozen = "" if rule.train_g else ", train_g=False"
+        yield Problem(
+            ExistingSiteError,
+            site.name,
+            f"{site.name} already carries weight norm with {held.norm.extra_repr()}; the rule asks "
+            f"for {wanted.extra_repr()}{frozen}; give the rule replace=True, or remove first",
+        )
+        return
+    step.action, step.after, step.norm = "replace", "parametrized", wanted
+    yield from checks.before_any_change(site)
+
+
+def _stacked(site: Site) -> Problem:
+    maker = site.held.maker if site.held is not None else ""
+    return Problem(
+        StackedParametrizationError,
+        site.name,
+        f"{site.name} is computed by {maker}; weight norm cannot be put on it or taken out of it "
+        "alone; remove the other parametrization first",
+    )
+
+
+def _conflicts(found: Match, rules: tuple[Rule, ...]) -> Iterator[Problem]:
+    instructions = {
+        path: (rules[i].action, tuple(rules[i].options().items()))
+        for path, i in found.winners.items()
+    }
+    if len(set(instructions.values())) > 1:
+        told = "; ".join(
+            f"{path or '(root)'} by rule {i + 1} ({rules[i].describe()})"
+            for path, i in found.winners.items()
+        )
+        yield Problem(
+            ConflictingNamesError,
+            found.site.name,
+            f"{found.site.name} is one shared module with several names, told different things: "
+            f"{told}; let the last rule match all of its names, e.g. with "
+            f"{{{','.join(found.site.node.paths)}}}",
+        )
+
+
+def _report_unmatched(
+    made: Plan, nodes: list[Node], winning: set[int], on_unmatched: OnUnmatched
+) -> None:
+    for index, rule in enumerate(made.rules):
+        if index in winning:
+            continue
+        unmatched = explain(index, made.rules, nodes)
+        made.unmatched.append(unmatched)
+        message = f"rule {unmatched.number} ({rule.describe()}) decides nothing: {unmatched.reason}"
+        if on_unmatched == "error":
+            made.problems.append(
+                Problem(unmatched.kind, f"rule {index + 1}", message)
+            )
+        elif on_unmatched == "warn":
+            warnings.warn(message, UnmatchedRuleWarning, stacklevel=4)

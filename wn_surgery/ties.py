@@ -1,0 +1,168 @@
+"""Tied parameters: one tensor under several names, and what a rule says to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import replace as changed
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .checks import Problem, before_apply
+from .errors import ConflictingNamesError, TiedParameterError
+from .layouts import carried
+from .sites import Node, Site, sites_of
+
+if TYPE_CHECKING:
+    from .plan import Plan, Step
+
+__all__ = ["resolve_ties", "tie_key"]
+
+
+class _End(NamedTuple):
+    node: Node
+    param: str
+
+
+def tie_key(tensor: Tensor, normed: bool) -> Hashable:
+    """Equal for parameters that are one tensor: the same object, or the same memory.
+
+    A direction v is compared by identity alone: torch's functions leave v aliasing the
+    plain end of a former tie, and the two are no longer one parameter.
+    """
+    plain = type(tensor) in (torch.Tensor, nn.Parameter)
+    if normed or not plain or tensor.is_meta or tensor.numel() == 0:
+        return id(tensor)
+    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+
+
+def resolve_ties(plan: Plan, nodes: Sequence[Node]) -> None:
+    """Make the plan treat every end of a tie as the rules say; add problems where they cannot."""
+    if not plan.changes:
+        return
+    ties = _ties(nodes)
+    steps = {_where(step.site): step for step in plan.steps}
+    for step in plan.changes:
+        tensor = step.site.tensor
+        if tensor is None or nn.parameter.is_lazy(tensor) or not step.changes:
+            continue
+        key = tie_key(tensor, step.site.normed)
+        ends = ties.get(key, ())
+        if len(ends) > 1 and step.group is None:
+            _resolve(plan, step, key, ends, steps)
+    rank = {id(node): i for i, node in enumerate(nodes)}
+    plan.steps.sort(key=lambda step: rank[id(step.site.node)])
+
+
+def _resolve(
+    plan: Plan,
+    step: Step,
+    key: Hashable,
+    ends: Sequence[_End],
+    steps: dict[tuple[int, str], Step],
+) -> None:
+    others = [end for end in ends if (id(end.node.module), end.param) != _where(step.site)]
+    present = [steps.get((id(end.node.module), end.param)) for end in others]
+    mode = step.rule.tied if step.rule is not None else "together"
+    if step.action in ("remove", "replace") and all(_alike(step, other) for other in present):
+        mode = "together"
+    tied_to = ", ".join(_name(end) for end in others)
+    if mode == "error":
+        plan.problems.append(_tied(step, tied_to))
+    elif mode == "skip":
+        step.action, step.after, step.norm = "skip", step.site.layout, step.site.norm
+        step.why += f", tied to {tied_to}"
+    elif mode == "untie":
+        # The last end to leave may keep the tensor: nobody shares it any more.
+        leaving = [
+            other
+            for other in present
+            if other is not None and other.action == step.action and other.copies
+        ]
+        step.copies = len(leaving) < len(others)
+        step.why += f", untied from {tied_to}"
+    else:
+        _join(plan, step, key, others, steps)
+
+
+def _join(
+    plan: Plan,
+    step: Step,
+    key: Hashable,
+    others: Sequence[_End],
+    steps: dict[tuple[int, str], Step],
+) -> None:
+    step.group = key
+    for end in others:
+        other = steps.get((id(end.node.module), end.param))
+        if other is not None and not _alike(step, other):
+            plan.problems.append(
+                Problem(
+                    ConflictingNamesError,
+                    step.site.name,
+                    f"{step.site.name} and {other.site.name} are one tied parameter, but "
+                    f"{step.why} says {_told(step)} and {other.why} says {_told(other)}; "
+                    "give both the same options, or use tied='untie'",
+                )
+            )
+        elif other is not None:
+            other.group = key
+        else:
+            site = _site(end)
+            why = f"tied to {step.site.name}"
+            joined = changed(step, site=site, why=why, shadowed=())
+            if step.rule is not None and step.action == "apply":
+                plan.problems.extend(before_apply(site, step.rule))
+            plan.steps.append(joined)
+            steps[_where(site)] = joined
+
+
+def _alike(step: Step, other: Step | None) -> bool:
+    if other is None or step.action != other.action:
+        return False
+    if step.norm is None or other.norm is None:
+        return step.norm is other.norm
+    return step.norm.same_as(other.norm)
+
+
+def _told(step: Step) -> str:
+    return step.action if step.norm is None else f"{step.action} {step.norm.extra_repr()}"
+
+
+def _tied(step: Step, tied_to: str) -> Problem:
+    name = step.site.name
+    return Problem(
+        TiedParameterError,
+        name,
+        f"{name} is tied to {tied_to}: they are one tensor, and changing one end would end the "
+        "tie in silence; give the rule tied='together' (one g and one v under both), "
+        "tied='untie' (a copy), or tied='skip'",
+    )
+
+
+def _ties(nodes: Sequence[Node]) -> dict[Hashable, list[_End]]:
+    ends: dict[Hashable, list[_End]] = {}
+    for node in nodes:
+        module = node.module
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not nn.parameter.is_lazy(parameter):
+                ends.setdefault(tie_key(parameter, False), []).append(_End(node, name))
+        if "parametrizations" in module._modules or module._forward_pre_hooks:
+            for name, held in carried(module).items():
+                if held.v is not None:
+                    ends.setdefault(id(held.v), []).append(_End(node, name))
+    return ends
+
+
+def _site(end: _End) -> Site:
+    return next(site for site in sites_of(end.node) if site.param == end.param)
+
+
+def _where(site: Site) -> tuple[int, str]:
+    return id(site.module), site.param
+
+
+def _name(end: _End) -> str:
+    path = end.node.paths[0]
+    return f"{path}.{end.param}" if path else end.param
