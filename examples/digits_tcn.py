@@ -28,6 +28,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 import torch
+from lightning.pytorch.callbacks import ProgressBar
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -116,7 +117,7 @@ class Classifier(L.LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
-class Progress(L.pytorch.callbacks.ProgressBar):
+class Progress(ProgressBar):
     """One bar that redraws itself on a terminal, and a line now and then anywhere else."""
 
     WIDTH = 30
@@ -129,7 +130,12 @@ class Progress(L.pytorch.callbacks.ProgressBar):
 
     @override
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         self.losses.append(outputs["loss"].detach())
 
@@ -153,10 +159,10 @@ class Progress(L.pytorch.callbacks.ProgressBar):
 
 def digits(samples: int | None) -> tuple[TensorDataset, TensorDataset]:
     """Three quarters of the digits to train on and the rest to test on, in a fixed shuffle."""
-    data = load_digits()
-    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))[:samples]
-    pixels = torch.from_numpy(data.data).float().div(16).sub(0.5).unsqueeze(1)[order]
-    target = torch.from_numpy(data.target).long()[order]
+    images, digit = load_digits(return_X_y=True)
+    order = torch.randperm(len(digit), generator=torch.Generator().manual_seed(0))[:samples]
+    pixels = torch.from_numpy(images).float().div(16).sub(0.5).unsqueeze(1)[order]
+    target = torch.from_numpy(digit).long()[order]
     cut = len(order) * 3 // 4
     return TensorDataset(pixels[:cut], target[:cut]), TensorDataset(pixels[cut:], target[cut:])
 
@@ -172,8 +178,7 @@ def run_onnx(path: Path, pixels: Tensor) -> Logits:
     """The logits that onnxruntime computes."""
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {"pixels": pixels.numpy()})
-    result: Logits = logits
-    return result
+    return np.asarray(logits)
 
 
 def export(model: nn.Module, example: Tensor, path: Path) -> Counter[str]:

@@ -62,7 +62,7 @@ def before_any_change(site: Site) -> Iterator[Problem]:
         )
 
 
-def before_apply(site: Site, rule: Rule) -> Iterator[Problem]:
+def before_apply(site: Site) -> Iterator[Problem]:
     """Problems that stand against putting weight norm on a plain parameter."""
     tensor = site.tensor
     assert tensor is not None  # a plain site always has its parameter

@@ -5,15 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import layouts
 from .errors import FoldedModelError, ZeroNormError
-from .layouts import Held
-from .parametrization import FOLDED, class_for, computed_names, is_managed
+from .layouts import Held, carried
+from .parametrization import FOLDED, class_for, is_managed
 from .sites import Site, is_folded, sites_of, walk
 from .undo import Snapshot
 
@@ -125,11 +125,13 @@ class _Fold:
 def _fold_class(module: nn.Module, param: str) -> Callable[[], None]:
     """Give the module a class without the property, which would hide the tensor."""
     before = type(module)
-    names = set(module._modules["parametrizations"])  # type: ignore[arg-type]
-    below = before.__bases__[0] if is_managed(before) else before
-    while param in vars(below):  # torch's class has the property itself
-        below = below.__bases__[0]
-    live = names & {*computed_names(before), *(n for n in names if n in vars(before))}
+    below = before
+    live: set[str] = set()
+    # torch's class may lie under ours; every class down to the one that computes the
+    # parameter is left, and the others' parameters are computed by the new one.
+    while param in vars(below) or is_managed(below):
+        live |= vars(below).keys() & carried(module).keys()
+        below = cast("type[nn.Module]", below.__bases__[0])
     object.__setattr__(module, "__class__", class_for(below, live - {param}))
     return lambda: object.__setattr__(module, "__class__", before)
 

@@ -62,7 +62,7 @@ def explain(index: int, rules: Sequence[Rule], nodes: Sequence[Node]) -> Unmatch
     if not sites:
         return Unmatched(number, _no_such_parameter(rule, [node for node, _ in included]))
     if not any(eligible(site, replace(rule, where=None), path) for site, path in sites):
-        return Unmatched(number, _not_eligible(rule, [site.name for site, _ in sites]))
+        return Unmatched(number, _not_eligible([site.name for site, _ in sites]))
     if not any(eligible(site, rule, path) for site, path in sites):
         return Unmatched(number, "its `where` predicate is false for every parameter it matches")
     later = [
@@ -102,12 +102,12 @@ def _hint(
     pattern: str, rule: Rule, nodes: Sequence[Node], paths: Sequence[str], known: set[str]
 ) -> str:
     if not pattern.startswith(("re:", "**")):
-        anywhere = replace(rule, names=f"**.{pattern}", types=None)
+        anywhere = replace(rule, names=(f"**.{pattern}",), types=None)
         if found := _matching(anywhere, nodes):
             return f"did you mean '**.{pattern}' ({_some(path for _, path in found)})?"
     parent, _, last = pattern.rpartition(".")
     if parent and not pattern.startswith("re:"):
-        owner = replace(rule, names=parent, types=None)
+        owner = replace(rule, names=(parent,), types=None)
         found = _matching(owner, nodes)
         if any(last in node.module._parameters for node, _ in found):
             return f"{last!r} is a parameter: did you mean names='{parent}', params='{last}'?"
@@ -178,7 +178,7 @@ def _no_such_parameter(rule: Rule, nodes: Sequence[Node]) -> str:
     )
 
 
-def _not_eligible(rule: Rule, names: Sequence[str]) -> str:
+def _not_eligible(names: Sequence[str]) -> str:
     return (
         f"{_some(names)} has fewer than two dimensions or is not floating-point; a vector takes "
         f"weight norm only where the rule names it, e.g. params={names[0].rpartition('.')[2]!r} "

@@ -6,8 +6,9 @@ Each edit here changes one parameter of one module and may stop half-way; caller
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
 
@@ -75,9 +76,10 @@ def carried(module: nn.Module) -> dict[str, Held]:
             held[name] = _read_parametrized(plist)
     for hook in module.__dict__["_forward_pre_hooks"].values():
         # Pruning keeps the name in _tensor_name; every other torch hook in name.
-        name = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
-        if not isinstance(name, str):
+        owner: Any = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
+        if not isinstance(owner, str):
             continue
+        name = owner
         if found := _read_legacy(module, hook, name):
             held[name] = found
         elif f"{name}_orig" in module._parameters:
@@ -115,7 +117,7 @@ def _read_legacy(module: nn.Module, hook: Any, name: str) -> Held | None:
 
 
 def _options(dim: int | None, v: Tensor) -> WeightNorm:
-    """torch's ``dim``: -1 is the whole tensor, while -2 is an axis."""
+    """The options behind torch's ``dim``: -1 is the whole tensor, while -2 is an axis."""
     if dim is None or dim == -1:
         return WeightNorm(None)
     return WeightNorm(dim + v.ndim if dim < 0 else dim)
@@ -194,16 +196,15 @@ def put_parametrized(
     norm: WeightNorm,
     g: nn.Parameter,
     v: nn.Parameter,
-    order: Iterable[str],
+    order: Sequence[str],
 ) -> None:
     """Register g and v under ``parametrizations`` and give the module a class that reads them."""
     if "parametrizations" not in module._modules:
         module.add_module("parametrizations", nn.ModuleDict())
     lists = cast(nn.ModuleDict, module._modules["parametrizations"])
     # With several parameters, only the first to leave saw the whole order.
-    known = (tuple(getattr(plist, "order", ())) for plist in lists.values())
-    plist = WeightNormList(norm, g, v, max((tuple(order), *known), key=len))
-    lists[name] = plist
+    known: list[Sequence[str]] = [order, *(getattr(other, "order", ()) for other in lists.values())]
+    lists[name] = WeightNormList(norm, g, v, max(known, key=len))
     lists.train(module.training)
     cls = type(module)
     if is_managed(cls):
@@ -220,7 +221,7 @@ def put_legacy(
     norm: WeightNorm,
     g: nn.Parameter,
     v: nn.Parameter,
-    order: Iterable[str],
+    order: Sequence[str],
 ) -> None:
     """Register ``name_g``, ``name_v`` and the hook of ``torch.nn.utils.weight_norm``."""
     assert not isinstance(norm.dim, tuple)  # the plan has refused it
@@ -261,7 +262,6 @@ def _drop_compatibility_hooks(module: nn.Module, name: str) -> None:
         if (
             getattr(hook, "__module__", None) == "torch.nn.utils.parametrizations"
             and getattr(hook, "__name__", None) == "_weight_norm_compat_hook"
+            and inspect.getclosurevars(hook).nonlocals.get("name") == name
         ):
-            cells = dict(zip(hook.__code__.co_freevars, hook.__closure__, strict=True))
-            if cells["name"].cell_contents == name:
-                del module._load_state_dict_pre_hooks[key]
+            del module._load_state_dict_pre_hooks[key]

@@ -8,7 +8,8 @@ and that forward-mode AD, ``torch.func`` and vmap work.
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -101,13 +102,13 @@ def weight_norm(
     """
     if eps == 0.0 and norm_dtype is None and _kernel_exists(v, g, dim):
         assert isinstance(dim, int)  # narrows the type; _kernel_exists has checked it
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
             # A tracer wants one known operator; it never differentiates twice.
             return _like(torch._weight_norm(v, g, dim), v)
         if not _transformed() and type(v) in _PLAIN_TYPES and type(g) in _PLAIN_TYPES:
             contiguous = v.contiguous()
             if torch.is_grad_enabled() and (v.requires_grad or g.requires_grad):
-                w: Tensor = _Fused.apply(contiguous, g.contiguous(), dim)
+                w: Tensor = _fused(contiguous, g.contiguous(), dim)
             else:
                 w = torch._weight_norm_interface(contiguous, g.contiguous(), dim)[0]
             return w if contiguous is v else _like(w, v)
@@ -126,7 +127,9 @@ def magnitude(
 
     Args:
         v: the weight, floating or complex, any shape.
-        dim, eps, norm_dtype: as in :func:`weight_norm`.
+        dim: as in :func:`weight_norm`.
+        eps: as in :func:`weight_norm`.
+        norm_dtype: as in :func:`weight_norm`.
 
     Returns:
         Real, detached tensor of shape ``g_shape(v.shape, dim)`` in v's precision.
@@ -175,11 +178,13 @@ def _norm(x: Tensor, dim: Dim) -> Tensor:
         return torch.norm_except_dim(x, 2, -1 if dim is None else dim)
     # norm_except_dim knows neither several axes nor, for the whole tensor, forward AD.
     if dim is None:
-        return torch.linalg.vector_norm(x)
+        return cast(Tensor, torch.linalg.vector_norm(x))
     kept = dim if isinstance(dim, tuple) else (dim,)
     reduced = tuple(axis for axis in range(x.ndim) if axis not in kept)
     # vector_norm reads an empty tuple as "every axis".
-    return torch.linalg.vector_norm(x, 2, reduced, keepdim=True) if reduced else x.abs()
+    if not reduced:
+        return x.abs()
+    return cast(Tensor, torch.linalg.vector_norm(x, 2, reduced, keepdim=True))
 
 
 def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -252,9 +257,11 @@ class _Fused(torch.autograd.Function):
         return grad_v if need_v else None, grad_g if need_g else None, None
 
 
-def _differentiable_backward(
-    grad: Tensor, v: Tensor, g: Tensor, dim: int
-) -> tuple[Tensor, Tensor]:
+# torch leaves Function.apply untyped.
+_fused: Callable[[Tensor, Tensor, int], Tensor] = _Fused.apply
+
+
+def _differentiable_backward(grad: Tensor, v: Tensor, g: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """The gradients of the paper's eq. 3, written in operations that autograd knows."""
     wide = torch.promote_types(v.dtype, torch.float32)
     x, grad = v.to(wide), grad.to(wide)

@@ -147,7 +147,7 @@ def _replace_in_group(
         replacement = incoming.get(id(parameter))
         if replacement is not None:
             params += replacement.new
-            names += _names(replacement, name)
+            names += _names(replacement)
             came += len(replacement.new)
     if out:
         # In place: L-BFGS and closures hold on to the list itself.
@@ -157,7 +157,7 @@ def _replace_in_group(
         change.groups[number] = (out, came)
 
 
-def _names(replacement: Replacement, old: str) -> list[str]:
+def _names(replacement: Replacement) -> list[str]:
     """The names that ``named_parameters()`` now gives, in the style of the group's old name."""
     site = replacement.name
     if len(replacement.new) == 1:

@@ -119,7 +119,7 @@ class WeightNormList(ParametrizationList):
     def forward(self) -> Tensor:
         """The weight; later parametrizations that torch stacked on it are applied too."""
         if len(self) > 1:
-            return cast(Tensor, super().forward())
+            return super().forward()
         norm = cast(WeightNorm, self[0])
         return weight_norm(self.original1, self.original0, norm.dim, norm.eps, norm.norm_dtype)
 
@@ -184,9 +184,7 @@ def class_for(base: type[nn.Module], names: Iterable[str]) -> type[nn.Module]:
     return cls
 
 
-_CLASSES: WeakValueDictionary[tuple[type, tuple[str, ...]], type[nn.Module]] = (
-    WeakValueDictionary()
-)
+_CLASSES: WeakValueDictionary[tuple[type, tuple[str, ...]], type[nn.Module]] = WeakValueDictionary()
 
 
 class _SharedMeta(type):
@@ -211,13 +209,13 @@ class _Computed(property):
 
 
 def _computed(name: str) -> _Computed:
-    def get(self: nn.Module) -> Tensor:
+    def get(self: Any) -> Tensor:
         if not _carries(self, name):
             # Sends Python on to nn.Module.__getattr__: a Parameter of that name.
             raise AttributeError(name)
         return cast(Tensor, self.parametrizations[name]())
 
-    def put(self: nn.Module, value: Tensor) -> None:
+    def put(self: Any, value: object) -> None:
         if not _carries(self, name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         if not isinstance(value, Tensor):
@@ -235,14 +233,15 @@ def _carries(module: nn.Module, name: str) -> bool:
 def _make_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     managed = frozenset(names)
 
-    def __setattr__(self: nn.Module, name: str, value: Any) -> None:
+    # Defined here and not in a mixin: the base must come first in __bases__ and would win.
+    def __setattr__(self: nn.Module, name: str, value: Any) -> None:  # noqa: N807
         # nn.Module refuses a Parameter where a property stands; tie_weights assigns one.
         if name in managed and isinstance(value, Tensor) and _carries(self, name):
             cast(Any, self.parametrizations)[name].right_inverse(value)
         else:
             base.__setattr__(self, name, value)
 
-    def __reduce_ex__(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+    def __reduce_ex__(self: nn.Module, protocol: int) -> tuple[Any, ...]:  # noqa: N807
         return _reduce(self, base, protocol)
 
     def _load_from_state_dict(
@@ -307,12 +306,15 @@ def _is_torch_parametrized(cls: type) -> bool:
 
 def _reduce(module: nn.Module, base: type[nn.Module], protocol: int) -> tuple[Any, ...]:
     with torch.no_grad():
-        constructor, args, state, *rest = base.__reduce_ex__(module, max(protocol, 2))
+        reduced = cast("tuple[Any, ...]", base.__reduce_ex__(module, max(protocol, 2)))
+    constructor, args, state, *rest = reduced
     if isinstance(state, dict):
         state = {key: value for key, value in state.items() if key not in FOLDED.get(module, ())}
         if "_flat_weights" in state:
             # What an RNN read from its properties; with a graph it could not be copied.
-            state["_flat_weights"] = [w if w is None else w.detach() for w in state["_flat_weights"]]
+            state["_flat_weights"] = [
+                w if w is None else w.detach() for w in state["_flat_weights"]
+            ]
     names = tuple(module.__dict__["_modules"]["parametrizations"])
     args = tuple(base if arg is type(module) else arg for arg in args)
     return (_rebuild, (base, names, constructor, args), state, *rest)
@@ -347,10 +349,12 @@ def _adopt_layouts(
     for name, plist in module.__dict__["_modules"].get("parametrizations", {}).items():
         if not _is_weight_norm(plist):
             continue
-        g_key, v_key = (f"{prefix}parametrizations.{name}.original{i}" for i in (0, 1))
+        g_key = f"{prefix}parametrizations.{name}.original0"
+        v_key = f"{prefix}parametrizations.{name}.original1"
         plain, legacy = prefix + name, (f"{prefix}{name}_g", f"{prefix}{name}_v")
         if all(key in state_dict for key in legacy):
-            state_dict[g_key], state_dict[v_key] = (state_dict.pop(key) for key in legacy)
+            state_dict[g_key] = state_dict.pop(legacy[0])
+            state_dict[v_key] = state_dict.pop(legacy[1])
         elif plain in state_dict and v_key not in state_dict:
             weight = state_dict.pop(plain)
             assign = local_metadata.get("assign_to_params_buffers", False)

@@ -170,7 +170,8 @@ def _expand(pattern: str) -> tuple[str, ...]:
     # The language has no escapes: a backslash, and the `$` that bash cares about, are characters.
     escaped = pattern.replace("\\", "\\\\").replace("${", "\\${")
     try:
-        expanded = bracex.expand(escaped, limit=MAX_ALTERNATIVES, return_empty=True)
+        # bracex drops an alternative that is empty as a whole, so none may be.
+        expanded = [text[1:] for text in bracex.expand(f"x{escaped}", limit=MAX_ALTERNATIVES)]
     except bracex.ExpansionLimitException:
         raise PatternError(
             f"the braces of {_short(pattern)} expand into more than {MAX_ALTERNATIVES} "

@@ -22,6 +22,7 @@ __all__ = ["Plan", "Step"]
 
 Action: TypeAlias = Literal["apply", "replace", "remove", "migrate", "keep", "skip"]
 
+
 @dataclass(eq=False)
 class Step:
     """What happens to one site.

@@ -148,7 +148,7 @@ def _plan_removal(step: Step) -> Iterator[Problem]:
 
 def _plan_application(step: Step, rule: Rule) -> Iterator[Problem]:
     step.action, step.after = "apply", "parametrized"
-    found = list(checks.before_apply(step.site, rule))
+    found = list(checks.before_apply(step.site))
     if not found:
         dim = checks.resolve_dim(step.site, rule)
         if isinstance(dim, Problem):
@@ -223,8 +223,6 @@ def _report_unmatched(
         made.unmatched.append(unmatched)
         message = f"rule {unmatched.number} ({rule.describe()}) decides nothing: {unmatched.reason}"
         if on_unmatched == "error":
-            made.problems.append(
-                Problem(unmatched.kind, f"rule {index + 1}", message)
-            )
+            made.problems.append(Problem(unmatched.kind, f"rule {index + 1}", message))
         elif on_unmatched == "warn":
             warnings.warn(message, UnmatchedRuleWarning, stacklevel=4)

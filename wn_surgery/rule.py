@@ -332,6 +332,9 @@ def _normalised(given: Mapping[str, Any]) -> dict[str, Any]:
         raise FieldError(f"label: expected a string, got {given['label']!r}")
     if values["action"] != "apply":
         for name in _APPLY_ONLY:
+            # Removing one end of a tie needs to be told what becomes of the other.
+            if name == "tied" and values["action"] == "remove":
+                continue
             if values[name] != _FIELDS[name]:
                 raise FieldError(
                     f"{name}: means nothing for action {values['action']!r}; leave it out, or "

@@ -272,7 +272,7 @@ def split(
     train_g: bool = True,
     copies: bool = False,
 ) -> tuple[nn.Parameter, nn.Parameter]:
-    """g and v for a weight. v shares its memory unless ``copies``."""
+    """The g and v for a weight; v shares its memory unless ``copies``."""
     direction = weight.detach().clone() if copies else weight.detach()
     if g_init is None:
         g = magnitude(weight, norm.dim, norm.eps, norm.norm_dtype)

@@ -112,8 +112,8 @@ def _join(
             site = _site(end)
             why = f"tied to {step.site.name}"
             joined = changed(step, site=site, why=why, shadowed=())
-            if step.rule is not None and step.action == "apply":
-                plan.problems.extend(before_apply(site, step.rule))
+            if step.action == "apply":
+                plan.problems.extend(before_apply(site))
             plan.steps.append(joined)
             steps[_where(site)] = joined
 
