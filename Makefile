@@ -49,7 +49,7 @@ format: $(STAMP) ## let ruff rewrite the files
 	$(BIN)/ruff format .
 
 bench: $(STAMP) ## every benchmark in benchmarks/
-	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+	@set -e; for file in $(wildcard benchmarks/bench_*.py); do echo "== $$file"; $(BIN)/python "$$file"; done
 
 clean: ## remove .venv and whatever was built
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -11,7 +11,7 @@ from itertools import product
 
 import bracex
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from wn_surgery.patterns import (
@@ -246,6 +246,7 @@ ALTERNATIVES = st.sampled_from(["{a,b.a}", "{**,a}", "{*.b,**.a}", "{a.**,b}"])
 PATTERNS = st.lists(SEGMENTS | st.just("**") | ALTERNATIVES, max_size=5).map(".".join)
 
 
+@settings(deadline=None)
 @given(PATTERNS, PATHS)
 @example("**.{b*,?}{b*,?}", "bb")
 def test_agrees_with_the_slow_matcher(pattern: str, path: str) -> None:
@@ -272,6 +273,7 @@ def test_agrees_with_the_slow_matcher_on_all_short_patterns() -> None:
 ANY_SEGMENT = st.text(min_size=1, max_size=8).filter(lambda s: not set(s) & set(".*?[]{}"))
 
 
+@settings(deadline=None)
 @given(st.lists(ANY_SEGMENT, max_size=5).map(".".join))
 def test_a_plain_path_matches_itself_and_nothing_longer(path: str) -> None:
     if path.startswith("re:"):
@@ -287,6 +289,7 @@ def test_a_plain_path_matches_itself_and_nothing_longer(path: str) -> None:
         assert compile_pattern(f"{path}.**").matches(path)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=12))
 def test_every_text_is_a_pattern_or_a_pattern_error(text: str) -> None:
     try:
@@ -295,6 +298,7 @@ def test_every_text_is_a_pattern_or_a_pattern_error(text: str) -> None:
         return
 
 
+@settings(deadline=None)
 @given(PATHS, PATHS)
 def test_an_escaped_path_is_a_regular_expression_for_itself(path: str, other: str) -> None:
     assert compile_pattern(f"re:{re.escape(path)}").matches(other) is (path == other)

@@ -204,7 +204,8 @@ def put_parametrized(
     lists = cast(nn.ModuleDict, module._modules["parametrizations"])
     # With several parameters, only the first to leave saw the whole order.
     known: list[Sequence[str]] = [order, *(getattr(other, "order", ()) for other in lists.values())]
-    lists[name] = WeightNormList(norm, g, v, max(known, key=len))
+    longest: Sequence[str] = max(known, key=len)
+    lists[name] = WeightNormList(norm, g, v, longest)
     lists.train(module.training)
     cls = type(module)
     if is_managed(cls):

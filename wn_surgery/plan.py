@@ -85,11 +85,12 @@ class Plan:
     Example:
         >>> import wn_surgery as wn
         >>> from torch import nn
-        >>> print(wn.plan(nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU()), "convolutions"))
+        >>> print(wn.plan(nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU()), {"types": "Conv1d"}))
         site      layout                 dim  shape      g          why
-        --------  ---------------------  ---  ---------  ---------  ---------------------------
-        0.weight  plain -> parametrized  0    (4, 2, 3)  (4, 1, 1)  rule 1, preset convolutions
+        --------  ---------------------  ---  ---------  ---------  ------
+        0.weight  plain -> parametrized  0    (4, 2, 3)  (4, 1, 1)  rule 1
         1 of 1 matched parameters change; 28 parameters -> 32 (g adds 4)
+        rule 1: apply types=Conv1d
     """
 
     model: nn.Module = field(repr=False)
@@ -166,11 +167,7 @@ class Plan:
             f"{self.parameters:,} parameters"
             + (f" -> {self.parameters + added:,} (g {_signed(added)})" if added else "")
         )
-        lines += [
-            f"rule {number} names neither modules nor types: it matches everything it may"
-            for number, rule in enumerate(self.rules, 1)
-            if rule.is_universal and rule.action == "apply"
-        ]
+        lines += [_legend(number, rule) for number, rule in enumerate(self.rules, 1)]
         lines += [f"rule {u.number} decides nothing: {u.reason}" for u in self.unmatched]
         lines += [f"problem: {problem.message}" for problem in self.problems]
         return "\n".join(lines)
@@ -193,6 +190,12 @@ def _row(step: Step) -> tuple[str, ...]:
         step.why,
         ", ".join(f"rule {number}" for number in step.shadowed),
     )
+
+
+def _legend(number: int, rule: Rule) -> str:
+    origin = f" ({rule.label})" if rule.label else ""
+    everything = ", which is everything that may be matched" if rule.is_universal else ""
+    return f"rule {number}: {rule.describe()}{everything}{origin}"
 
 
 def _signed(count: int) -> str:

@@ -24,7 +24,14 @@ from .rules import Rule, RulesLike, as_rules
 from .sites import Node, Site, sites_of, walk
 from .ties import resolve_ties
 
-__all__ = ["OnUnmatched", "UnmatchedRuleWarning", "build", "build_migration", "plan"]
+__all__ = [
+    "OnUnmatched",
+    "UnmatchedRuleWarning",
+    "build",
+    "build_migration",
+    "build_removal",
+    "plan",
+]
 
 OnUnmatched: TypeAlias = Literal["error", "warn", "ignore"]
 
@@ -86,6 +93,16 @@ def build(model: nn.Module, rules: tuple[Rule, ...], on_unmatched: OnUnmatched =
     return made
 
 
+def build_removal(model: nn.Module) -> Plan:
+    """The plan of :func:`wn_surgery.remove` without rules: everything, and nothing else listed."""
+    rule = Rule(action="remove", names="**", params="*")
+    made = build(model, (rule,), "ignore")
+    made.rules, made.steps = (), made.changes
+    for step in made.steps:
+        step.why = f"by {step.site.held.maker}" if step.site.held is not None else ""
+    return made
+
+
 def build_migration(model: nn.Module, to: Layout) -> Plan:
     """The plan of :func:`wn_surgery.migrate`."""
     nodes = walk(model)
@@ -97,7 +114,7 @@ def build_migration(model: nn.Module, to: Layout) -> Plan:
                 continue
             there = held.layout == to and (to == "legacy" or held.maker == "wn_surgery")
             step = Step(site, "keep" if there else "migrate", to, held.norm, None)
-            step.why = f"already {to}" if there else f"from {held.maker}"
+            step.why = f"already {to}" if there else f"by {held.maker}"
             made.steps.append(step)
             if step.changes:
                 made.problems.extend(checks.before_any_change(site))
@@ -121,7 +138,7 @@ def _decide(made: Plan, found: Match) -> None:
     rule = made.rules[number]
     step = Step(site, "keep", site.layout, site.norm, rule)
     step.shadowed = tuple(index + 1 for index in found.shadowed)
-    step.why = f"rule {number + 1}" + (f", {rule.label}" if rule.label else "")
+    step.why = f"rule {number + 1}"
     made.steps.append(step)
     if rule.action == "skip":
         step.action = "skip"

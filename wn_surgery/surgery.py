@@ -14,13 +14,11 @@ from .norm import g_shape, magnitude
 from .optimizers import OptimizerChange, OptimizerEdit, Replacement
 from .parametrization import WeightNorm
 from .plan import Plan, Step
-from .planning import OnUnmatched, build, build_migration
+from .planning import OnUnmatched, build, build_migration, build_removal
 from .rules import Rule, RulesLike, as_rules
 from .undo import UndoLog
 
 __all__ = ["Report", "apply", "execute", "migrate", "remove"]
-
-_EVERYTHING = (Rule(action="remove", names="**", params="*", label="whole model"),)
 
 
 @dataclass(eq=False)
@@ -136,7 +134,7 @@ def remove(
         (True, True)
     """
     if rules is None:
-        return execute(build(model, _EVERYTHING, "ignore"), optimizers)
+        return execute(build_removal(model), optimizers)
     return execute(build(model, tuple(map(_removing, as_rules(rules))), on_unmatched), optimizers)
 
 
@@ -164,7 +162,7 @@ def migrate(model: nn.Module, *, to: Literal["parametrized", "legacy"] = "parame
         >>> with warnings.catch_warnings(action="ignore"):
         ...     layer = torch.nn.utils.weight_norm(torch.nn.Linear(4, 8))
         >>> print(wn.migrate(layer).plan.steps[0].why)
-        from torch
+        by torch
         >>> [name for name, _ in layer.named_parameters()]
         ['bias', 'parametrizations.weight.original0', 'parametrizations.weight.original1']
     """
