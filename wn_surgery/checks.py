@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -94,25 +94,57 @@ def before_apply(site: Site) -> Iterator[Problem]:
 
 
 def before_norm(site: Site, norm: WeightNorm) -> Iterator[Problem]:
-    """Problems of the weight's values with the options of the rule."""
+    """Problems of the weight's dtype with the options of the rule."""
     tensor = site.tensor
     assert tensor is not None  # checked by the caller
-    real = tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
-    working = norm.norm_dtype or real
-    if norm.eps > 0.0 and norm.eps < torch.finfo(working).smallest_normal:
+    if norm.eps == 0.0:
+        return
+    working = norm.norm_dtype or tensor.dtype
+    if norm.eps < torch.finfo(working).smallest_normal:
         yield Problem(
             ZeroNormError,
             site.name,
             f"eps={norm.eps} is below the smallest normal number of {working} for {site.name}; "
             f"use eps >= {torch.finfo(working).smallest_normal:.3g} or norm_dtype=torch.float32",
         )
-    if norm.eps == 0.0 and not tensor.is_meta and (bad := zero_slices(tensor, norm.dim)):
-        yield Problem(
-            ZeroNormError,
-            site.name,
-            f"{site.name} has {bad} slice(s) of zero or non-finite norm along dim={norm.dim}, "
-            "where v/‖v‖ is not a number; initialise them, or give the rule eps > 0",
-        )
+
+
+def before_division(wanted: Iterable[tuple[Site, WeightNorm]]) -> Iterator[Problem]:
+    """Sites whose weight would be divided by a norm of zero."""
+    groups: dict[tuple[Any, ...], list[tuple[Site, Tensor]]] = {}
+    for site, norm in wanted:
+        weight = site.tensor if site.held is None else site.held.weight()
+        assert weight is not None  # nothing is planned for a site without a tensor
+        if norm.eps == 0.0 and not weight.is_meta:
+            key = (norm.dim, weight.shape, weight.dtype, weight.device)
+            groups.setdefault(key, []).append((site, weight.detach()))
+    for (dim, *_), members in groups.items():
+        # Models have few shapes and many layers: small weights are looked at together.
+        together = max(1, _STACKED // max(1, members[0][1].numel()))
+        for start in range(0, len(members), together):
+            chunk = members[start : start + together]
+            if _all_positive([weight for _, weight in chunk], dim):
+                continue
+            for site, weight in chunk:
+                if bad := zero_slices(weight, dim):
+                    yield Problem(
+                        ZeroNormError,
+                        site.name,
+                        f"{site.name} has {bad} slice(s) of zero or non-finite norm along "
+                        f"dim={dim}, where v/‖v‖ is not a number; initialise them, or give the "
+                        "rule eps > 0",
+                    )
+
+
+_STACKED = 1 << 18
+
+
+def _all_positive(weights: Sequence[Tensor], dim: Dim) -> bool:
+    if len(weights) == 1:
+        return zero_slices(weights[0], dim) == 0
+    axes = () if dim is None else (dim,) if isinstance(dim, int) else dim
+    stacked = (0, *(axis + 1 for axis in axes))
+    return zero_slices(torch.stack(list(weights)), stacked) == 0
 
 
 def resolve_dim(site: Site, rule: Rule) -> Dim | Problem:
@@ -221,6 +253,6 @@ def quantizer(node: Node, tensor: Tensor | None) -> str | None:
 def _sharded(tensor: Tensor | None) -> str | None:
     if tensor is None:
         return None
-    if type(tensor).__name__ == "DTensor" or type(tensor.data).__name__ == "DTensor":
+    if type(tensor).__name__ == "DTensor":
         return "a DTensor"
     return "DeepSpeed ZeRO" if hasattr(tensor, "ds_id") else None

@@ -119,8 +119,8 @@ def _read_legacy(module: nn.Module, hook: Any, name: str) -> Held | None:
 def _options(dim: int | None, v: Tensor) -> WeightNorm:
     """The options behind torch's ``dim``: -1 is the whole tensor, while -2 is an axis."""
     if dim is None or dim == -1:
-        return WeightNorm(None)
-    return WeightNorm(dim + v.ndim if dim < 0 else dim)
+        return WeightNorm.options(None)
+    return WeightNorm.options(dim + v.ndim if dim < 0 else dim)
 
 
 def _dotted(cls: type) -> str:

@@ -31,31 +31,42 @@ class Match:
 
 def match(nodes: Sequence[Node], rules: Sequence[Rule]) -> Iterator[Match]:
     """Every site that some rule matches, in the order of the nodes."""
+    by_param: dict[str, set[int]] = {}  # models have few parameter names
     for node in nodes:
-        by_path = {
-            path: [i for i, rule in enumerate(rules) if rule.matches_module(path, node.base)]
-            for path in node.paths
-        }
-        if not any(by_path.values()):
+        by_path: dict[str, list[int]] = {}
+        for path in node.paths:
+            if hits := [i for i, rule in enumerate(rules) if rule.matches_module(path, node.base)]:
+                by_path[path] = hits
+        if not by_path:
             continue
         for site in sites_of(node):
-            winners: dict[str, int] = {}
-            matching: set[int] = set()
-            for path, candidates in by_path.items():
-                hits = [i for i in candidates if eligible(site, rules[i], path)]
-                if hits:
-                    winners[path] = hits[-1]
-                    matching.update(hits)
-            if winners:
-                winner = max(winners.values())
-                shadowed = tuple(sorted(matching - {winner}))
-                yield Match(site, winners, winner, shadowed)
+            if site.param not in by_param:
+                by_param[site.param] = {
+                    i for i, rule in enumerate(rules) if rule.matches_param(site.param)
+                }
+            if found := _match_site(site, by_path, by_param[site.param], rules):
+                yield found
+
+
+def _match_site(
+    site: Site, by_path: dict[str, list[int]], by_param: set[int], rules: Sequence[Rule]
+) -> Match | None:
+    winners: dict[str, int] = {}
+    matching: set[int] = set()
+    for path, candidates in by_path.items():
+        hits = [i for i in candidates if i in by_param and eligible(site, rules[i], path)]
+        if hits:
+            winners[path] = hits[-1]
+            matching.update(hits)
+    if not winners:
+        return None
+    winner = max(winners.values())
+    matching.discard(winner)
+    return Match(site, winners, winner, tuple(sorted(matching)))
 
 
 def eligible(site: Site, rule: Rule, path: str) -> bool:
-    """Whether a rule that matches the module matches this parameter of it."""
-    if not rule.matches_param(site.param):
-        return False
+    """Whether a rule that matches the module and the parameter's name may act on it."""
     if rule.where is not None and not rule.where(path, site.module):
         return False
     tensor = site.tensor

@@ -8,6 +8,7 @@ and that forward-mode AD, ``torch.func`` and vmap work.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
@@ -167,10 +168,11 @@ def zero_slices(v: Tensor, dim: Dim) -> int:
         >>> zero_slices(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), 0)
         1
     """
-    with torch.no_grad():
-        norms = magnitude(v, dim)
-        good = (norms > 0) & norms.isfinite()
-        return 0 if bool(good.all()) else int((~good).sum())
+    norms = _norm(v.detach(), dim)
+    low, high = torch.aminmax(norms)
+    if low > 0 and high < math.inf:
+        return 0
+    return int((~((norms > 0) & norms.isfinite())).sum())
 
 
 def _norm(x: Tensor, dim: Dim) -> Tensor:

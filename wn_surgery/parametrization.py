@@ -9,6 +9,7 @@ modules of a base class that carry the same parameters, and never changes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, TypeGuard, cast
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -77,6 +78,14 @@ class WeightNorm(nn.Module):
         g = magnitude(weight, self.dim, self.eps, self.norm_dtype)
         return g, weight.detach().clone(memory_format=torch.preserve_format)
 
+    @classmethod
+    @functools.cache
+    def options(
+        cls, dim: Dim = 0, eps: float = 0.0, norm_dtype: torch.dtype | None = None
+    ) -> WeightNorm:
+        """A shared instance that only stands for its options; modules get their own."""
+        return cls(dim, eps, norm_dtype)
+
     def same_as(self, other: WeightNorm) -> bool:
         """Whether both compute the same function."""
         return (self.dim, self.eps, self.norm_dtype) == (other.dim, other.eps, other.norm_dtype)
@@ -98,7 +107,7 @@ class WeightNormList(ParametrizationList):
     and it copies into them on assignment instead of aliasing the assigned tensor.
 
     Args:
-        norm: the parametrization.
+        norm: the options; the list makes a parametrization of its own from them.
         g: the magnitude, registered as ``original0``.
         v: the direction, registered as ``original1``.
         order: the names in the module's ``_parameters`` before surgery, so that removal
@@ -108,7 +117,7 @@ class WeightNormList(ParametrizationList):
     def __init__(
         self, norm: WeightNorm, g: nn.Parameter, v: nn.Parameter, order: Iterable[str] = ()
     ) -> None:
-        nn.ModuleList.__init__(self, [norm])
+        nn.ModuleList.__init__(self, [WeightNorm(norm.dim, norm.eps, norm.norm_dtype)])
         self.unsafe = True
         self.is_tensor = False
         self.ntensors = 2

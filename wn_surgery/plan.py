@@ -23,7 +23,7 @@ __all__ = ["Plan", "Step"]
 Action: TypeAlias = Literal["apply", "replace", "remove", "migrate", "keep", "skip"]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Step:
     """What happens to one site.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Literal, TypeAlias
 
 from torch import nn
@@ -22,7 +22,7 @@ from .parametrization import WeightNorm
 from .plan import Plan, Step
 from .rules import Rule, RulesLike, as_rules
 from .sites import Node, Site, sites_of, walk
-from .ties import resolve_ties
+from .ties import Index, resolve_ties
 
 __all__ = [
     "OnUnmatched",
@@ -82,13 +82,20 @@ def build(model: nn.Module, rules: tuple[Rule, ...], on_unmatched: OnUnmatched =
     if on_unmatched not in ("error", "warn", "ignore"):
         raise ValueError(f"on_unmatched={on_unmatched!r}; expected 'error', 'warn' or 'ignore'")
     nodes = walk(model)
-    made = Plan(model, rules, [], parameters=_count(nodes))
+    index = Index(nodes)
+    made = Plan(model, rules, [], parameters=index.count)
     winning: set[int] = set()
     for found in match(nodes, rules):
         winning.update(found.winners.values())
-        made.problems.extend(_conflicts(found, rules))
+        if len(found.winners) > 1:
+            made.problems.extend(_conflicts(found, rules))
         _decide(made, found)
-    resolve_ties(made, nodes)
+    made.problems.extend(
+        checks.before_division(
+            (step.site, step.norm) for step in made.changes if step.norm is not None
+        )
+    )
+    resolve_ties(made, index)
     _report_unmatched(made, nodes, winning, on_unmatched)
     return made
 
@@ -106,7 +113,7 @@ def build_removal(model: nn.Module) -> Plan:
 def build_migration(model: nn.Module, to: Layout) -> Plan:
     """The plan of :func:`wn_surgery.migrate`."""
     nodes = walk(model)
-    made = Plan(model, (), [], parameters=_count(nodes))
+    made = Plan(model, (), [], parameters=Index(nodes).count)
     for node in nodes:
         for site in sites_of(node):
             held = site.held
@@ -120,17 +127,6 @@ def build_migration(model: nn.Module, to: Layout) -> Plan:
                 made.problems.extend(checks.before_any_change(site))
                 made.problems.extend(checks.before_migration(site, to))
     return made
-
-
-def _count(nodes: Iterable[Node]) -> int:
-    seen: dict[int, int] = {}
-    for node in nodes:
-        lists = node.module._modules.get("parametrizations")
-        for owner in (node.module, *(lists.modules() if lists is not None else ())):
-            for parameter in owner._parameters.values():
-                if parameter is not None and not nn.parameter.is_lazy(parameter):
-                    seen[id(parameter)] = parameter.numel()
-    return sum(seen.values())
 
 
 def _decide(made: Plan, found: Match) -> None:
@@ -165,15 +161,17 @@ def _plan_removal(step: Step) -> Iterator[Problem]:
 
 def _plan_application(step: Step, rule: Rule) -> Iterator[Problem]:
     step.action, step.after = "apply", "parametrized"
-    found = list(checks.before_apply(step.site))
-    if not found:
-        dim = checks.resolve_dim(step.site, rule)
-        if isinstance(dim, Problem):
-            found = [dim]
-        else:
-            step.norm = WeightNorm(dim, rule.eps, rule.norm_dtype)
-            found = list(checks.before_norm(step.site, step.norm))
-    yield from found
+    problem = None
+    for problem in checks.before_apply(step.site):
+        yield problem
+    if problem is not None:
+        return
+    dim = checks.resolve_dim(step.site, rule)
+    if isinstance(dim, Problem):
+        yield dim
+        return
+    step.norm = WeightNorm.options(dim, rule.eps, rule.norm_dtype)
+    yield from checks.before_norm(step.site, step.norm)
 
 
 def _plan_replacement(step: Step, rule: Rule) -> Iterator[Problem]:
@@ -184,7 +182,7 @@ def _plan_replacement(step: Step, rule: Rule) -> Iterator[Problem]:
     if isinstance(dim, Problem):
         yield dim
         return
-    wanted = WeightNorm(dim, rule.eps, rule.norm_dtype)
+    wanted = WeightNorm.options(dim, rule.eps, rule.norm_dtype)
     if wanted.same_as(held.norm) and (rule.train_g or not held.g.requires_grad):
         step.why += ", already there"
         return

@@ -163,6 +163,11 @@ def could(site: Site) -> bool:
 def sites_of(node: Node) -> Iterator[Site]:
     """The parameters of one module: plain ones, then computed ones."""
     module = node.module
+    if "parametrizations" not in module._modules and not module._forward_pre_hooks:
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield Site(node, name, None, parameter)
+        return
     held = carried(module)
     parts = {f"{name}_{part}" for name, h in held.items() if h.layout == "legacy" for part in "gv"}
     for name, parameter in module._parameters.items():

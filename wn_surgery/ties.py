@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace as changed
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +17,10 @@ from .sites import Node, Site, sites_of
 if TYPE_CHECKING:
     from .plan import Plan, Step
 
-__all__ = ["resolve_ties", "tie_key"]
+__all__ = ["Index", "resolve_ties", "tie_key"]
+
+
+_PLAIN = (torch.Tensor, nn.Parameter)
 
 
 class _End(NamedTuple):
@@ -31,27 +34,68 @@ def tie_key(tensor: Tensor, normed: bool) -> Hashable:
     A direction v is compared by identity alone: torch's functions leave v aliasing the
     plain end of a former tie, and the two are no longer one parameter.
     """
-    plain = type(tensor) in (torch.Tensor, nn.Parameter)
-    if normed or not plain or tensor.is_meta or tensor.numel() == 0:
+    if normed or type(tensor) not in _PLAIN or tensor.is_meta or tensor.numel() == 0:
         return id(tensor)
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
 
-def resolve_ties(plan: Plan, nodes: Sequence[Node]) -> None:
+class Index:
+    """Every parameter of a model: how many there are, and which are one tensor.
+
+    Args:
+        nodes: the model's modules.
+    """
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self.nodes = nodes
+        sizes: dict[int, int] = {}
+        # First by a key that is cheap and may join too much: models are large, ties are few.
+        ends: dict[int, list[tuple[Node, str, Tensor, bool]]] = {}
+
+        def add(node: Node, name: str, tensor: Tensor, normed: bool) -> None:
+            by_address = not normed and type(tensor) in _PLAIN and not tensor.is_meta
+            key = (by_address and tensor.data_ptr()) or id(tensor)
+            ends.setdefault(key, []).append((node, name, tensor, normed))
+
+        for node in nodes:
+            module = node.module
+            for name, parameter in module._parameters.items():
+                if parameter is not None and not nn.parameter.is_lazy(parameter):
+                    sizes[id(parameter)] = parameter.numel()
+                    add(node, name, parameter, False)
+            if "parametrizations" in module._modules or module._forward_pre_hooks:
+                for parameter in _inner(module):
+                    sizes[id(parameter)] = parameter.numel()
+                for name, held in carried(module).items():
+                    if held.v is not None:
+                        add(node, name, held.v, True)
+        self.count = sum(sizes.values())
+        self.ties: dict[Hashable, list[_End]] = {}
+        for group in ends.values():
+            if len(group) > 1:
+                for node, name, tensor, normed in group:
+                    self.ties.setdefault(tie_key(tensor, normed), []).append(_End(node, name))
+
+
+def _inner(module: nn.Module) -> Iterator[nn.Parameter]:
+    lists = module._modules.get("parametrizations")
+    return iter(()) if lists is None else lists.parameters()
+
+
+def resolve_ties(plan: Plan, index: Index) -> None:
     """Make the plan treat every end of a tie as the rules say; add problems where they cannot."""
-    if not plan.changes:
+    if not index.ties:
         return
-    ties = _ties(nodes)
     steps = {_where(step.site): step for step in plan.steps}
     for step in plan.changes:
         tensor = step.site.tensor
         if tensor is None or nn.parameter.is_lazy(tensor) or not step.changes:
             continue
         key = tie_key(tensor, step.site.normed)
-        ends = ties.get(key, ())
+        ends = index.ties.get(key, ())
         if len(ends) > 1 and step.group is None:
             _resolve(plan, step, key, ends, steps)
-    rank = {id(node): i for i, node in enumerate(nodes)}
+    rank = {id(node): i for i, node in enumerate(index.nodes)}
     plan.steps.sort(key=lambda step: rank[id(step.site.node)])
 
 
@@ -139,20 +183,6 @@ def _tied(step: Step, tied_to: str) -> Problem:
         "tie in silence; give the rule tied='together' (one g and one v under both), "
         "tied='untie' (a copy), or tied='skip'",
     )
-
-
-def _ties(nodes: Sequence[Node]) -> dict[Hashable, list[_End]]:
-    ends: dict[Hashable, list[_End]] = {}
-    for node in nodes:
-        module = node.module
-        for name, parameter in module._parameters.items():
-            if parameter is not None and not nn.parameter.is_lazy(parameter):
-                ends.setdefault(tie_key(parameter, False), []).append(_End(node, name))
-        if "parametrizations" in module._modules or module._forward_pre_hooks:
-            for name, held in carried(module).items():
-                if held.v is not None:
-                    ends.setdefault(id(held.v), []).append(_End(node, name))
-    return ends
 
 
 def _site(end: _End) -> Site:
