@@ -61,8 +61,7 @@ class WeightNorm(Callback):
 
     Attributes:
         rules: The rules, as a tuple of :class:`wn_surgery.Rule`.
-        report: What was changed last, as :meth:`wn_surgery.Report.to_dict` gives it; None while
-            nothing has been. It is plain data because a Report keeps the replaced weights alive.
+        report: What was changed last; None while nothing has been.
 
     Example:
         >>> from wn_surgery.callbacks.lightning import WeightNorm
@@ -80,7 +79,7 @@ class WeightNorm(Callback):
         self.rules = as_rules(rules)
         self.on_unmatched = on_unmatched
         self.verbose = verbose
-        self.report: dict[str, Any] | None = None
+        self.report: wn.Report | None = None
         self._replaced: list[tuple[str, weakref.ref[Tensor]]] = []
 
     @override
@@ -143,6 +142,11 @@ class WeightNorm(Callback):
             if not plan.changes:
                 return
             _refuse_worker_processes(pl_module.trainer)
+            replaced = [
+                (step.site.name, weakref.ref(step.site.tensor))
+                for step in plan.changes
+                if step.site.tensor is not None
+            ]
             # The plan has told, or warned of, what is unmatched.
             report = wn.apply(pl_module, self.rules, on_unmatched="ignore")
         except wn.UnmatchedRuleError as error:
@@ -158,12 +162,8 @@ class WeightNorm(Callback):
                 "callback's reach: build them in __init__, or call wn_surgery.apply(self, rules) "
                 "in configure_model() before sharding them."
             ) from error
-        self.report = report.to_dict()
-        self._replaced += [
-            (step.site.name, weakref.ref(step.site.tensor))
-            for step in report.plan.changes
-            if step.site.tensor is not None
-        ]
+        self.report = report
+        self._replaced += replaced
         if self.verbose and pl_module.trainer.is_global_zero:
             print(report)  # noqa: T201
 

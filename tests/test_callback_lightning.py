@@ -142,7 +142,7 @@ def test_the_optimizer_holds_g_and_v_and_trains_them(package: Any, kind: Any) ->
     assert {f"model.0.{G}", f"model.0.{V}", "model.head.weight"} < held
     assert not torch.equal(module.model[0].weight, before)
     assert callback.report is not None
-    assert callback.report["changed"] == ["model.0.weight", "model.2.weight"]
+    assert callback.report.changed == ("model.0.weight", "model.2.weight")
 
 
 def test_a_model_is_patched_once_over_every_stage_and_trainer() -> None:

@@ -21,43 +21,50 @@ from .undo import UndoLog
 __all__ = ["Report", "apply", "execute", "migrate", "remove"]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class Report:
-    """What was done. ``print`` it for the table.
+    """What was done, as data and as a table: ``print`` it.
+
+    It holds no tensor and no module, so keeping it keeps no replaced weight alive.
 
     Attributes:
-        plan: the plan that was carried out.
+        changed: the names of the parameters that changed.
+        steps: every matched site, as :meth:`wn_surgery.Step.to_dict` gives it.
         optimizers: what changed in the optimizers that were given.
+        table: the table.
 
     Example:
         >>> import wn_surgery as wn
         >>> from torch import nn
         >>> report = wn.apply(nn.Sequential(nn.Linear(2, 3)), "linears")
         >>> report.changed
-        ['0.weight']
+        ('0.weight',)
     """
 
-    plan: Plan
-    optimizers: list[OptimizerChange] = field(default_factory=list)
-
-    @property
-    def changed(self) -> list[str]:
-        """The names of the parameters that changed."""
-        return [step.site.name for step in self.plan.changes]
+    changed: tuple[str, ...]
+    steps: tuple[dict[str, Any], ...] = field(repr=False)
+    optimizers: tuple[OptimizerChange, ...]
+    table: str = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON data."""
         return {
-            **self.plan.to_dict(),
-            "changed": self.changed,
+            "changed": list(self.changed),
+            "steps": list(self.steps),
             "optimizers": [change.to_dict() for change in self.optimizers],
         }
 
     def __str__(self) -> str:
-        return "\n".join(
-            [str(self.plan).replace(" parameters change;", " parameters changed;")]
-            + [str(change) for change in self.optimizers]
-        )
+        return "\n".join([self.table, *map(str, self.optimizers)])
+
+
+def _report(plan: Plan, optimizers: Iterable[OptimizerChange]) -> Report:
+    return Report(
+        tuple(step.site.name for step in plan.changes),
+        tuple(step.to_dict() for step in plan.steps),
+        tuple(optimizers),
+        str(plan).replace(" parameters change;", " parameters changed;"),
+    )
 
 
 def apply(
@@ -161,7 +168,7 @@ def migrate(model: nn.Module, *, to: Literal["parametrized", "legacy"] = "parame
         >>> import torch, warnings, wn_surgery as wn
         >>> with warnings.catch_warnings(action="ignore"):
         ...     layer = torch.nn.utils.weight_norm(torch.nn.Linear(4, 8))
-        >>> print(wn.migrate(layer).plan.steps[0].why)
+        >>> print(wn.migrate(layer).steps[0]["why"])
         by torch
         >>> [name for name, _ in layer.named_parameters()]
         ['bias', 'parametrizations.weight.original0', 'parametrizations.weight.original1']
@@ -202,7 +209,7 @@ def execute(plan: Plan, optimizers: Iterable[Any] = ()) -> Report:
         edit.rollback()
         log.rollback()
         raise
-    return Report(plan, changes)
+    return _report(plan, changes)
 
 
 class _Work:

@@ -1,0 +1,291 @@
+"""Bad input: each has its own exception, says what to do, and changes nothing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+import wn_surgery as wn
+from wn_surgery.rules import RulesLike
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(2, 2, 1)
+        self.net = nn.Sequential(self.conv)
+
+
+class Doubled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+def linear() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+
+def with_zero_row() -> nn.Module:
+    model = linear()
+    with torch.no_grad():
+        model[1].weight[1] = 0  # type: ignore[index]
+    return model
+
+
+def with_inf() -> nn.Module:
+    model = linear()
+    with torch.no_grad():
+        model[1].weight[1, 0] = torch.inf  # type: ignore[index]
+    return model
+
+
+def integers() -> nn.Module:
+    model = linear()
+    model[0].weight = nn.Parameter(torch.ones(4, 3, dtype=torch.int32), requires_grad=False)
+    return model
+
+
+def float8() -> nn.Module:
+    model = linear()
+    weight = torch.ones(4, 3).to(torch.float8_e4m3fn)
+    model[0].weight = nn.Parameter(weight, requires_grad=False)
+    return model
+
+
+def quantized() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.Sequential(torch.ao.nn.quantized.dynamic.Linear(3, 4), nn.Conv1d(2, 2, 1))
+
+
+def normed() -> nn.Module:
+    model = linear()
+    wn.apply(model, "linears")
+    return model
+
+
+def stacked() -> nn.Module:
+    model = normed()
+    parametrize.register_parametrization(model[0], "weight", Doubled())  # type: ignore[index]
+    return model
+
+
+def spectral() -> nn.Module:
+    return nn.Sequential(parametrizations.spectral_norm(nn.Linear(3, 4)))
+
+
+def half_with_eps() -> nn.Module:
+    return linear().half()
+
+
+def inference() -> nn.Module:
+    with torch.inference_mode():
+        return linear()
+
+
+class DistributedDataParallel(nn.Module):
+    """Stands for torch's, which needs a process group: walk() knows wrappers by their name."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+DistributedDataParallel.__module__ = "torch.nn.parallel.distributed"
+
+
+def ddp() -> nn.Module:
+    return nn.Sequential(DistributedDataParallel(linear()))
+
+
+def grouped_transpose() -> nn.Module:
+    return nn.ConvTranspose1d(4, 4, 3, groups=2)
+
+
+LINEARS = {"types": "Linear"}
+CASES: list[tuple[Callable[[], nn.Module], RulesLike, type[wn.WeightNormError], str]] = [
+    (linear, {"types": "Conv2d"}, wn.UnmatchedRuleError, "no Conv2d in the model"),
+    (linear, {"names": "2"}, wn.UnmatchedRuleError, "holds '0', '1'"),
+    (linear, {"names": "0", "params": "wieght"}, wn.UnmatchedRuleError, "params=['weight']"),
+    (linear, {"names": "0.weight"}, wn.UnmatchedRuleError, "names='0', params='weight'"),
+    (linear, {"names": "**", "exclude_types": "Module"}, wn.UnmatchedRuleError, "excluded"),
+    (linear, {"names": "0", "params": "b*"}, wn.UnmatchedRuleError, "fewer than two dim"),
+    (linear, [LINEARS, LINEARS], wn.UnmatchedRuleError, "shadowed"),
+    (linear, [LINEARS, {"action": "skip", "names": "o"}], wn.UnmatchedRuleError, "rule 2"),
+    (
+        Shared,
+        [{"names": "conv"}, {"action": "skip", "names": "net.0"}],
+        wn.ConflictingNamesError,
+        "{conv,net.0}",
+    ),
+    (Shared, [{"names": "conv"}, {"names": "net.0", "dim": 1}], wn.ConflictingNamesError, "dim=1"),
+    (normed, {"types": "Linear", "dim": 1}, wn.ExistingSiteError, "replace=True"),
+    (normed, {"types": "Linear", "train_g": False}, wn.ExistingSiteError, "train_g=False"),
+    (Tied, {"types": "Linear"}, wn.TiedParameterError, "head.weight is tied to embed.weight"),
+    (
+        Tied,
+        [{"types": "Linear", "tied": "together"}, {"action": "skip", "types": "Embedding"}],
+        wn.ConflictingNamesError,
+        "embed.weight",
+    ),
+    (with_zero_row, LINEARS, wn.ZeroNormError, "eps > 0"),
+    (with_inf, LINEARS, wn.ZeroNormError, "1.weight has 1 slice"),
+    (half_with_eps, {"types": "Linear", "eps": 1e-12}, wn.ZeroNormError, "norm_dtype"),
+    (lambda: nn.Sequential(nn.LazyLinear(2)), LINEARS, wn.LazyParameterError, "forward pass"),
+    (lambda: nn.Sequential(nn.LazyConv1d(2, 1)), {"names": "**"}, wn.LazyParameterError, "forward"),
+    (integers, LINEARS, wn.NonFloatingError, "torch.int32"),
+    (float8, LINEARS, wn.QuantizedWeightError, "float8_e4m3fn"),
+    (quantized, {"names": "0"}, wn.QuantizedWeightError, "before quantization"),
+    (ddp, LINEARS, wn.WrappedModuleError, "DistributedDataParallel"),
+    (inference, LINEARS, wn.InferenceModeError, "leave inference mode"),
+    (stacked, {"types": "Linear", "dim": 1}, wn.StackedParametrizationError, "Doubled"),
+    (spectral, LINEARS, wn.StackedParametrizationError, "SpectralNorm"),
+    (linear, {"types": "Linear", "dim": 2}, wn.DimensionError, "from 0 to 1"),
+    (linear, {"types": "Linear", "dim": (0, 5)}, wn.DimensionError, "(4, 3)"),
+    (grouped_transpose, {"names": "", "dim": "out"}, wn.DimensionError, "groups=2"),
+    (
+        lambda: nn.ParameterDict({"weight": torch.ones(2, 2)}),
+        {"names": "", "dim": "out"},
+        wn.DimensionError,
+        "ParameterDict",
+    ),
+]
+
+
+def state(model: nn.Module) -> list[Any]:
+    """What must not change: structure by identity, tensors by version and address."""
+    found: list[Any] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        found.append((name, id(module), type(module), list(module._forward_pre_hooks.items())))
+        found.append(list(module._load_state_dict_pre_hooks.items()))
+        for key, parameter in module._parameters.items():
+            found.append((key, id(parameter), getattr(parameter, "requires_grad", None)))
+            if parameter is not None and not nn.parameter.is_lazy(parameter):
+                found.append((parameter.data_ptr(), parameter.tolist()))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("make", "rules", "kind", "says"), CASES, ids=[f"{c[2].__name__}-{c[3]}" for c in CASES]
+)
+def test_bad_input_is_refused_whole(
+    make: Callable[[], nn.Module],
+    rules: RulesLike,
+    kind: type[wn.WeightNormError],
+    says: str,
+) -> None:
+    model = make()
+    before = state(model)
+    with pytest.raises(kind) as caught:
+        wn.apply(model, rules)
+    assert type(caught.value) is kind
+    assert says in str(caught.value)
+    assert state(model) == before
+    # The plan is the same refusal, and can be had for printing.
+    with pytest.raises(kind):
+        wn.plan(model, rules)
+    shown = wn.plan(model, rules, check=False)
+    assert shown.problems and says in str(shown)
+    assert state(model) == before
+
+
+def test_every_exception_has_a_case() -> None:
+    raised = {case[2] for case in CASES}
+    elsewhere = {wn.RuleError, wn.RuleFileError, wn.FoldedModelError, wn.WeightNormError}
+    family = {
+        value
+        for value in vars(wn.errors).values()
+        if isinstance(value, type) and issubclass(value, wn.WeightNormError)
+    }
+    assert family == raised | elsewhere
+
+
+@pytest.mark.parametrize("verb", [wn.remove, wn.migrate])
+def test_removal_and_migration_refuse_wrapped_models(verb: Callable[[nn.Module], Any]) -> None:
+    model = nn.Sequential(DistributedDataParallel(normed()))
+    if verb is wn.migrate:
+        parametrizations.weight_norm(model[0].module[0], "bias")  # something to migrate
+    before = state(model)
+    with pytest.raises(wn.WrappedModuleError):
+        verb(model)
+    assert state(model) == before
+
+
+def test_under_inference_mode() -> None:
+    model, other = linear(), normed()
+    with torch.inference_mode():
+        with pytest.raises(wn.InferenceModeError):
+            wn.apply(model, LINEARS)
+        with pytest.raises(wn.InferenceModeError):
+            wn.remove(other)
+
+
+def test_stacked_weight_norm_is_not_removed_in_part() -> None:
+    model = stacked()
+    with pytest.raises(wn.StackedParametrizationError, match="Doubled"):
+        wn.remove(model)
+    assert parametrize.is_parametrized(model[1])  # type: ignore[index]
+
+
+def test_legacy_cannot_hold_what_torch_cannot_compute() -> None:
+    model = linear()
+    wn.apply(model, {"names": "0", "eps": 1e-6})
+    before = state(model)
+    with pytest.raises(wn.StackedParametrizationError, match="eps=1e-06"):
+        wn.migrate(model, to="legacy")
+    assert state(model) == before
+    with pytest.raises(ValueError, match="expected 'parametrized' or 'legacy'"):
+        wn.migrate(model, to="plain")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("rules: [", "rules.yaml"),
+        ("rules: 3", "list"),
+        ("- {action: apply, nmaes: a}", "did you mean 'names'"),
+        ("- 7", "rule 1"),
+    ],
+)
+def test_rule_files(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "rules.yaml"
+    path.write_text(text)
+    model = linear()
+    before = state(model)
+    with pytest.raises(wn.RuleFileError) as caught:
+        wn.apply(model, path)
+    assert says in str(caught.value)
+    assert state(model) == before
+
+
+def test_unmatched_rules_can_be_tolerated() -> None:
+    rules = [LINEARS, {"names": "nowhere"}]
+    with pytest.warns(wn.UnmatchedRuleWarning, match="rule 2"):
+        wn.apply(linear(), rules, on_unmatched="warn")
+    model = linear()
+    report = wn.apply(model, rules, on_unmatched="ignore")
+    assert report.changed == ("0.weight", "1.weight")
+    assert "rule 2 decides nothing" in str(report)
+    with pytest.raises(ValueError, match="on_unmatched"):
+        wn.plan(model, rules, on_unmatched="raise")  # type: ignore[arg-type]
+
+
+def test_several_problems_of_a_kind_are_one_error() -> None:
+    model = nn.Sequential(*(nn.LazyLinear(2) for _ in range(9)))
+    with pytest.raises(wn.LazyParameterError, match=r"The same holds for 1\.weight.* and 3 more"):
+        wn.apply(model, LINEARS)

@@ -1,0 +1,298 @@
+"""apply, remove and migrate on every layout, whoever applied it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
+
+import wn_surgery as wn
+
+
+def legacy(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return torch.nn.utils.weight_norm(module, name, dim)  # type: ignore[arg-type]
+
+
+def modern(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.Module:
+    return parametrizations.weight_norm(module, name, dim)  # type: ignore[arg-type]
+
+
+def ours(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.Module:
+    wn.apply(module, {"names": "", "params": name, "dim": dim})
+    return module
+
+
+MAKERS = [legacy, modern, ours]
+Maker = Callable[..., nn.Module]
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "linear": (lambda: nn.Linear(5, 4), "weight"),
+    "conv": (lambda: nn.Conv1d(4, 6, 3, groups=2), "weight"),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), "weight"),
+    "embedding": (lambda: nn.Embedding(7, 3), "weight"),
+    "lstm": (lambda: nn.LSTM(3, 4, proj_size=2, bidirectional=True), "weight_hh_l0_reverse"),
+    "attention": (lambda: nn.MultiheadAttention(4, 2), "in_proj_weight"),
+}
+
+
+def turned(module: nn.Module, name: str) -> Tensor:
+    """Make g and v differ from a fresh apply, as after training, and give the weight."""
+    with torch.no_grad():
+        for key, parameter in module.named_parameters():
+            if key.endswith((f"{name}_g", f"{name}.original0")):
+                parameter.mul_(1.7)
+            if key.endswith((f"{name}_v", f"{name}.original1")):
+                parameter.mul_(0.3)
+        for hook in module._forward_pre_hooks.values():
+            hook(module, ())
+        weight: Tensor = getattr(module, name).detach().clone()
+    return weight
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("make", MAKERS)
+def test_removal_is_bit_exact_and_leaves_nothing(make: Maker, layer: str, dim: int | None) -> None:
+    build, name = LAYERS[layer]
+    plain = build()
+    module = make(copy.deepcopy(plain), name, dim)
+    weight = turned(module, name)
+    report = wn.remove(module)
+    assert report.changed == (name,)
+    assert torch.equal(getattr(module, name), weight)
+    assert type(getattr(module, name)) is nn.Parameter
+    assert type(module) is type(plain)
+    assert [key for key, _ in module.named_parameters()] == [
+        key for key, _ in plain.named_parameters()
+    ]
+    assert list(module.state_dict()) == list(plain.state_dict())
+    assert not module._forward_pre_hooks and not module._load_state_dict_pre_hooks
+    assert module.__dict__.keys() == plain.__dict__.keys()
+    pickle.loads(pickle.dumps(module))
+    assert wn.remove(module).changed == ()
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_removal_keeps_requires_grad_and_the_memory_format(make: Maker) -> None:
+    conv = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+    conv.weight.requires_grad_(False)
+    module = make(conv)
+    for key, parameter in module.named_parameters():
+        if key != "bias":  # the legacy form un-freezes
+            parameter.requires_grad_(False)
+    with torch.no_grad():
+        wn.remove(module)
+    assert type(module.weight) is nn.Parameter
+    assert not module.weight.requires_grad and module.bias.requires_grad  # type: ignore[union-attr]
+    assert module.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_frozen_magnitude_does_not_freeze_the_weight(make: Maker) -> None:
+    module = make(nn.Linear(3, 4))
+    g = next(p for key, p in module.named_parameters() if key.endswith(("_g", "original0")))
+    g.requires_grad_(False)
+    wn.remove(module)
+    assert module.weight.requires_grad
+
+
+def test_a_users_subclass_of_the_legacy_hook() -> None:
+    class Scaled(LegacyHook):
+        def compute_weight(self, module: nn.Module) -> Tensor:
+            return 2 * super().compute_weight(module)
+
+    module = legacy(nn.Linear(3, 4))
+    (hook,) = module._forward_pre_hooks.values()
+    hook.__class__ = Scaled
+    module(torch.zeros(1, 3))
+    weight = module.weight.detach().clone()
+    # Its values are not g · v/‖v‖: they can be kept, not computed by another layout.
+    with pytest.raises(wn.StackedParametrizationError, match="Scaled"):
+        wn.migrate(module)
+    wn.remove(module)
+    assert torch.equal(module.weight, weight)
+
+
+def test_legacy_is_folded_from_g_and_v_not_from_a_stale_weight() -> None:
+    source, module = legacy(nn.Linear(3, 4)), legacy(nn.Linear(3, 4))
+    module.load_state_dict(source.state_dict())  # module.weight is now stale
+    wn.remove(module)
+    assert torch.equal(module.weight, source.weight)
+
+
+def test_removal_by_rule_and_by_the_rules_that_were_applied() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Conv1d(1, 1, 1))
+    rules = [{"types": ["Linear", "Conv1d"]}, {"action": "skip", "names": "1"}]
+    assert wn.apply(model, rules).changed == ("0.weight", "2.weight")
+    assert wn.remove(model, {"action": "remove", "names": "0"}).changed == ("0.weight",)
+    assert wn.remove(model, rules).changed == ("2.weight",)
+    assert wn.remove(model, rules).changed == ()
+
+
+def test_applying_is_bit_exact_and_idempotent() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(8, 64, 7), nn.ReLU(), nn.ConvTranspose1d(64, 8, 16))
+    x = torch.randn(2, 8, 30)
+    before = model(x)
+    rules = [{"types": "Conv1d"}, {"types": "ConvTranspose1d", "dim": "out"}]
+    assert len(wn.apply(model, rules).changed) == 2
+    assert torch.equal(model(x), before)
+    parameters = list(model.parameters())
+    assert wn.apply(model, rules).changed == ()
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert model[2].parametrizations.weight.original0.shape == (1, 8, 1)
+
+
+@pytest.mark.parametrize("make", [legacy, modern])
+def test_what_torch_applied_is_what_the_rule_asks_for(make: Maker) -> None:
+    model = nn.Sequential(make(nn.Linear(3, 4)))
+    assert wn.apply(model, {"types": "Linear"}).changed == ()
+    assert wn.sites(model)[0].held.maker == "torch"  # type: ignore[union-attr]
+
+
+def test_options() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(3, 4).bfloat16(), nn.Linear(3, 4))
+    with torch.no_grad():
+        model[2].weight[0] = 0
+    wn.apply(
+        model,
+        [
+            {"names": "0", "g_init": 1.0, "train_g": False, "dim": None},
+            {"names": "1", "norm_dtype": "float32"},
+            {"names": "2", "eps": 1e-6},
+        ],
+    )
+    head, half, zero = (layer.parametrizations.weight for layer in model)
+    assert head.original0.shape == () and head.original0.item() == 1.0
+    assert not head.original0.requires_grad and head.original1.requires_grad
+    assert model[0].weight.norm().item() == pytest.approx(1.0)
+    assert half.original0.dtype == torch.bfloat16
+    assert half[0].norm_dtype == torch.float32
+    model[2](torch.ones(1, 3)).sum().backward()
+    # The zero row stays zero, and can leave zero: its gradient is that of a plain weight.
+    assert torch.equal(model[2].weight[0], torch.zeros(3))
+    assert torch.equal(zero.original1.grad[0], torch.ones(3))
+
+
+def test_replacing_options() -> None:
+    model = nn.Sequential(legacy(nn.Linear(3, 4)))
+    weight = turned(model[0], "weight")
+    report = wn.apply(model, {"types": "Linear", "dim": 1, "replace": True})
+    assert report.steps[0]["action"] == "replace"
+    assert torch.equal(model[0].weight, weight)
+    assert [key for key, _ in wn.remove(model) and model.named_parameters()] == [
+        "0.weight",
+        "0.bias",
+    ]
+
+
+def _gradients(module: nn.Module, x: Tensor) -> list[Tensor]:
+    module.zero_grad()
+    module(x).square().sum().backward()
+    found = [p.grad.clone() for p in module.parameters() if p.grad is not None]
+    return sorted(found, key=lambda grad: (grad.ndim, grad.shape))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, None])
+def test_migration_keeps_everything(dim: int | None) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(legacy(nn.Conv1d(3, 5, 4), dim=dim))
+    turned(model[0], "weight")
+    model[0].weight_g.requires_grad_(False)
+    held = (model[0].weight_g, model[0].weight_v)
+    old_checkpoint = {key: value + 0 for key, value in model.state_dict().items()}
+    x = torch.randn(2, 3, 9)
+    output, gradients = model(x), _gradients(model, x)
+
+    assert wn.migrate(model).changed == ("0.weight",)
+    plist = model[0].parametrizations.weight
+    assert (plist.original0, plist.original1) == held or all(
+        a is b for a, b in zip((plist.original0, plist.original1), held, strict=True)
+    )
+    assert torch.equal(model(x), output)
+    for a, b in zip(_gradients(model, x), gradients, strict=True):
+        assert torch.equal(a, b)
+    assert not plist.original0.requires_grad and plist.original1.requires_grad
+    model.load_state_dict(old_checkpoint, strict=True)
+    model.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(copy.deepcopy(model)(x), output)
+
+    wn.migrate(model, to="legacy")
+    assert model[0].weight_g is held[0] and model[0].weight_v is held[1]
+    assert torch.equal(model(x), output)
+    model.load_state_dict(old_checkpoint, strict=True)
+    assert wn.migrate(model, to="legacy").changed == ()
+
+
+def test_migration_adopts_torchs_parametrization() -> None:
+    model = nn.Sequential(modern(nn.Linear(3, 4)), modern(nn.Linear(4, 2)))
+    with pytest.raises(RuntimeError, match="only supported through state_dict"):
+        pickle.dumps(model)
+    x = torch.randn(2, 3)
+    output = model(x)
+    wn.migrate(model)
+    assert type(model[0]) is type(model[1])
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), output)
+    assert wn.migrate(model).changed == ()
+
+
+def test_five_cycles_leave_no_residue() -> None:
+    layer = nn.Linear(3, 4)
+    fresh = {key: value for key, value in layer.__dict__.items() if key != "_parameters"}
+    for make in [legacy, modern, ours, modern, legacy]:
+        make(layer)
+        wn.remove(layer)
+    assert {key: value for key, value in layer.__dict__.items() if key != "_parameters"} == fresh
+
+
+def test_stripping_a_copy_leaves_the_original_alone() -> None:
+    for make in (modern, ours):
+        layer = make(nn.Linear(3, 4))
+        other = copy.deepcopy(layer)
+        wn.remove(other)
+        assert parametrize.is_parametrized(layer) and layer.weight.shape == (4, 3)
+
+
+def test_custom_attributes_of_a_parameter_survive() -> None:
+    layer = nn.Linear(3, 4)
+    layer.weight.no_weight_decay = True  # type: ignore[attr-defined]
+    wn.apply(layer, {"names": ""})
+    assert layer.parametrizations.weight.original1.no_weight_decay  # type: ignore[union-attr]
+    wn.remove(layer)
+    assert layer.weight.no_weight_decay  # type: ignore[attr-defined]
+
+
+def test_a_report_keeps_no_tensor_alive() -> None:
+    import gc
+    import weakref
+
+    layer = ours(nn.Linear(3, 4))
+    v = weakref.ref(layer.parametrizations.weight.original1)  # type: ignore[union-attr]
+    report = wn.remove(layer)
+    gc.collect()
+    assert report.changed and v() is None
+
+
+def test_parametrizing_another_parameter_by_torch_and_by_us() -> None:
+    layer = modern(nn.LSTM(2, 3), "weight_ih_l0")
+    dynamic = type(layer)
+    ours(layer, "weight_hh_l0")
+    x = torch.randn(4, 1, 2)
+    output = layer(x)[0]
+    wn.remove(layer, {"action": "remove", "params": "weight_hh_l0"})
+    assert type(layer) is dynamic
+    ours(layer, "weight_hh_l0")
+    wn.remove(layer, {"action": "remove", "params": "weight_ih_l0"})
+    assert parametrize.is_parametrized(layer, "weight_hh_l0")
+    wn.remove(layer)
+    assert type(layer) is nn.LSTM
+    assert torch.equal(layer(x)[0], output)
