@@ -60,8 +60,14 @@ class Held:
             if w.stride() != self.v.stride():
                 w = torch.empty_like(self.v).copy_(w)
         weight = nn.Parameter(w.detach(), self.g.requires_grad or self.v.requires_grad)
-        weight.__dict__.update(self.v.__dict__)
+        hand_over(self.v, weight)
         return weight
+
+
+def hand_over(source: Tensor, target: Tensor) -> None:
+    """Give ``target`` the attributes that users and frameworks have set on ``source``."""
+    for name, value in vars(source).items():
+        setattr(target, name, value)
 
 
 # Reading --------------------------------------------------------------------------------

@@ -286,7 +286,7 @@ def split(
         shape = g_shape(weight.shape, norm.dim)
         g = torch.full(shape, g_init, dtype=real, device=weight.device)
     v = nn.Parameter(direction, weight.requires_grad)
-    v.__dict__.update(weight.__dict__)
+    layouts.hand_over(weight, v)
     return nn.Parameter(g, weight.requires_grad and train_g), v
 
 

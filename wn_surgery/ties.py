@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace as changed
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from .checks import Problem, before_apply
 from .errors import ConflictingNamesError, TiedParameterError
 from .layouts import carried
+from .plan import Plan, Step
 from .sites import Node, Site, sites_of
-
-if TYPE_CHECKING:
-    from .plan import Plan, Step
 
 __all__ = ["Index", "resolve_ties", "tie_key"]
 
