@@ -156,7 +156,8 @@ class WeightNormList(ParametrizationList):
 
 def is_managed(cls: type) -> bool:
     """Whether ``cls`` is one of the classes that :func:`class_for` makes."""
-    return isinstance(cls, _SharedMeta)
+    # Not by the metaclass, which FSDP2's subclass of a shared class inherits.
+    return "_weight_norm_names" in vars(cls)
 
 
 def computed_names(cls: type) -> tuple[str, ...]:
@@ -276,6 +277,7 @@ def _make_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
         )
 
     namespace: dict[str, Any] = {
+        "_weight_norm_names": names,
         "__module__": base.__module__,
         "__doc__": base.__doc__,
         "__setattr__": __setattr__,

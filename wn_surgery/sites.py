@@ -32,7 +32,7 @@ _TRANSPARENT = {
 _HOLDERS = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "DistributedDataParallel",
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "FSDP",
-    "torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule": "fully_shard (FSDP2)",
+    "torch.distributed.fsdp.FSDPModule": "fully_shard (FSDP2)",
 }
 
 
