@@ -22,11 +22,12 @@ install: $(STAMP) ## set up .venv
 
 # torch goes first and by itself: the rest then keeps the build that is there (a CPU one, say).
 # The build runs with the pinned setuptools, so without isolation.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt tests/models/requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH_PIP_ARGS) '$(TORCH)'
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps -r tests/models/requirements.txt
 	@touch $@
 
 demo: $(STAMP) ## train, strip and export a small TCN (under 2 minutes)
