@@ -185,7 +185,8 @@ def writable(model: nn.Module) -> Generator[None]:
         model: any module tree; all layouts become writable.
 
     Raises:
-        FoldedModelError: the model is inside ``folded`` or another ``writable``.
+        FoldedModelError: the model is inside ``folded``. (Inside another ``writable`` its
+            weights are writable already, and this one does nothing.)
         ZeroNormError: on exit, a written weight has no direction and eps is 0. g and v are
             then as they were on entry, as they are when the body raises.
 
@@ -200,9 +201,7 @@ def writable(model: nn.Module) -> Generator[None]:
     found = [site for node in walk(model) for site in sites_of(node) if site.normed]
     for site in found:
         if is_folded(site.node):
-            raise FoldedModelError(
-                f"{site.name} is inside folded() or writable() already; leave that context first"
-            )
+            raise FoldedModelError(f"{site.name} is inside folded() now; leave that context first")
     opened = {id(site.module): _Opened(site.module) for site in found}
     before: list[Tensor] = []
     written: list[tuple[Tensor, Tensor] | None] = []

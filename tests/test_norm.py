@@ -1,0 +1,225 @@
+"""The mathematics, against torch's own operator and against numerical differentiation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vmap
+
+from wn_surgery import apply
+from wn_surgery.norm import Dim, g_shape, magnitude, norm_except, weight_norm, zero_slices
+
+# torch 2.13 writes its forward-mode decompositions in TorchScript.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")
+
+SHAPES: list[tuple[int, ...]] = [(3,), (3, 4), (2, 3, 4), (2, 3, 2, 2)]
+CASES: list[tuple[tuple[int, ...], Dim]] = [
+    (shape, dim)
+    for shape in SHAPES
+    for dim in [None, *range(len(shape)), *([(0, 1)] if len(shape) > 1 else [])]
+] + [((2, 3, 4), (0, 1, 2)), ((2, 3, 4), (0, 2))]
+EXACT = [torch.float64, torch.float32]
+HALF = [torch.bfloat16, torch.float16]
+
+
+def pair(shape: tuple[int, ...], dim: Dim, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    v = torch.randn(shape, dtype=dtype)
+    real = dtype.to_real() if dtype.is_complex else dtype
+    g = torch.rand(g_shape(shape, dim)).add(0.5).to(real)
+    return v.requires_grad_(), g.requires_grad_()
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize(("shape", "dim"), CASES)
+def test_gradients_of_both_orders_and_forward_mode(
+    shape: tuple[int, ...], dim: Dim, dtype: torch.dtype, eps: float
+) -> None:
+    v, g = pair(shape, dim, dtype)
+
+    def f(v: Tensor, g: Tensor) -> Tensor:
+        return weight_norm(v, g, dim, eps)
+
+    assert gradcheck(f, (v, g), check_forward_ad=True)
+    assert gradgradcheck(f, (v, g), check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("dim", [0, 1, None, (0, 1)])
+def test_a_zero_slice_with_eps_is_right_to_both_orders(dim: Dim) -> None:
+    v, g = pair((3, 4), dim, torch.float64)
+    with torch.no_grad():
+        v[1] = 0
+        v[:, 2] = 0
+        if dim is None:
+            v.zero_()
+
+    def f(v: Tensor, g: Tensor) -> Tensor:
+        return weight_norm(v, g, dim, 1e-2)
+
+    assert gradcheck(f, (v, g), check_forward_ad=True)
+    assert gradgradcheck(f, (v, g))
+
+
+@pytest.mark.parametrize("dim", [0, 2])
+def test_torchs_fused_operator_is_wrong_to_second_order(dim: int) -> None:
+    v, g = pair((2, 3, 4), dim, torch.float64)
+    assert not gradgradcheck(
+        lambda v, g: torch._weight_norm(v, g, dim), (v, g), raise_exception=False
+    )
+    assert gradgradcheck(lambda v, g: weight_norm(v, g, dim), (v, g))
+
+
+def test_torchs_fused_operator_has_no_forward_mode() -> None:
+    v, g = pair((2, 3), 0, torch.float64)
+    with pytest.raises(NotImplementedError, match="forward AD"):
+        jacfwd(lambda v: torch._weight_norm(v, g, 0))(v)
+    assert jacfwd(lambda v: weight_norm(v, g, 0))(v).shape == (2, 3, 2, 3)
+
+
+@pytest.mark.parametrize("dtype", [*EXACT, *HALF])
+@pytest.mark.parametrize("shape", [(64, 33), (16, 9, 7)])
+def test_values_and_gradients_are_torchs_bit_for_bit(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    for dim in [None, *range(len(shape))]:
+        v, g = pair(shape, dim, dtype)
+        ours, theirs = weight_norm(v, g, dim), torch._weight_norm(v, g, -1 if dim is None else dim)
+        assert torch.equal(ours, theirs), dim
+        upstream = torch.randn(shape).to(dtype)
+        for a, b in zip(
+            torch.autograd.grad(ours, (v, g), upstream),
+            torch.autograd.grad(theirs, (v, g), upstream),
+            strict=True,
+        ):
+            assert torch.equal(a, b), dim
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+@pytest.mark.parametrize("dtype", [*EXACT, torch.complex64])
+@pytest.mark.parametrize(("shape", "dim"), [*CASES, ((300, 200), 0), ((300, 200), 1)])
+def test_the_magnitude_gives_the_weight_back(
+    shape: tuple[int, ...], dim: Dim, dtype: torch.dtype, eps: float
+) -> None:
+    v, _ = pair(shape, dim, dtype)
+    g = magnitude(v, dim, eps)
+    assert tuple(g.shape) == g_shape(shape, dim) and not g.requires_grad and not g.is_complex()
+    assert torch.equal(weight_norm(v, g, dim, eps), v)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_in_half_precision_the_weight_comes_back_to_a_rounding(
+    dim: Dim, dtype: torch.dtype
+) -> None:
+    v, _ = pair((64, 32), dim, dtype)
+    weight = weight_norm(v, magnitude(v, dim), dim)
+    torch.testing.assert_close(weight, v, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_norm_dtype_is_closer_to_the_truth() -> None:
+    v, g = pair((64, 8, 16), 1, torch.bfloat16)  # a middle axis: torch computes it in bfloat16
+    truth = weight_norm(v.double(), g.double(), 1)
+    wide = weight_norm(v, g, 1, norm_dtype=torch.float32)
+    assert wide.dtype == torch.bfloat16
+    assert (wide - truth).abs().max() < (weight_norm(v, g, 1) - truth).abs().max()
+
+
+def test_a_wider_g_is_promoted() -> None:
+    v, g = pair((4, 3), 0, torch.bfloat16)
+    weight = weight_norm(v, g.float(), 0)
+    assert weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("shape", "memory_format"),
+    [((8, 4, 3, 3), torch.channels_last), ((8, 4, 3, 3, 3), torch.channels_last_3d)],
+)
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_channels_last_is_kept(shape: tuple[int, ...], memory_format: Any, dim: Dim) -> None:
+    v, g = pair(shape, dim, torch.float32)
+    last = v.detach().contiguous(memory_format=memory_format).requires_grad_()
+    weight = weight_norm(last, g, dim)
+    assert weight.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(weight, weight_norm(v, g, dim))
+    assert torch.equal(weight_norm(last, magnitude(last, dim), dim), last)
+    weight.sum().backward()
+    assert last.grad is not None and last.grad.shape == shape
+
+
+def test_func_transforms() -> None:
+    v, g = (t.detach() for t in pair((3, 4), 0, torch.float64))
+
+    def loss(v: Tensor, g: Tensor) -> Tensor:
+        return weight_norm(v, g, 0).pow(3).sum()
+
+    torch.testing.assert_close(
+        grad(loss)(v, g), torch.autograd.functional.jacobian(lambda v: loss(v, g), v)
+    )
+    torch.testing.assert_close(jacrev(loss)(v, g), jacfwd(loss)(v, g))
+    assert hessian(loss)(v, g).shape == (3, 4, 3, 4)
+    batch = torch.stack([v, 2 * v, v + 1])
+    torch.testing.assert_close(
+        vmap(weight_norm, in_dims=(0, None))(batch, g),
+        torch.stack([weight_norm(each, g) for each in batch]),
+    )
+
+
+def test_functional_call() -> None:
+    layer = nn.Linear(3, 2)
+    apply(layer, {"names": ""})
+    parameters = {key: value.detach() for key, value in layer.named_parameters()}
+    parameters["parametrizations.weight.original0"] = torch.zeros(2, 1)
+    x = torch.randn(4, 3)
+    assert torch.equal(functional_call(layer, parameters, (x,)), layer.bias.detach().expand(4, 2))
+    torch.testing.assert_close(
+        vmap(lambda x: functional_call(layer, dict(layer.named_parameters()), (x,)))(x), layer(x)
+    )
+
+
+def test_backward_twice_and_an_edit_in_between() -> None:
+    v, g = pair((3, 4), 0, torch.float32)
+    weight = weight_norm(v, g)
+    weight.sum().backward(retain_graph=True)
+    weight.sum().backward()
+    weight = weight_norm(v, g)
+    with torch.no_grad():
+        v.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        weight.sum().backward()
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_frozen_inputs_get_no_gradient(frozen: int) -> None:
+    tensors = pair((3, 4), 0, torch.float32)
+    tensors[frozen].requires_grad_(False)
+    weight_norm(*tensors).sum().backward()
+    assert tensors[frozen].grad is None and tensors[1 - frozen].grad is not None
+
+
+def test_tracing_records_an_operator() -> None:
+    v, g = (t.detach() for t in pair((3, 4), 0, torch.float32))
+    traced = torch.jit.trace(weight_norm, (v, g))
+    assert "PythonOp" not in str(traced.graph)
+    assert torch.equal(traced(2 * v, g), weight_norm(2 * v, g))
+
+
+def test_inference_mode_and_autocast() -> None:
+    v, g = pair((3, 4), 0, torch.float32)
+    with torch.inference_mode():
+        assert torch.equal(weight_norm(v, g), weight_norm(v.detach(), g.detach()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert weight_norm(v, g).dtype == torch.float32
+
+
+def test_zero_slices_and_clamped_norms() -> None:
+    v = torch.tensor([[3.0, 4.0], [0.0, 0.0], [torch.nan, 1.0], [torch.inf, 1.0]])
+    assert zero_slices(v, 0) == 3
+    assert zero_slices(v[:1], 0) == zero_slices(v[:2], 1) == zero_slices(v[:2], None) == 0
+    assert zero_slices(v[:2], (0, 1)) == 2
+    assert norm_except(v[:2], 0, 0.5).flatten().tolist() == [5.0, 0.5]
+    assert magnitude(v[1:2], 0, 0.5).item() == 0.5
