@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import wn_surgery as wn
+from wn_surgery.parametrization import FOLDED
 
 
 def legacy(module: nn.Module) -> Any:
@@ -67,15 +68,19 @@ def test_folded_restores_on_exceptions_and_nests(make: Maker) -> None:
     assert type(layer) is cls
 
 
-def test_contexts_that_overlap() -> None:
-    layer = ours(nn.Linear(3, 4))
+@MAKERS
+def test_contexts_that_overlap(make: Maker) -> None:
+    layer = make(nn.Linear(3, 4))
     first, second = wn.folded(layer), wn.folded(layer)
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert layer.weight is layer.weight
+    held = layer.weight
+    layer(X)
+    assert layer.weight is held
     second.__exit__(None, None, None)
-    assert layer.weight is not layer.weight
+    layer(X)
+    assert layer.weight is not held
 
 
 def test_grad_inside_no_grad_and_the_other_way_round() -> None:
@@ -121,8 +126,10 @@ def test_it_is_per_model_and_seen_by_every_thread() -> None:
     assert seen == [True]
 
 
-def test_threads_that_fold_one_model() -> None:
-    layer = ours(nn.Linear(3, 4))
+@MAKERS
+def test_threads_that_fold_one_model(make: Maker) -> None:
+    layer = make(nn.Linear(3, 4))
+    keys = layer.__dict__.keys()
     expected, wrong = layer(X).detach(), []
 
     def work() -> None:
@@ -136,7 +143,7 @@ def test_threads_that_fold_one_model() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and "weight" not in layer.__dict__
+    assert not wrong and layer.__dict__.keys() == keys and not FOLDED
 
 
 @MAKERS
@@ -170,11 +177,15 @@ def test_lstm() -> None:
 
 
 @pytest.mark.parametrize("context", [wn.folded, wn.writable])
-def test_surgery_inside_is_refused(context: Any) -> None:
-    model = nn.Sequential(ours(nn.Linear(3, 4)))
+@MAKERS
+def test_surgery_inside_is_refused(make: Maker, context: Any) -> None:
+    model = nn.Sequential(make(nn.Linear(3, 4)))
     with context(model):
         if context is wn.folded:
-            for verb in (wn.remove, partial(wn.migrate, to="legacy")):
+            for verb in (
+                wn.remove,
+                partial(wn.migrate, to="parametrized" if make is legacy else "legacy"),
+            ):
                 with pytest.raises(wn.FoldedModelError):
                     verb(model)
         with pytest.raises(wn.FoldedModelError):

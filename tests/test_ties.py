@@ -104,11 +104,30 @@ def test_skip_and_untie() -> None:
     assert plan.added == 6 * 4 + 6
 
 
+def test_untying_one_end_keeps_the_other_in_the_optimizer() -> None:
+    model = Language()
+    optimizer = torch.optim.Adam(model.parameters())
+    model(TOKENS).sum().backward()
+    optimizer.step()
+    report = wn.apply(model, {"names": "head", "tied": "untie"}, optimizers=[optimizer])
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [
+        id(model.embed.weight),
+        *(id(p) for p in model.head.parameters()),
+        *(id(p) for p in model.body.parameters()),
+    ]
+    assert model.embed.weight in optimizer.state and report.optimizers[0].reset == []
+    assert str(report.optimizers[0]).startswith("Adam: 0 parameters -> 2 in group 0")
+
+
 def test_untying_every_end_copies_once() -> None:
     model = Language()
     rules = {"names": "{embed,head}", "tied": "untie"}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     plan = wn.plan(model, rules)
-    wn.apply(model, rules)
+    wn.apply(model, rules, optimizers=[optimizer])
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {
+        id(p) for p in model.parameters()
+    }
     pointers = {
         layer.parametrizations.weight.original1.data_ptr() for layer in (model.embed, model.head)
     }
@@ -125,7 +144,13 @@ def test_removing_one_end_of_a_tie() -> None:
     assert one(model)
     assert wn.remove(model, {**rule, "tied": "skip"}).changed == ()
     wn.remove(copy.deepcopy(model), {**rule, "tied": "together"})
-    wn.remove(model, {**rule, "tied": "untie"})
+    plan = wn.plan(model, {**rule, "tied": "untie"})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    wn.remove(model, {**rule, "tied": "untie"}, optimizers=[optimizer])
+    assert sum(p.numel() for p in model.parameters()) == plan.parameters + plan.added
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {
+        id(p) for p in model.parameters()
+    }
     assert type(model.head) is nn.Linear and torch.equal(model.head.weight, model.embed.weight)
     assert len(wn.sites(model)[0].names) == 1 and wn.sites(model)[0].layout == "parametrized"
 

@@ -50,16 +50,19 @@ def folded(model: nn.Module) -> Generator[None]:
     found = [site for node in walk(model) for site in sites_of(node) if site.normed]
     entered: list[_Fold] = []
     try:
-        for site in found:
-            fold = _fold_of(site)
-            fold.enter()
-            entered.append(fold)
-        _refresh(found)
+        # One step for all threads: the last to leave must not tear down what another enters.
+        with _LOCK:
+            for site in found:
+                fold = _fold_of(site)
+                fold.enter()
+                entered.append(fold)
+            _refresh(found)
         yield
     finally:
-        for fold in reversed(entered):
-            fold.leave()
-        _refresh(found)
+        with _LOCK:
+            for fold in reversed(entered):
+                fold.leave()
+            _refresh(found)
 
 
 def _refresh(found: list[Site]) -> None:
@@ -68,12 +71,11 @@ def _refresh(found: list[Site]) -> None:
 
 
 def _fold_of(site: Site) -> _Fold:
-    with _LOCK:
-        folds: dict[str, _Fold] = FOLDED.setdefault(site.module, {})
-        if site.param not in folds:
-            assert site.held is not None
-            folds[site.param] = _Fold(site.module, site.param, site.held)
-        return folds[site.param]
+    folds: dict[str, _Fold] = FOLDED.setdefault(site.module, {})
+    if site.param not in folds:
+        assert site.held is not None
+        folds[site.param] = _Fold(site.module, site.param, site.held)
+    return folds[site.param]
 
 
 class _Fold:
@@ -88,33 +90,31 @@ class _Fold:
 
     def enter(self) -> None:
         """Compute the weight and put it in place of the property or the hook."""
-        with _LOCK:
-            assert self._held.compute is not None
-            current = self._values[-1] if self._values else None
-            # Under no_grad a value with a graph serves too; the other way round it would
-            # cut g and v off from their gradients.
-            usable = current is not None and (current.requires_grad or not self._wants_graph())
-            value = current if usable and current is not None else self._held.compute()
-            if self._unfold is None:
-                fold = _fold_hook if self._held.layout == "legacy" else _fold_class
-                self._unfold = fold(self._module, self._param)
-            self._values.append(value)
-            self._module.__dict__[self._param] = value
+        assert self._held.compute is not None
+        current = self._values[-1] if self._values else None
+        # Under no_grad a value with a graph serves too; the other way round it would
+        # cut g and v off from their gradients.
+        usable = current is not None and (current.requires_grad or not self._wants_graph())
+        value = current if usable and current is not None else self._held.compute()
+        if self._unfold is None:
+            fold = _fold_hook if self._held.layout == "legacy" else _fold_class
+            self._unfold = fold(self._module, self._param)
+        self._values.append(value)
+        self._module.__dict__[self._param] = value
 
     def leave(self) -> None:
         """Drop this context's value; the last one to leave restores the layout."""
-        with _LOCK:
-            self._values.pop()
-            if self._values:
-                self._module.__dict__[self._param] = self._values[-1]
-                return
-            del FOLDED[self._module][self._param]
-            if not FOLDED[self._module]:
-                del FOLDED[self._module]
-            self._module.__dict__.pop(self._param, None)
-            if self._unfold is not None:
-                self._unfold()
-                self._unfold = None
+        self._values.pop()
+        if self._values:
+            self._module.__dict__[self._param] = self._values[-1]
+            return
+        del FOLDED[self._module][self._param]
+        if not FOLDED[self._module]:
+            del FOLDED[self._module]
+        self._module.__dict__.pop(self._param, None)
+        if self._unfold is not None:
+            self._unfold()
+            self._unfold = None
 
     def _wants_graph(self) -> bool:
         g, v = self._held.g, self._held.v
@@ -140,13 +140,13 @@ class _FoldedHook:
     """Stands for a legacy hook while its weight is folded; copies are copies of the hook."""
 
     def __init__(self, hook: Any) -> None:
-        self.hook = hook
+        self.folds = hook  # known to layouts.carried()
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """Leave the weight as it is."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_itself, (self.hook,))
+        return (_itself, (self.folds,))
 
 
 def _itself(hook: Any) -> Any:
@@ -244,7 +244,8 @@ def _read_back(site: Site, before: Tensor) -> tuple[Tensor, Tensor] | None:
             f"{site.name} was replaced by a tensor of shape {tuple(weight.shape)}; expected "
             f"{tuple(before.shape)}; remove weight norm first to change the shape"
         )
-    if torch.equal(weight, before):
+    # Unlike torch.equal, this takes the NaNs of a diverged model as unchanged.
+    if weight.is_meta or torch.allclose(weight, before, rtol=0.0, atol=0.0, equal_nan=True):
         return None
     try:
         return norm.right_inverse(weight.to(site.tensor))

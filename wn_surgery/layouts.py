@@ -80,7 +80,8 @@ def carried(module: nn.Module) -> dict[str, Held]:
     if "parametrizations" in children and isinstance(children["parametrizations"], nn.ModuleDict):
         for name, plist in children["parametrizations"].items():
             held[name] = _read_parametrized(plist)
-    for hook in module.__dict__["_forward_pre_hooks"].values():
+    for entry in module.__dict__["_forward_pre_hooks"].values():
+        hook = getattr(entry, "folds", entry)  # what stands in for a hook inside folded()
         # Pruning keeps the name in _tensor_name; every other torch hook in name.
         owner: Any = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
         if not isinstance(owner, str):

@@ -12,11 +12,15 @@ __all__ = ["OptimizerChange", "OptimizerEdit", "Replacement"]
 
 
 class Replacement(NamedTuple):
-    """Parameters ``old`` of the site ``name`` are replaced by ``new``."""
+    """Parameters ``old`` of the site ``name`` are replaced by ``new``.
+
+    ``stays`` where another site goes on using ``old``, as at the end of a tie.
+    """
 
     name: str
     old: tuple[nn.Parameter, ...]
     new: tuple[nn.Parameter, ...]
+    stays: bool = False
 
 
 @dataclass
@@ -99,20 +103,22 @@ def _unwrapped(optimizer: Any) -> Any:
 
 def _replace(optimizer: Any, replacements: Sequence[Replacement]) -> OptimizerChange:
     change = OptimizerChange(type(optimizer).__name__)
-    home = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    # id of an old parameter -> what comes in its place; the others of its site just go.
-    incoming: dict[int, Replacement] = {}
+    home = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    # What comes behind an old parameter, or in its place.
+    incoming: dict[int, list[Replacement]] = {}
     leaving: set[int] = set()
     for replacement in replacements:
         held = [parameter for parameter in replacement.old if id(parameter) in home]
         if not held or id(held[0]) in leaving:
             continue  # not in this optimizer, or the other end of a tie
-        leaving.update(map(id, held))
         # The last is v (or the weight itself), whose hyperparameters the weight inherits.
-        incoming[id(held[-1])] = replacement
+        incoming.setdefault(id(held[-1]), []).append(replacement)
+        if replacement.stays:
+            continue
+        leaving.update(map(id, held))
         if any(parameter in optimizer.state for parameter in held):
             change.reset.append(replacement.name)
-    if not leaving:
+    if not incoming:
         return change
     for number, group in enumerate(optimizer.param_groups):
         _replace_in_group(group, number, leaving, incoming, change)
@@ -121,9 +127,8 @@ def _replace(optimizer: Any, replacements: Sequence[Replacement]) -> OptimizerCh
         optimizer.state.clear()
         optimizer._numel_cache = None
         change.reset = ["all parameters"]
-    for replacement in replacements:
-        for parameter in replacement.old:
-            optimizer.state.pop(parameter, None)
+    for parameter in [p for p in optimizer.state if id(p) in leaving]:
+        del optimizer.state[parameter]
     return change
 
 
@@ -131,7 +136,7 @@ def _replace_in_group(
     group: dict[str, Any],
     number: int,
     leaving: set[int],
-    incoming: dict[int, Replacement],
+    incoming: dict[int, list[Replacement]],
     change: OptimizerChange,
 ) -> None:
     params: list[nn.Parameter] = []
@@ -139,17 +144,16 @@ def _replace_in_group(
     old_names: Sequence[str] = group.get("param_names") or [""] * len(group["params"])
     out = came = 0
     for parameter, name in zip(group["params"], old_names, strict=True):
-        if id(parameter) not in leaving:
+        if id(parameter) in leaving:
+            out += 1
+        else:
             params.append(parameter)
             names.append(name)
-            continue
-        out += 1
-        replacement = incoming.get(id(parameter))
-        if replacement is not None:
+        for replacement in incoming.get(id(parameter), ()):
             params += replacement.new
             names += _names(replacement)
             came += len(replacement.new)
-    if out:
+    if out or came:
         # In place: L-BFGS and closures hold on to the list itself.
         group["params"][:] = params
         if group.get("param_names"):

@@ -118,10 +118,10 @@ class Plan:
             seen.add(key)
             if step.norm is not None:
                 total += _numel(g_shape(step.site.shape, step.norm.dim))
-            if held is not None and held.g is not None:
-                total -= held.g.numel()
-            if step.copies:
+            if step.copies:  # and the other end of the tie keeps what there was
                 total += tensor.numel()
+            elif held is not None and held.g is not None:
+                total -= held.g.numel()
         return total
 
     def check(self) -> None:

@@ -195,8 +195,10 @@ def _plan_replacement(step: Step, rule: Rule) -> Iterator[Problem]:
             f"for {wanted.extra_repr()}{frozen}; give the rule replace=True, or remove first",
         )
         return
-    step.action, step.after, step.norm = "replace", "parametrized", wanted
-    yield from checks.before_any_change(site)
+    problems = list(checks.before_any_change(site))
+    if not problems:
+        step.action, step.after, step.norm = "replace", "parametrized", wanted
+    yield from problems
 
 
 def _stacked(site: Site) -> Problem:

@@ -238,7 +238,7 @@ class _Work:
         if key not in self._made:
             self._made[key] = self._new(step)
         new = self._made[key]
-        self.replacements.append(Replacement(step.site.name, old, new))
+        self.replacements.append(Replacement(step.site.name, old, new, step.copies))
         order = layouts.clear(module, param)
         if step.action == "remove":
             layouts.put_plain(module, param, new[0], order)
