@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["Fingerprint", "difference", "effective", "of_model", "of_optimizer", "outputs"]
+__all__ = [
+    "Fingerprint",
+    "assert_same",
+    "difference",
+    "effective",
+    "of_model",
+    "of_optimizer",
+    "outputs",
+]
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
 _OWN = ("_parameters", "_buffers", "_modules")
@@ -64,12 +72,16 @@ class Fingerprint(dict[str, Any]):
     def hooks(self, hooks: Mapping[int, Any]) -> Any:
         """Hooks in their order, with what each of them holds."""
         found = []
-        for key, hook in hooks.items():
+        for key, wrapped in hooks.items():
+            # torch's wrapper of a load hook forgets, when copied, what it took from the hook.
+            hook = getattr(wrapped, "hook", wrapped)
             held = vars(hook) if hasattr(hook, "__dict__") else {}
-            inner = {k: v for k, v in held.items() if k not in ("module", "__wrapped__")}
-            name = getattr(hook, "__qualname__", type(hook).__qualname__)
             found.append(
-                (key if self.identity else "hook", name, self.describe(hook), self.describe(inner))
+                (
+                    (key, id(wrapped)) if self.identity else "hook",
+                    self.describe(hook),
+                    [(name, self.describe(value)) for name, value in held.items()],
+                )
             )
         return found
 
@@ -83,8 +95,8 @@ class Fingerprint(dict[str, Any]):
         key: Any = id(tensor)
         if by_memory:
             key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        self[f"{where}: which"] = self.number(key, tensor)
         self[f"{where}: tensor"] = (
-            self.number(key, tensor),
             type(tensor),
             tensor.dtype,
             tuple(tensor.shape),
@@ -120,7 +132,7 @@ def _visit(found: Fingerprint, module: nn.Module, path: str, seen: dict[int, str
     # The class itself, and what it holds: torch's functions add and delete properties of it.
     found[f"{where}: class"] = (type(module), sorted(vars(type(module))))
     found[f"{where}: object"] = found.number(id(module), module)
-    found[f"{where}: attributes"] = list(attributes)
+    found[f"{where}: attributes"] = list(attributes) if found.identity else sorted(attributes)
     for container in _OWN:
         content = attributes[container]
         mark = id(content) if found.identity else None
@@ -156,7 +168,18 @@ def of_optimizer(optimizer: torch.optim.Optimizer) -> Fingerprint:
     return found
 
 
-def difference(before: Mapping[str, Any], after: Mapping[str, Any], *, skip: Collection[str] = ()):
+def assert_same(
+    before: Mapping[str, Any], after: Mapping[str, Any], *, skip: Collection[str] = ()
+) -> None:
+    """Raise an AssertionError with each fact that is not the same."""
+    found = difference(before, after, skip)
+    if found:
+        raise AssertionError(f"not the same as before:\n{found}")
+
+
+def difference(
+    before: Mapping[str, Any], after: Mapping[str, Any], skip: Collection[str] = ()
+) -> str:
     """Each fact that is not the same, on a line of its own; empty if all are."""
     lines = []
     for key in [*before, *(key for key in after if key not in before)]:
@@ -175,10 +198,12 @@ def effective(model: nn.Module) -> dict[str, tuple[torch.dtype, bytes]]:
     found = {}
     with torch.no_grad():
         for site in (site for node in walk(model) for site in sites_of(node)):
-            if site.held is not None and site.held.compute is not None:
+            if site.held is None:
+                weight = getattr(site.module, site.param)
+            elif site.held.compute is not None:
                 weight = site.held.compute()
             else:
-                weight = getattr(site.module, site.param)
+                continue  # spectral norm in training changes at each look
             found[site.name] = (weight.dtype, data_of(weight))
     return found
 
@@ -207,7 +232,12 @@ def outputs(model: nn.Module) -> dict[str, bytes]:
 
 
 def _inputs(module: nn.Module) -> tuple[Tensor, ...] | None:
-    dtype = next((p.dtype for p in module.parameters() if p.dtype != torch.int64), torch.float32)
+    held = list(module.parameters())
+    # A weight that is channels_last chooses another kernel than a legacy one, which is not.
+    if not all(parameter.is_contiguous() for parameter in held):
+        return None
+    dtypes = sorted((p.dtype for p in held if p.dtype != torch.int64), key=lambda d: d.is_complex)
+    dtype = dtypes[-1] if dtypes else torch.float32
     size = _size(module)
     if isinstance(module, nn.Embedding):
         return (torch.arange(module.num_embeddings),)

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 import wn_surgery as wn
+from wn_surgery.norm import zero_slices
 
 __all__ = ["LAYERS", "Case", "Leaf", "Tree", "cases", "trees", "weights_of"]
 
@@ -188,6 +189,17 @@ class Tree:
     toggled: tuple[int, ...] = ()
     graph: bool = False
 
+    @property
+    def leaves(self) -> list[Leaf]:
+        """All layers, in order."""
+
+        def under(part: Part) -> list[Leaf]:
+            if isinstance(part, Branch):
+                return [leaf for child in part.children for leaf in under(child)]
+            return [part] if isinstance(part, Leaf) else []
+
+        return under(self.root)
+
     def build(self, *, normed: bool = True) -> nn.Module:
         """The model; without weight norm (nor anything frozen) if ``normed`` is false."""
         with torch.random.fork_rng(devices=[]):
@@ -280,7 +292,8 @@ def _put(module: nn.Module, norm: Norm) -> None:
         elif norm.maker == "torch":
             parametrizations.weight_norm(owner, name, dim)
         elif norm.maker == "ours":
-            rule = wn.Rule(names="", params=name, dim=dim, eps=1e-4, tied="together")
+            eps = 1e-4 if norm.which % 2 or zero_slices(weight, dim) else 0.0
+            rule = wn.Rule(names="", params=name, dim=dim, eps=eps, tied="together")
             wn.apply(owner, rule)
         elif norm.maker == "stacked":
             parametrizations.weight_norm(owner, name, dim)

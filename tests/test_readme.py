@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,9 +83,20 @@ def test_the_page_of_errors_has_every_exception() -> None:
     assert sorted(listed) == sorted(errors.__all__)
 
 
-def test_the_page_of_the_design_has_every_file() -> None:
+def test_the_page_of_the_design_has_every_file_and_imports_point_upward() -> None:
     page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    listed = set(re.findall(r"`((?:callbacks/)?\w+\.py)`", page))
-    package = {path.name for path in (ROOT / "wn_surgery").glob("*.py")}
-    faces = {f"callbacks/{path.name}" for path in (ROOT / "callbacks").glob("[a-z]*.py")}
-    assert package | faces <= listed
+    table = page[page.index("## File by file") : page.index("## Decisions")]
+    listed = re.findall(r"^\| `([\w/]+)\.py` \|", table, re.MULTILINE)
+    package = {path.stem for path in (ROOT / "wn_surgery").glob("*.py")}
+    faces = {f"callbacks/{path.stem}" for path in (ROOT / "callbacks").glob("[a-z]*.py")}
+    assert sorted(listed) == sorted(package | faces)
+    for place, name in enumerate(listed):
+        path = (ROOT if "/" in name else ROOT / "wn_surgery") / f"{name}.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not (
+                node.level or (node.module or "").startswith("wn_surgery")
+            ):
+                continue
+            module = (node.module or "").removeprefix("wn_surgery").lstrip(".")
+            for imported in [module] if module else [alias.name for alias in node.names]:
+                assert imported in listed[:place], f"{name} imports {imported}"

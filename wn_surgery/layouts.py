@@ -254,10 +254,18 @@ def refresh(module: nn.Module) -> None:
 
 
 def _usual_order(module: nn.Module, name: str) -> tuple[str, ...]:
-    """Where others removed ``name`` without leaving a note: before the bias, as torch has it."""
+    """Where others took ``name`` out without leaving a note: as torch's own layers register it."""
     order = [key for key in module._parameters if key not in (f"{name}_g", f"{name}_v")]
     if isinstance(module, nn.RNNBase):
         return tuple(module._flat_weights_names)
+    if isinstance(module, nn.RNNCellBase):
+        return ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    if isinstance(module, nn.MultiheadAttention):
+        apart = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        both = (
+            ("in_proj_weight", *apart) if module._qkv_same_embed_dim else (*apart, "in_proj_weight")
+        )
+        return (*both, "in_proj_bias", "bias_k", "bias_v")
     bias = name.replace("weight", "bias")
     order.insert(order.index(bias) if bias != name and bias in order else len(order), name)
     return tuple(order)

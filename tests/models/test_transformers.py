@@ -1,6 +1,6 @@
 """Every architecture of transformers that carries weight norm.
 
-Not here: Higgs Audio's tokenizer, which needs torchaudio to be imported.
+Higgs Audio's tokenizer, which needs torchaudio to be imported, is in test_twins.py.
 """
 
 from __future__ import annotations
