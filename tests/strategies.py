@@ -299,7 +299,7 @@ def _put(module: nn.Module, norm: Norm) -> None:
             parametrizations.weight_norm(owner, name, dim)
             nn.utils.parametrize.register_parametrization(owner, name, Double())
         elif norm.maker == "pruned":
-            prune.l1_unstructured(owner, name, amount=0.5)
+            prune.custom_from_mask(owner, name, (weight.abs() > weight.abs().mean()).to(weight))
         elif weight.element_size() < 4:
             pass  # the power iteration is not there in half precision
         elif norm.maker == "spectral":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -52,13 +53,9 @@ def options(block: nn.Module) -> nn.Module:
     return block
 
 
-def whole(block: nn.Module) -> nn.Module:
-    wn.apply(block, {"types": ["Conv1d", "Linear"], "dim": None})
-    return block
-
-
-def middle(block: nn.Module) -> nn.Module:
-    wn.apply(block, {"types": ["Conv1d"], "dim": 1})
+def unfused(block: nn.Module) -> nn.Module:
+    """Axes for which torch has no fused kernel."""
+    wn.apply(block, [{"types": "Conv1d", "dim": 1}, {"types": "Linear", "dim": None}])
     return block
 
 
@@ -68,7 +65,7 @@ def theirs(block: nn.Module) -> nn.Module:
     return block
 
 
-MAKERS: list[Callable[[nn.Module], nn.Module]] = [ours, options, whole, middle]
+MAKERS: list[Callable[[nn.Module], nn.Module]] = [ours, options, unfused]
 
 
 def frames(make: Callable[[nn.Module], nn.Module]) -> int:
@@ -79,7 +76,7 @@ def frames(make: Callable[[nn.Module], nn.Module]) -> int:
     for _ in range(BLOCKS):
         block = make(Block())
         block.compile(backend=counter)
-        x = block(x)
+        block(x)
     return counter.frame_count
 
 
@@ -95,11 +92,10 @@ def test_copies_and_unpickled_blocks_share_the_compiled_code() -> None:
     counter = CompileCounter()
     block = ours(Block())
     x = torch.randn(2, 4, 6)
-    for each in (block, copy.deepcopy(block), ours(Block()).eval()):
+    for each in (block, copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
         each.compile(backend=counter)
         each(x)
-    # A block in eval mode is one more, as it would be without weight norm.
-    assert counter.frame_count == 2
+    assert counter.frame_count == 1
 
 
 def test_training_steps_do_not_recompile() -> None:

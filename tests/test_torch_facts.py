@@ -83,6 +83,11 @@ def test_a_write_to_the_weight_is_lost(make: Maker) -> None:
 
 
 def test_an_assigned_tensor_becomes_v_itself() -> None:
+    layer, x = legacy(linear()), torch.randn(2, 3)
+    before = layer(x)
+    layer.weight = torch.ones(4, 3)
+    assert torch.equal(layer(x), before)
+
     layer, weight = parametrized(linear()), torch.ones(4, 3)
     layer.weight = weight
     assert layer.parametrizations.weight.original1.data_ptr() == weight.data_ptr()
@@ -116,6 +121,7 @@ def test_legacy_modules_cannot_be_deep_copied() -> None:
     layer = legacy(linear())
     with pytest.raises(RuntimeError, match="graph leaves"):
         copy.deepcopy(layer)
+    copy.deepcopy(parametrized(linear()))
 
     for layer in (ours(linear()), legacy(linear())):
         wn.migrate(layer)
@@ -124,6 +130,7 @@ def test_legacy_modules_cannot_be_deep_copied() -> None:
 
 
 def test_parametrized_modules_cannot_be_pickled() -> None:
+    pickle.dumps(legacy(linear()))
     layer = parametrized(linear())
     with pytest.raises(RuntimeError, match="only supported through state_dict"):
         pickle.dumps(layer)
@@ -167,6 +174,11 @@ def test_a_stripped_weight_becomes_a_buffer(frozen: bool) -> None:
         strip(layer)
     assert list(layer._parameters) == ["bias"] and list(layer._buffers) == ["weight"]
 
+    layer = legacy(linear().requires_grad_(not frozen))
+    with torch.set_grad_enabled(frozen):
+        remove_weight_norm(layer)
+    assert list(layer._parameters) == ["bias", "weight"] and not layer._buffers
+
     layer = ours(linear().requires_grad_(not frozen))
     with torch.set_grad_enabled(frozen):
         wn.remove(layer)
@@ -209,9 +221,11 @@ def test_load_hooks_stay_behind() -> None:
         pickle.dumps(layer)
 
     layer = linear()
-    for make in (parametrized, ours) * 5:
+    for _ in range(5):
+        remove_weight_norm(legacy(layer))
+    for make in EVERY * 5:
         wn.remove(make(layer))
-    assert not layer._load_state_dict_pre_hooks
+    assert not layer._load_state_dict_pre_hooks and not layer._forward_pre_hooks
     pickle.dumps(layer)
 
 
@@ -244,6 +258,7 @@ def test_legacy_unfreezes_frozen_weights() -> None:
     remove_weight_norm(layer)
     assert trainable(layer) == {"weight": True}
 
+    assert not any(trainable(parametrized(linear().requires_grad_(False))).values())
     layer = ours(linear().requires_grad_(False))
     assert not any(trainable(layer).values())
     wn.remove(layer)
@@ -365,6 +380,8 @@ def test_zero_rows_are_nan() -> None:
 
 
 def test_applying_twice_is_accepted() -> None:
+    with pytest.raises(RuntimeError, match="Cannot register two weight_norm hooks"):
+        legacy(legacy(linear()))
     layer = parametrized(parametrized(linear()))
     with pytest.raises(TypeError, match="missing 1 required positional argument"):
         layer(torch.randn(2, 3))
@@ -429,7 +446,7 @@ def test_a_class_for_each_module_recompiles_each() -> None:
 
     assert (classes(parametrized), classes(ours)) == (12, 1)
     limit = torch._dynamo.config.recompile_limit
-    assert frames(lambda layer: layer) == 1
+    assert frames(lambda layer: layer) == frames(legacy) == 1
     assert frames(parametrized) == limit == 8  # then it gives up and runs uncompiled
     assert frames(ours) == 1
     torch._dynamo.reset()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Literal, TypeAlias
 
 from torch import nn
@@ -81,6 +83,27 @@ def build(model: nn.Module, rules: tuple[Rule, ...], on_unmatched: OnUnmatched =
     """The plan with its problems, whether or not it can be carried out."""
     if on_unmatched not in ("error", "warn", "ignore"):
         raise ValueError(f"on_unmatched={on_unmatched!r}; expected 'error', 'warn' or 'ignore'")
+    with _uncollected():
+        return _build(model, rules, on_unmatched)
+
+
+@contextmanager
+def _uncollected() -> Generator[None]:
+    """Keep the cycle collector out of the way: a plan makes many objects and no cycles.
+
+    Each of its passes looks at everything made so far, so that large models would take more
+    than their share of time (benchmarks/bench_plan.py).
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _build(model: nn.Module, rules: tuple[Rule, ...], on_unmatched: OnUnmatched) -> Plan:
     nodes = walk(model)
     index = Index(nodes)
     made = Plan(model, rules, [], parameters=index.count)
@@ -242,4 +265,4 @@ def _report_unmatched(
         if on_unmatched == "error":
             made.problems.append(Problem(unmatched.kind, f"rule {index + 1}", message))
         elif on_unmatched == "warn":
-            warnings.warn(message, UnmatchedRuleWarning, stacklevel=4)
+            warnings.warn(message, UnmatchedRuleWarning, stacklevel=5)

@@ -1,0 +1,128 @@
+"""The core imports torch and bracex alone; everything else is imported where it is used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+OPTIONAL = [
+    "accelerate",
+    "hypothesis",
+    "lightning",
+    "matplotlib",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "peft",
+    "pytest",
+    "pytorch_lightning",
+    "rich",
+    "safetensors",
+    "sklearn",
+    "transformers",
+    "triton",
+    "typer",
+    "yaml",
+]
+
+# Each name is missing as it is where it is not installed: for find_spec as for import.
+BLOCK = """
+import importlib.abc, sys, warnings
+
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+
+sys.meta_path.insert(0, Missing())
+# Without numpy torch itself warns, when it is imported and when it first looks for it.
+warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
+"""
+
+WORK = """
+import copy, pickle
+import torch, wn_surgery as wn
+from torch import nn
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Conv1d(4, 2, 1))
+x = torch.randn(1, 2, 8)
+expected = model(x)
+print(wn.plan(model, "convolutions"))
+assert len(wn.apply(model, {"names": "{0..2}", "types": "Conv1d"}).changed) == 2
+assert torch.equal(model(x), expected)
+model(x).sum().backward()
+assert wn.sites(model)[0].held.g.grad is not None
+with wn.folded(model):
+    model(x)
+with wn.writable(model):
+    nn.init.ones_(model[0].weight)
+copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+assert torch.equal(copied(x), model(x))
+out = model(x)
+wn.migrate(model, to="legacy")
+assert torch.equal(model(x), out)
+assert len(wn.remove(model).changed) == 2
+assert torch.equal(model(x), out)
+found = sorted({name.partition(".")[0] for name in sys.modules} & BLOCKED)
+assert not found, found
+"""
+
+
+def python(code: str) -> str:
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_it_works_with_torch_and_bracex_alone() -> None:
+    """All at once, which is as much as one by one: the traceback names what was missed."""
+    python(f"BLOCKED = {set(OPTIONAL)!r}\n" + BLOCK + WORK)
+
+
+def test_it_imports_nothing_that_torch_has_not() -> None:
+    out = python(
+        """
+import sys, torch
+before = set(sys.modules)
+import wn_surgery
+wn_surgery.remove(torch.nn.Linear(2, 2))
+new = set(sys.modules) - before
+assert not any(name.startswith("wn_surgery.callbacks") for name in new), new
+print(*{name.partition(".")[0] for name in new} - set(sys.stdlib_module_names))
+"""
+    )
+    assert set(out.split()) == {"bracex", "wn_surgery"}
+
+
+def test_a_rule_file_without_yaml_names_the_extra(tmp_path: Path) -> None:
+    rules = tmp_path / "rules.yaml"
+    rules.write_text('rules: [{"types": "Linear"}]\n', encoding="utf-8")
+    plain = tmp_path / "rules.json"
+    plain.write_text('{"rules": [{"types": "Linear"}]}\n', encoding="utf-8")
+    out = python(
+        'BLOCKED = {"yaml"}\n'
+        + BLOCK
+        + f"""
+import torch, wn_surgery as wn
+layer = torch.nn.Linear(2, 2)
+try:
+    wn.apply(layer, {str(rules)!r})
+except Exception as error:
+    print(type(error).__name__, error)
+print(wn.apply(layer, {str(plain)!r}).changed)
+"""
+    )
+    error, changed = out.splitlines()[0], out.splitlines()[-1]
+    assert "yaml" in error.lower() and "pip install" in error
+    assert changed == "('weight',)"
