@@ -253,7 +253,9 @@ def _size(module: Any) -> tuple[int, ...] | None:
     if isinstance(module, _ConvNd):
         return (1, module.in_channels, *(4 for _ in module.kernel_size))
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        return (2, 1, module.input_size) if isinstance(module, nn.RNNBase) else (2, module.input_size)
+        return (
+            (2, 1, module.input_size) if isinstance(module, nn.RNNBase) else (2, module.input_size)
+        )
     if isinstance(module, nn.MultiheadAttention):
         return (2, 1, module.embed_dim)
     if isinstance(module, nn.TransformerEncoderLayer):

