@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fingerprints import assert_same, of_model
+from hypothesis import HealthCheck, settings
 from strategies import Case, Tree
 from torch import nn
 
@@ -22,6 +23,19 @@ from wn_surgery.sites import sites_of, walk
 from wn_surgery.undo import UndoLog
 
 CASES = int(os.environ.get("WN_SURGERY_CASES", "1000"))
+
+
+def share(percent: int) -> settings:
+    """Settings for a property that gets ``percent`` of all cases."""
+    return settings(
+        max_examples=max(1, CASES * percent // 100),
+        # The ordinary run is the same each time; the long one looks for something new.
+        derandomize="WN_SURGERY_CASES" not in os.environ,
+        database=None,
+        deadline=None,
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 def planned(model: nn.Module, case: Case) -> Plan:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vmap
@@ -223,3 +225,143 @@ def test_zero_slices_and_clamped_norms() -> None:
     assert zero_slices(v[:2], (0, 1)) == 2
     assert norm_except(v[:2], 0, 0.5).flatten().tolist() == [5.0, 0.5]
     assert magnitude(v[1:2], 0, 0.5).item() == 0.5
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "expected"),
+    [
+        ((5,), 0, (5,)),
+        ((5,), None, ()),
+        ((4, 3), 0, (4, 1)),
+        ((4, 3), 1, (1, 3)),
+        ((4, 3), (), (1, 1)),
+        ((4, 3, 2), 1, (1, 3, 1)),
+        ((4, 3, 2), (0, 2), (4, 1, 2)),
+        ((4, 3, 2), (0, 1, 2), (4, 3, 2)),
+        ((4, 3, 2), None, ()),
+    ],
+)
+def test_the_shape_of_g(shape: tuple[int, ...], dim: Dim, expected: tuple[int, ...]) -> None:
+    assert g_shape(shape, dim) == expected
+    v = torch.randn(shape)
+    assert tuple(norm_except(v, dim).shape) == tuple(magnitude(v, dim).shape) == expected
+    if not isinstance(dim, tuple):
+        assert tuple(torch.norm_except_dim(v, 2, -1 if dim is None else dim).shape) == expected
+
+
+LAID_OUT: dict[str, Callable[[], Tensor]] = {
+    "transposed": lambda: torch.randn(5, 40).t(),
+    "every other": lambda: torch.randn(40, 10)[:, ::2],
+    "expanded": lambda: torch.randn(1, 5).expand(40, 5),
+    "permuted": lambda: torch.randn(6, 5, 7).permute(2, 0, 1),
+}
+
+
+@pytest.mark.parametrize("layout", LAID_OUT)
+def test_any_strides(layout: str) -> None:
+    torch.manual_seed(0)
+    v = LAID_OUT[layout]()
+    assert not v.is_contiguous()
+    for dim in [None, *range(v.ndim), (0, 1)]:
+        g = magnitude(v, dim)
+        assert torch.equal(weight_norm(v, g, dim), v), dim
+        laid_out, dense = v.detach().requires_grad_(), v.detach().contiguous().requires_grad_()
+        upstream = torch.randn(v.shape)
+        for a, b in zip(
+            torch.autograd.grad(weight_norm(laid_out, 2 * g, dim), laid_out, upstream),
+            torch.autograd.grad(weight_norm(dense, 2 * g, dim), dense, upstream),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-3])
+@pytest.mark.parametrize("dim", [0, 1, 2, None, (0, 2)])
+def test_vmap_over_v_and_g(dim: Dim, eps: float) -> None:
+    v, g = (t.detach() for t in pair((2, 3, 4), dim, torch.float64))
+    vs, gs = torch.stack([v, v + 1, -v]), torch.stack([g, 2 * g, -g])
+
+    def f(v: Tensor, g: Tensor) -> Tensor:
+        return weight_norm(v, g, dim, eps)
+
+    def apart(v: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        v, g = v.clone().requires_grad_(), g.clone().requires_grad_()
+        return torch.autograd.grad(f(v, g).sin().sum(), (v, g))
+
+    torch.testing.assert_close(vmap(f)(vs, gs), torch.stack(list(map(f, vs, gs))))
+    torch.testing.assert_close(
+        vmap(f, in_dims=(None, 0), out_dims=1)(v, gs), torch.stack([f(v, g) for g in gs], 1)
+    )
+    gradients = vmap(grad(lambda v, g: f(v, g).sin().sum(), argnums=(0, 1)))(vs, gs)
+    for a, b in zip(gradients, zip(*map(apart, vs, gs), strict=True), strict=True):
+        torch.testing.assert_close(a, torch.stack(b))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, None])
+def test_every_way_to_a_hessian_agrees(dim: Dim) -> None:
+    """The kernel's own backward, differentiated, against torch.func's composite formula."""
+    v, g = (t.detach() for t in pair((2, 3, 4), dim, torch.float64))
+
+    def loss(v: Tensor) -> Tensor:
+        return weight_norm(v, g, dim).sin().sum()
+
+    expected = hessian(loss)(v)
+    for vectorize, strategy in [(False, "reverse-mode"), (True, "reverse-mode")]:
+        found = torch.autograd.functional.hessian(
+            loss, v, vectorize=vectorize, outer_jacobian_strategy=strategy
+        )
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(jacrev(jacrev(loss))(v), expected)
+    torch.testing.assert_close(jacfwd(jacfwd(loss))(v), expected)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_third_order(dim: int) -> None:
+    v, g = pair((3, 4), dim, torch.float64)
+
+    def third(eps: float) -> Tensor:
+        out = weight_norm(v, g, dim, eps).sin().sum()
+        for _ in range(3):
+            (gradient,) = torch.autograd.grad(out, v, create_graph=True)
+            out = gradient.square().sum()
+        return gradient
+
+    # Nothing is small, so eps only chooses the composite formula over the kernel.
+    torch.testing.assert_close(third(0.0), third(1e-9))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_second_order_in_half_precision(dtype: torch.dtype) -> None:
+    v, g = pair((4, 3), 0, dtype)
+    gradients = torch.autograd.grad(weight_norm(v, g).square().sum(), (v, g), create_graph=True)
+    total = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
+    for gradient in torch.autograd.grad(total, (v, g)):
+        assert gradient.dtype == dtype and gradient.isfinite().all()
+
+
+def test_an_edit_of_g_is_noticed_too() -> None:
+    v, g = pair((3, 4), 0, torch.float32)
+    weight = weight_norm(v, g)
+    with torch.no_grad():
+        g.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        weight.sum().backward()
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_without_eps_a_zero_slice_is_nan_as_in_torch(dim: int | None) -> None:
+    v, g = pair((3, 4), dim, torch.float32)
+    with torch.no_grad():
+        v.zero_() if dim is None else v.select(dim, 1).zero_()
+    ours, theirs = weight_norm(v, g, dim), torch._weight_norm(v, g, -1 if dim is None else dim)
+    assert torch.equal(ours.isnan(), theirs.isnan()) and ours.isnan().any()
+    gradients = torch.autograd.grad(weight_norm(v, g, dim, 1e-3).sum(), (v, g))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_checkpointing_recomputes_the_same() -> None:
+    v, g = pair((3, 4), 0, torch.float32)
+    expected = torch.autograd.grad(weight_norm(v, g).sin().sum(), (v, g))
+    again = torch.utils.checkpoint.checkpoint(weight_norm, v, g, use_reentrant=False)
+    for a, b in zip(torch.autograd.grad(again.sin().sum(), (v, g)), expected, strict=True):
+        assert torch.equal(a, b)

@@ -33,22 +33,10 @@ from torch import nn
 
 import wn_surgery as wn
 from wn_surgery import surgery
+from wn_surgery.plan import Plan
 from wn_surgery.planning import build_migration, build_removal
 
 _EXACT = (torch.float32, torch.float64, torch.complex64)
-
-
-def share(percent: int) -> settings:
-    """Settings for a property that gets ``percent`` of all cases."""
-    return settings(
-        max_examples=max(1, CASES * percent // 100),
-        # The ordinary run is the same each time; the long one looks for something new.
-        derandomize="WN_SURGERY_CASES" not in os.environ,
-        database=None,
-        deadline=None,
-        print_blob=True,
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 # Planning ---------------------------------------------------------------------------------

@@ -253,7 +253,9 @@ def test_a_padded_embedding_needs_eps() -> None:
     wn.apply(padded, {"names": "", "eps": 1e-6})
     with wn.writable(padded):
         padded.reset_parameters()
-    assert not padded.weight[2].any() and not torch.equal(padded.weight, before["parametrizations.weight.original1"])
+    assert not padded.weight[2].any() and not torch.equal(
+        padded.weight, before["parametrizations.weight.original1"]
+    )
 
 
 def test_one_failing_weight_holds_back_all_of_them() -> None:

@@ -104,9 +104,11 @@ def weight_norm(
     if eps == 0.0 and norm_dtype is None and _kernel_exists(v, g, dim):
         assert isinstance(dim, int)  # narrows the type; _kernel_exists has checked it
         if torch.compiler.is_compiling() or torch._C._is_tracing():
-            # A tracer wants one known operator; it never differentiates twice.
-            return _like(torch._weight_norm(v, g, dim), v)
-        if not _transformed() and type(v) in _PLAIN_TYPES and type(g) in _PLAIN_TYPES:
+            # A tracer wants one known operator; it never differentiates twice. For vectors,
+            # though, torch's decomposition of it sums along the kept axis.
+            if v.ndim > 1:
+                return _like(torch._weight_norm(v, g, dim), v)
+        elif not _transformed() and type(v) in _PLAIN_TYPES and type(g) in _PLAIN_TYPES:
             contiguous = v.contiguous()
             if torch.is_grad_enabled() and (v.requires_grad or g.requires_grad):
                 w: Tensor = _fused(contiguous, g.contiguous(), dim)

@@ -327,6 +327,8 @@ def _reduce(module: nn.Module, base: type[nn.Module], protocol: int) -> tuple[An
                 w if w is None else w.detach() for w in state["_flat_weights"]
             ]
     names = tuple(module.__dict__["_modules"]["parametrizations"])
+    # The shared class cannot be pickled by name; the base stands in for it.
+    constructor = base if constructor is type(module) else constructor
     args = tuple(base if arg is type(module) else arg for arg in args)
     return (_rebuild, (base, names, constructor, args), state, *rest)
 
