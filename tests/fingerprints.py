@@ -130,7 +130,7 @@ def _visit(found: Fingerprint, module: nn.Module, path: str, seen: dict[int, str
     seen[id(module)] = where
     attributes = module.__dict__
     # The class itself, and what it holds: torch's functions add and delete properties of it.
-    found[f"{where}: class"] = (type(module), sorted(vars(type(module))))
+    found[f"{where}: class"] = (type(module), frozenset(vars(type(module))))
     found[f"{where}: object"] = found.number(id(module), module)
     found[f"{where}: attributes"] = list(attributes) if found.identity else sorted(attributes)
     for container in _OWN:

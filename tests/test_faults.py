@@ -140,8 +140,7 @@ def _by_rules(*last: dict[str, Any]) -> Callable[[nn.Module], Plan]:
 
 
 PLANS: dict[str, Callable[[nn.Module], Plan]] = {
-    "apply": _by_rules(),
-    "replace": _by_rules({"names": "{2,5}", "dim": 1, "g_init": 0.5, "replace": True}),
+    "apply and replace": _by_rules({"names": "{2,5}", "dim": 1, "g_init": 0.5, "replace": True}),
     "untie": _by_rules({"names": "{0,1}", "tied": "untie"}),
     "remove": build_removal,
     "parametrized": lambda model: build_migration(model, "parametrized"),
@@ -160,14 +159,17 @@ def test_a_failure_at_any_line_leaves_all_as_it_was(
     plan = PLANS[what](model)
     assert plan.changes
     before, steps = of_model(model, identity=True), of_optimizer(optimizer)
-    # Every line once; for the other combinations, which fail at the same places, each 13th.
-    stride = 1 if make is _adam and error is Injected else 13
+    # Every line once; each 13th where it is the same lines again.
+    stride = 1 if make is _adam and error is Injected and what != "untie" else 13
     for number in range(1, 100_000, stride):
         interruption = Interruption(number, error)
         try:
             with interruption:
                 surgery.execute(plan, [optimizer])
         except error:
+            # Raised between the last line of a `with torch.no_grad()` and its end, which a
+            # trace function can do and code cannot, the context is never left.
+            torch.set_grad_enabled(True)
             assert_same(before, of_model(model, identity=True))
             assert_same(steps, of_optimizer(optimizer))
         else:

@@ -18,12 +18,12 @@ from wn_surgery.norm import Dim, g_shape, magnitude, norm_except, weight_norm, z
 # torch 2.13 writes its forward-mode decompositions in TorchScript.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")
 
-SHAPES: list[tuple[int, ...]] = [(3,), (3, 4), (2, 3, 4), (2, 3, 2, 2)]
+SHAPES: list[tuple[int, ...]] = [(3,), (3, 4), (2, 3, 2), (2, 2, 1, 3)]
 CASES: list[tuple[tuple[int, ...], Dim]] = [
     (shape, dim)
     for shape in SHAPES
     for dim in [None, *range(len(shape)), *([(0, 1)] if len(shape) > 1 else [])]
-] + [((2, 3, 4), (0, 1, 2)), ((2, 3, 4), (0, 2))]
+] + [((2, 3, 2), (0, 1, 2)), ((2, 3, 2), (0, 2))]
 EXACT = [torch.float64, torch.float32]
 HALF = [torch.bfloat16, torch.float16]
 
@@ -48,7 +48,8 @@ def test_gradients_of_both_orders_and_forward_mode(
         return weight_norm(v, g, dim, eps)
 
     assert gradcheck(f, (v, g), check_forward_ad=True)
-    assert gradgradcheck(f, (v, g), check_fwd_over_rev=True)
+    # Complex weights never reach the kernel; along random directions is four times as fast.
+    assert gradgradcheck(f, (v, g), check_fwd_over_rev=True, fast_mode=dtype.is_complex)
 
 
 @pytest.mark.parametrize("dim", [0, 1, None, (0, 1)])

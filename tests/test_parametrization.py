@@ -158,19 +158,20 @@ def test_classes_go_with_their_last_module() -> None:
 
 # Copies -------------------------------------------------------------------------------------
 
-COPIES: dict[str, Callable[[Any], Any]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
-    "pickle protocol 0": lambda module: pickle.loads(pickle.dumps(module, protocol=0)),
-    "torch.save": lambda module: _saved(module),
-}
-
 
 def _saved(module: nn.Module) -> Any:
     buffer = io.BytesIO()
     torch.save(module, buffer)
     buffer.seek(0)
     return torch.load(buffer, weights_only=False)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "pickle protocol 0": lambda module: pickle.loads(pickle.dumps(module, protocol=0)),
+    "torch.save": _saved,
+}
 
 
 @pytest.mark.parametrize("copies", COPIES)
@@ -334,9 +335,7 @@ def test_an_assigned_weight_goes_into_g_and_v_by_value(wrap: Callable[[Tensor], 
     versions = [parameter._version for parameter in held]
     weight = wrap(torch.linspace(1, 2, 12, dtype=torch.float64).view(4, 3))
     layer.weight = weight
-    assert all(
-        a is b for a, b in zip(layer.parametrizations.weight.parameters(), held, strict=True)
-    )
+    assert [*map(id, layer.parametrizations.weight.parameters())] == [*map(id, held)]
     assert torch.equal(layer.weight, weight.float())
     assert all(p._version > before for p, before in zip(held, versions, strict=True))
     with torch.no_grad():

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrizations
 
 import wn_surgery as wn
@@ -31,9 +31,11 @@ Maker = Callable[[nn.Module], Any]
 MAKERS = pytest.mark.parametrize("make", [legacy, parametrizations.weight_norm, ours])
 X = torch.linspace(-1, 1, 6).view(2, 3)
 
+PARTS = ("_g", "_v", "original0", "original1")
+
 
 def g_and_v(module: nn.Module) -> list[nn.Parameter]:
-    return [p for name, p in module.named_parameters() if name[-2:] in ("_g", "_v", "l0", "l1")]
+    return [p for name, p in module.named_parameters() if name.endswith(PARTS)]
 
 
 def set_rows(layer: Any) -> None:
@@ -64,7 +66,7 @@ WRITES: dict[str, Callable[[Any], object]] = {
     "parameters()": in_a_loop_over_parameters,
     "reset_parameters": lambda layer: layer.reset_parameters(),
     "apply": lambda layer: layer.apply(lambda module: nn.init.ones_(module.weight)),
-    "optimizer": lambda layer: nn.Module.load_state_dict(
+    "load_state_dict": lambda layer: nn.Module.load_state_dict(
         layer, {k: torch.rand_like(v) for k, v in layer.state_dict().items()}, assign=True
     ),
 }
@@ -244,9 +246,8 @@ def test_a_padded_embedding_needs_eps() -> None:
     layer = ours(nn.Embedding(5, 3))
     layer.padding_idx = 2
     before = {key: value.clone() for key, value in layer.state_dict().items()}
-    with pytest.raises(wn.ZeroNormError, match=r"weight: .*1 slice.*eps > 0"):
-        with wn.writable(layer):
-            layer.reset_parameters()
+    with pytest.raises(wn.ZeroNormError, match=r"weight: .*1 slice"), wn.writable(layer):
+        layer.reset_parameters()
     for key, value in layer.state_dict().items():
         assert torch.equal(value, before[key])
     padded: Any = nn.Embedding(5, 3, padding_idx=2)
@@ -261,7 +262,7 @@ def test_a_padded_embedding_needs_eps() -> None:
 def test_one_failing_weight_holds_back_all_of_them() -> None:
     model = nn.Sequential(ours(nn.Linear(3, 4)), ours(nn.Linear(4, 2)))
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(wn.ZeroNormError, match="1.weight"), wn.writable(model):
+    with pytest.raises(wn.ZeroNormError, match=r"1\.weight"), wn.writable(model):  # noqa: PT012
         nn.init.ones_(model[0].weight)  # type: ignore[arg-type]
         nn.init.zeros_(model[1].weight)  # type: ignore[arg-type]
     for key, value in model.state_dict().items():
