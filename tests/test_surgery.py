@@ -296,3 +296,18 @@ def test_parametrizing_another_parameter_by_torch_and_by_us() -> None:
     wn.remove(layer)
     assert type(layer) is nn.LSTM
     assert torch.equal(layer(x)[0], output)
+
+
+def test_a_name_that_torch_gave_the_shared_class_is_harmless_elsewhere() -> None:
+    one, other = nn.Linear(3, 3), nn.Linear(3, 3)
+    for layer in (one, other):
+        wn.apply(layer, {"names": "", "params": "bias"})
+    parametrize.register_parametrization(one, "weight", nn.Identity())
+    assert type(one) is type(other)
+    x = torch.randn(2, 3)
+    expected = other(x)
+    legacy(other)  # sets a plain attribute `weight`
+    torch.testing.assert_close(other(x), expected)
+    wn.remove(other)
+    assert type(other) is nn.Linear
+    assert torch.equal(one(x), one(x))

@@ -220,14 +220,18 @@ class _Computed(property):
 
 def _computed(name: str) -> _Computed:
     def get(self: Any) -> Tensor:
-        if not _carries(self, name):
-            # Sends Python on to nn.Module.__getattr__: a Parameter of that name.
-            raise AttributeError(name)
-        return cast(Tensor, self.parametrizations[name]())
+        if _carries(self, name):
+            return cast(Tensor, self.parametrizations[name]())
+        # Torch may have given the shared class this name for another of its modules: here it
+        # is then a plain attribute, or a Parameter, which nn.Module.__getattr__ finds.
+        if name in self.__dict__:
+            return cast(Tensor, self.__dict__[name])
+        raise AttributeError(name)
 
     def put(self: Any, value: object) -> None:
         if not _carries(self, name):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            self.__dict__[name] = value
+            return
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is weight-normed; expected a tensor, got {type(value)}")
         self.parametrizations[name].right_inverse(value)
