@@ -90,6 +90,14 @@ def before_apply(site: Site) -> Iterator[Problem]:
             "parameter; exclude it from the rule",
         )
         return
+    if tensor.numel() == 0:
+        yield Problem(
+            ZeroNormError,
+            site.name,
+            f"{site.name} of shape {site.shape} has no elements and so no norm; exclude it from "
+            "the rule",
+        )
+        return
     yield from before_any_change(site)
 
 

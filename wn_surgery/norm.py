@@ -212,6 +212,7 @@ def _kernel_exists(v: Tensor, g: Tensor, dim: Dim) -> bool:
         and dim in (0, v.ndim - 1)
         and v.dtype in _FUSED_DTYPES
         and g.dtype == v.dtype
+        and v.numel() > 0  # torch's kernel divides by it and takes the process down
         and v.device.type in _FUSED_DEVICES
     )
 
