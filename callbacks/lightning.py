@@ -26,7 +26,14 @@ else:
         from lightning.pytorch import Callback
     except ModuleNotFoundError:
         # The two packages have a Callback class each; either base works with either Trainer.
-        from pytorch_lightning import Callback
+        try:
+            from pytorch_lightning import Callback
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "wn_surgery.callbacks.lightning needs Lightning: "
+                "pip install 'wn-surgery[lightning]'",
+                name=error.name,
+            ) from error
 
 _STATE_VERSION = 1
 # The module's hooks that may build layers, in the order in which they run: all of them after

@@ -125,6 +125,12 @@ CASES: list[tuple[Callable[[], nn.Module], RulesLike, type[wn.WeightNormError], 
     (linear, {"names": "0.weight"}, wn.UnmatchedRuleError, "names='0', params='weight'"),
     (linear, {"names": "**", "exclude_types": "Module"}, wn.UnmatchedRuleError, "excluded"),
     (linear, {"names": "0", "params": "b*"}, wn.UnmatchedRuleError, "fewer than two dim"),
+    (
+        lambda: nn.Sequential(nn.LayerNorm(3)),
+        {"names": "0"},
+        wn.UnmatchedRuleError,
+        "params='re:weight' without wildcards",
+    ),
     (linear, [LINEARS, LINEARS], wn.UnmatchedRuleError, "shadowed"),
     (linear, [LINEARS, {"action": "skip", "names": "o"}], wn.UnmatchedRuleError, "rule 2"),
     (

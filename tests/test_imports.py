@@ -126,3 +126,17 @@ print(wn.apply(layer, {str(plain)!r}).changed)
     error, changed = out.splitlines()[0], out.splitlines()[-1]
     assert "yaml" in error.lower() and "pip install" in error
     assert changed == "('weight',)"
+
+
+def test_the_callback_without_lightning_names_the_extra() -> None:
+    out = python(
+        'BLOCKED = {"lightning", "pytorch_lightning"}\n'
+        + BLOCK
+        + """
+try:
+    import wn_surgery.callbacks.lightning
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    )
+    assert "pip install 'wn-surgery[lightning]'" in out

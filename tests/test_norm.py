@@ -211,6 +211,18 @@ def test_tracing_records_an_operator() -> None:
     assert torch.equal(traced(2 * v, g), weight_norm(2 * v, g))
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 3)])
+def test_tensors_without_elements(shape: tuple[int, ...]) -> None:
+    for dim in (0, len(shape) - 1, None, (0,)):
+        v = torch.empty(shape, requires_grad=True)
+        g = magnitude(v, dim)
+        assert g.shape == norm_except(v, dim).shape == g_shape(shape, dim)
+        assert zero_slices(v, dim) == g.numel()  # a norm over nothing is zero
+        w = weight_norm(v, g, dim)
+        w.sum().backward()
+        assert w.shape == shape and v.grad is not None
+
+
 def test_inference_mode_and_autocast() -> None:
     v, g = pair((3, 4), 0, torch.float32)
     with torch.inference_mode():

@@ -195,6 +195,7 @@ def zero_row() -> Tensor:
         (ones(weight=zero_row()), r"weight: the new weight has 1 slice\(s\) of zero or non-finite"),
         (ones(weight=torch.full((4, 3), torch.nan)), "non-finite"),
         (ones(weight=[1.0]), r"expected torch.Tensor .* but received"),
+        (ones(weight=torch.empty(4, 3, device="meta")), "weight: .* on the meta device"),
     ],
 )
 def test_what_cannot_be_loaded_leaves_g_and_v(state: StateDict, match: str, strict: bool) -> None:
@@ -220,6 +221,7 @@ G, V = "parametrizations.weight.original0", "parametrizations.weight.original1"
         (ones("weight", weight_g=torch.ones(4, 1)), {G, V}, {"weight_g"}),
         (ones(**{G: torch.ones(4, 1), V: torch.ones(4, 3)}), set(), {"weight"}),
         (ones(weight_g=torch.ones(4, 1), weight_v=torch.ones(4, 3)), set(), {"weight"}),
+        (ones(**{G: torch.ones(4, 1)}), {V}, {"weight"}),
     ],
 )
 def test_keys_that_do_not_fit_are_reported(
@@ -253,3 +255,13 @@ def test_a_removed_site_no_longer_adopts() -> None:
         layer.load_state_dict(state)
     layer.load_state_dict(ones())
     assert torch.equal(layer.weight, torch.ones(4, 3))  # type: ignore[arg-type]
+
+
+def test_whole_numbers_are_converted_but_not_assigned() -> None:
+    layer = ours(nn.Linear(3, 4))
+    layer.load_state_dict(ones(weight=torch.ones(4, 3, dtype=torch.int64)))
+    torch.testing.assert_close(layer.weight, torch.ones(4, 3))
+    before = layer.state_dict()[V].clone()
+    with pytest.raises(RuntimeError, match=r"weight: expected a floating-point tensor .*int64"):
+        layer.load_state_dict(ones(weight=torch.ones(4, 3, dtype=torch.int64)), assign=True)
+    assert torch.equal(layer.state_dict()[V], before)

@@ -179,10 +179,12 @@ def _no_such_parameter(rule: Rule, nodes: Sequence[Node]) -> str:
 
 
 def _not_eligible(names: Sequence[str]) -> str:
+    param = names[0].rpartition(".")[2]
+    # The default, `weight`, says nothing of vectors: only another spelling of it names them.
+    naming = f"re:{param}" if param == "weight" else param
     return (
         f"{_some(names)} has fewer than two dimensions or is not floating-point; a vector takes "
-        f"weight norm only where the rule names it, e.g. params={names[0].rpartition('.')[2]!r} "
-        "without wildcards"
+        f"weight norm only where the rule names it, e.g. params={naming!r} without wildcards"
     )
 
 

@@ -103,7 +103,7 @@ def weight_norm(
     """
     if eps == 0.0 and norm_dtype is None and _kernel_exists(v, g, dim):
         assert isinstance(dim, int)  # narrows the type; _kernel_exists has checked it
-        if torch.compiler.is_compiling() or torch._C._is_tracing():
+        if _traced():
             # A tracer wants one known operator; it never differentiates twice. For vectors,
             # though, torch's decomposition of it sums along the kept axis.
             if v.ndim > 1:
@@ -171,6 +171,8 @@ def zero_slices(v: Tensor, dim: Dim) -> int:
         1
     """
     norms = _norm(v.detach(), dim)
+    if norms.numel() == 0:
+        return 0
     low, high = torch.aminmax(norms)
     if low > 0 and high < math.inf:
         return 0
@@ -178,9 +180,10 @@ def zero_slices(v: Tensor, dim: Dim) -> int:
 
 
 def _norm(x: Tensor, dim: Dim) -> Tensor:
-    if not isinstance(dim, tuple) and not _transformed():
+    if not isinstance(dim, tuple) and not _transformed() and not _empty(x):
         return torch.norm_except_dim(x, 2, -1 if dim is None else dim)
-    # norm_except_dim knows neither several axes nor, for the whole tensor, forward AD.
+    # norm_except_dim knows neither several axes nor empty tensors nor, for the whole tensor,
+    # forward AD.
     if dim is None:
         return cast(Tensor, torch.linalg.vector_norm(x))
     kept = dim if isinstance(dim, tuple) else (dim,)
@@ -212,9 +215,19 @@ def _kernel_exists(v: Tensor, g: Tensor, dim: Dim) -> bool:
         and dim in (0, v.ndim - 1)
         and v.dtype in _FUSED_DTYPES
         and g.dtype == v.dtype
-        and v.numel() > 0  # torch's kernel divides by it and takes the process down
+        and not _empty(v)  # torch's kernel divides by the size and takes the process down
         and v.device.type in _FUSED_DEVICES
     )
+
+
+def _empty(v: Tensor) -> bool:
+    # While torch.jit traces, a size is a tensor, and asking for its truth is recorded.
+    return not _traced() and v.numel() == 0
+
+
+def _traced() -> bool:
+    # In this order: torch.compile stops at the second question.
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
 def _transformed() -> bool:

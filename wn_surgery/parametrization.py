@@ -372,21 +372,29 @@ def _adopt_layouts(
         if all(key in state_dict for key in legacy):
             state_dict[g_key] = state_dict.pop(legacy[0])
             state_dict[v_key] = state_dict.pop(legacy[1])
-        elif plain in state_dict and v_key not in state_dict:
+        elif plain in state_dict and not {g_key, v_key} & state_dict.keys():
             weight = state_dict.pop(plain)
-            assign = local_metadata.get("assign_to_params_buffers", False)
-            v = plist.original1
-            if isinstance(weight, Tensor) and not (assign or v.is_meta):
-                # g must be the norm of the values that v will hold, not of wider ones.
-                weight = weight.to(dtype=v.dtype, device=v.device)
-            state_dict[v_key] = weight
-            if not isinstance(weight, Tensor) or weight.shape != v.shape:
-                # torch reports the shape of original1; g must not look missing as well.
-                state_dict[g_key] = plist.original0.detach()
-                continue
-            try:
-                state_dict[g_key] = cast(WeightNorm, plist[0]).right_inverse(weight)[0]
-            except ZeroNormError as error:
-                state_dict[g_key] = plist.original0.detach()
-                state_dict[v_key] = v.detach()
+            assign = bool(local_metadata.get("assign_to_params_buffers"))
+            g, v, error = _split(weight, plist, assign)
+            state_dict[g_key], state_dict[v_key] = g, v
+            if error:
                 error_msgs.append(f"{plain}: {error}")
+
+
+def _split(weight: Any, plist: WeightNormList, assign: bool) -> tuple[Any, Any, str]:
+    """The g and v of a plain ``weight`` from a state dict; those of now, where it has none."""
+    now = plist.original0.detach(), plist.original1.detach()
+    if not isinstance(weight, Tensor) or weight.shape != now[1].shape:
+        # torch reports the type or the shape as that of original1; g must not look missing too.
+        return now[0], weight, ""
+    if weight.is_meta and not (assign or now[1].is_meta):
+        return *now, "the checkpoint's tensor is on the meta device and has no values to load"
+    if not (assign or now[1].is_meta):
+        # g must be the norm of the values that v will hold, not of wider ones.
+        weight = weight.to(dtype=now[1].dtype, device=now[1].device)
+    if not (weight.is_floating_point() or weight.is_complex()):
+        return *now, f"expected a floating-point tensor to assign, got {weight.dtype}"
+    try:
+        return cast(WeightNorm, plist[0]).right_inverse(weight)[0], weight, ""
+    except ZeroNormError as error:
+        return *now, str(error)
