@@ -218,7 +218,13 @@ def test_bad_input_is_refused_whole(
 
 def test_every_exception_has_a_case() -> None:
     raised = {case[2] for case in CASES}
-    elsewhere = {wn.RuleError, wn.RuleFileError, wn.FoldedModelError, wn.WeightNormError}
+    elsewhere = {
+        wn.RuleError,
+        wn.RuleFileError,
+        wn.FoldedModelError,
+        wn.FusionError,
+        wn.WeightNormError,
+    }
     family = {
         value
         for value in vars(wn.errors).values()

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import wn_surgery as wn
-from wn_surgery.parametrization import WeightNorm, base_class, class_for, computed_names, is_managed
+from wn_surgery.module_class import base_class, class_for, computed_names, is_managed
+from wn_surgery.parametrization import WeightNorm
 
 X = torch.linspace(-1, 1, 6).view(2, 3)
 

@@ -87,16 +87,29 @@ def test_the_page_of_the_design_has_every_file_and_imports_point_upward() -> Non
     page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     table = page[page.index("## File by file") : page.index("## Decisions")]
     listed = re.findall(r"^\| `([\w/]+)\.py` \|", table, re.MULTILINE)
-    package = {path.stem for path in (ROOT / "wn_surgery").glob("*.py")}
+    package = {
+        path.relative_to(ROOT / "wn_surgery").with_suffix("").as_posix()
+        for path in (ROOT / "wn_surgery").rglob("*.py")
+        if "callbacks" not in path.parts
+    }
     faces = {f"callbacks/{path.stem}" for path in (ROOT / "callbacks").glob("[a-z]*.py")}
     assert sorted(listed) == sorted(package | faces)
     for place, name in enumerate(listed):
-        path = (ROOT if "/" in name else ROOT / "wn_surgery") / f"{name}.py"
+        face = name.startswith("callbacks/")
+        path = (ROOT if face else ROOT / "wn_surgery") / f"{name}.py"
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.ImportFrom) or not (
-                node.level or (node.module or "").startswith("wn_surgery")
-            ):
-                continue
-            module = (node.module or "").removeprefix("wn_surgery").lstrip(".")
-            for imported in [module] if module else [alias.name for alias in node.names]:
-                assert imported in listed[:place], f"{name} imports {imported}"
+            if isinstance(node, ast.ImportFrom):
+                for imported in imported_files(node, name):
+                    known = {imported, f"{imported}/__init__"} & set(listed[:place])
+                    assert known, f"{name} imports {imported}"
+
+
+def imported_files(node: ast.ImportFrom, name: str) -> list[str]:
+    """What an import statement in file ``name`` imports of this library, as in the table."""
+    module = (node.module or "").replace(".", "/")
+    if not node.level:
+        inside = module.startswith("wn_surgery/")
+        return [module.removeprefix("wn_surgery/")] if inside else []
+    folder = name.split("/")[: -node.level]
+    modules = [module] if module else [alias.name for alias in node.names]
+    return ["/".join([*folder, each]) for each in modules]

@@ -6,6 +6,7 @@ from .errors import (
     DimensionError,
     ExistingSiteError,
     FoldedModelError,
+    FusionError,
     InferenceModeError,
     LazyParameterError,
     NonFloatingError,
@@ -19,6 +20,7 @@ from .errors import (
     WrappedModuleError,
     ZeroNormError,
 )
+from .fused import Fusion, fuse, unfuse
 from .plan import Plan, Step
 from .planning import UnmatchedRuleWarning, plan
 from .rules import Rule
@@ -30,6 +32,8 @@ __all__ = [
     "DimensionError",
     "ExistingSiteError",
     "FoldedModelError",
+    "Fusion",
+    "FusionError",
     "InferenceModeError",
     "LazyParameterError",
     "NonFloatingError",
@@ -50,9 +54,11 @@ __all__ = [
     "ZeroNormError",
     "apply",
     "folded",
+    "fuse",
     "migrate",
     "plan",
     "remove",
     "sites",
+    "unfuse",
     "writable",
 ]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from . import layouts
-from .errors import FoldedModelError, ZeroNormError
-from .layouts import Held, carried
-from .parametrization import FOLDED, class_for, is_managed
+from .errors import FoldedModelError
+from .layouts import Held
+from .module_class import FOLDED, class_for, is_managed
+from .opened import Opened, Pair, Weight, forget, parametrized, restore_class
 from .sites import Site, is_folded, sites_of, walk
-from .undo import Snapshot
 
 __all__ = ["folded", "writable"]
 
@@ -38,6 +38,11 @@ def folded(model: nn.Module) -> Generator[None]:
         model: any module tree; all layouts are folded. Contexts may be nested and may
             overlap, on one model or on several, in any thread.
 
+    Raises:
+        FoldedModelError: a folded weight was assigned or deleted: at once, or for the hook
+            of ``torch.nn.utils.weight_norm`` on exit. Nothing has changed then. Also for
+            surgery inside.
+
     Example:
         >>> import torch, wn_surgery as wn
         >>> layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 8))
@@ -47,22 +52,34 @@ def folded(model: nn.Module) -> Generator[None]:
         >>> layer.weight is layer.weight
         False
     """
-    found = [site for node in walk(model) for site in sites_of(node) if site.normed]
-    entered: list[_Fold] = []
+    found: list[Site] = []
+    entered: list[tuple[Site, _Fold]] = []
+    replaced: list[str] = []
     try:
         # One step for all threads: the last to leave must not tear down what another enters.
         with _LOCK:
+            found = _normed(model)
             for site in found:
                 fold = _fold_of(site)
                 fold.enter()
-                entered.append(fold)
+                entered.append((site, fold))
             _refresh(found)
         yield
     finally:
         with _LOCK:
-            for fold in reversed(entered):
-                fold.leave()
+            for site, fold in reversed(entered):
+                if not fold.leave():
+                    replaced.append(site.name)
             _refresh(found)
+    if replaced:
+        raise FoldedModelError(
+            f"{', '.join(reversed(replaced))} was assigned or deleted inside folded(), where it is "
+            "only read, and is as it was before; write to it inside writable(), or outside"
+        )
+
+
+def _normed(model: nn.Module) -> list[Site]:
+    return [site for node in walk(model) for site in sites_of(node) if site.normed]
 
 
 def _refresh(found: list[Site]) -> None:
@@ -71,11 +88,15 @@ def _refresh(found: list[Site]) -> None:
 
 
 def _fold_of(site: Site) -> _Fold:
-    folds: dict[str, _Fold] = FOLDED.setdefault(site.module, {})
-    if site.param not in folds:
-        assert site.held is not None
-        folds[site.param] = _Fold(site.module, site.param, site.held)
-    return folds[site.param]
+    fold: object = FOLDED.get(site.module, {}).get(site.param)
+    if isinstance(fold, _Fold):
+        return fold
+    if fold is not None:
+        raise FoldedModelError(
+            f"{site.name} was given weight norm inside writable(); leave that context first"
+        )
+    assert site.held is not None
+    return _Fold(site.module, site.param, site.held)
 
 
 class _Fold:
@@ -98,23 +119,29 @@ class _Fold:
         value = current if usable and current is not None else self._held.compute()
         if self._unfold is None:
             fold = _fold_hook if self._held.layout == "legacy" else _fold_class
-            self._unfold = fold(self._module, self._param)
+            self._unfold = fold(self._module, self._param, value)
+            FOLDED.setdefault(self._module, {})[self._param] = self
         self._values.append(value)
         self._module.__dict__[self._param] = value
 
-    def leave(self) -> None:
-        """Drop this context's value; the last one to leave restores the layout."""
-        self._values.pop()
+    def leave(self) -> bool:
+        """Drop this context's value; the last one to leave restores the layout.
+
+        Returns:
+            Whether the weight was still in its place.
+        """
+        value = self._values.pop()
+        # A legacy module's class lets an assignment pass; a Parameter goes here.
+        stray = self._module._parameters.pop(self._param, None)
+        in_place = stray is None and self._module.__dict__.get(self._param) is value
         if self._values:
             self._module.__dict__[self._param] = self._values[-1]
-            return
-        del FOLDED[self._module][self._param]
-        if not FOLDED[self._module]:
-            del FOLDED[self._module]
-        self._module.__dict__.pop(self._param, None)
+            return in_place
+        forget(self._module, self._param)
         if self._unfold is not None:
             self._unfold()
             self._unfold = None
+        return in_place
 
     def _wants_graph(self) -> bool:
         g, v = self._held.g, self._held.v
@@ -122,18 +149,25 @@ class _Fold:
         return torch.is_grad_enabled() and (g.requires_grad or v.requires_grad)
 
 
-def _fold_class(module: nn.Module, param: str) -> Callable[[], None]:
+def _fold_class(module: nn.Module, param: str, value: Tensor) -> Callable[[], None]:
     """Give the module a class without the property, which would hide the tensor."""
-    before = type(module)
+    before, names = type(module), parametrized(module)
     below = before
-    live: set[str] = set()
     # torch's class may lie under ours; every class down to the one that computes the
     # parameter is left, and the others' parameters are computed by the new one.
     while param in vars(below) or is_managed(below):
-        live |= vars(below).keys() & carried(module).keys()
         below = cast("type[nn.Module]", below.__bases__[0])
-    object.__setattr__(module, "__class__", class_for(below, live - {param}))
-    return lambda: object.__setattr__(module, "__class__", before)
+    live = {name for name in names if not isinstance(getattr(below, name, None), property)}
+    cls = class_for(below, live - {param})
+    # In this order, another thread that reads the weight finds one at any time.
+    module.__dict__[param] = value
+    object.__setattr__(module, "__class__", cls)
+
+    def unfold() -> None:
+        restore_class(module, before, names)
+        module.__dict__.pop(param, None)
+
+    return unfold
 
 
 class _FoldedHook:
@@ -153,7 +187,7 @@ def _itself(hook: Any) -> Any:
     return hook
 
 
-def _fold_hook(module: nn.Module, param: str) -> Callable[[], None]:
+def _fold_hook(module: nn.Module, param: str, value: Tensor) -> Callable[[], None]:
     hooks = module._forward_pre_hooks
     replaced = {
         key: hook
@@ -161,13 +195,16 @@ def _fold_hook(module: nn.Module, param: str) -> Callable[[], None]:
         if getattr(hook, "name", None) == param and hasattr(hook, "compute_weight")
     }
     stale = module.__dict__.get(param)
+    module.__dict__[param] = value
     hooks.update({key: _FoldedHook(hook) for key, hook in replaced.items()})
 
     def unfold() -> None:
         for key, hook in replaced.items():
             if key in hooks:
                 hooks[key] = hook
-        if stale is not None:
+        if stale is None:
+            module.__dict__.pop(param, None)
+        else:
             module.__dict__[param] = stale
 
     return unfold
@@ -180,15 +217,19 @@ def writable(model: nn.Module) -> Generator[None]:
     So ``nn.init``, ``copy_``, ``.data``, ``reset_parameters`` and a model's own
     ``_init_weights`` take effect, which torch's weight norm drops in silence. A weight
     that was not written keeps its g and v bit for bit. g and v stay the same Parameters.
+    They go where the weight goes: ``model.to`` a dtype or device inside moves them too.
 
     Args:
         model: any module tree; all layouts become writable.
 
     Raises:
         FoldedModelError: the model is inside ``folded``. (Inside another ``writable`` its
-            weights are writable already, and this one does nothing.)
-        ZeroNormError: on exit, a written weight has no direction and eps is 0. g and v are
-            then as they were on entry, as they are when the body raises.
+            weights are writable already, and this one does nothing.) Or, on exit, a weight
+            is no Parameter any more, since the body deleted or parametrized it; its module
+            is then as it was on entry. Also for surgery inside.
+        ZeroNormError: on exit, a written weight has no direction and eps is 0.
+        ValueError: on exit, a weight has another shape. Whatever is raised, here or in the
+            body, g and v have the values they had on entry.
 
     Example:
         >>> import torch, wn_surgery as wn
@@ -198,95 +239,43 @@ def writable(model: nn.Module) -> Generator[None]:
         >>> layer.parametrizations.weight.original0.flatten()[:2].tolist()
         [2.0, 2.0]
     """
-    found = [site for node in walk(model) for site in sites_of(node) if site.normed]
-    for site in found:
-        if is_folded(site.node):
-            raise FoldedModelError(f"{site.name} is inside folded() now; leave that context first")
-    opened = {id(site.module): _Opened(site.module) for site in found}
-    before: list[Tensor] = []
-    written: list[tuple[Tensor, Tensor] | None] = []
-    made: dict[int, nn.Parameter] = {}
+    found: list[Site] = []
+    opened: dict[int, Opened] = {}
+    weights: list[Weight] = []
+    written: list[Pair | None] | None = None
     try:
-        for site in found:
-            module, held = site.module, site.held
-            assert held is not None and held.v is not None
-            FOLDED[module] = {}
-            weight = made.setdefault(id(held.v), held.weight())
-            before.append(weight.detach().clone())
-            layouts.put_plain(module, site.param, weight, layouts.clear(module, site.param))
-        _refresh(found)
-        for layout in opened.values():
-            layout.note()
+        with _LOCK:
+            found = _normed(model)
+            for site in found:
+                if is_folded(site.node):
+                    raise FoldedModelError(
+                        f"{site.name} is inside folded() or writable() now; "
+                        "leave that context first"
+                    )
+            opened = {id(site.module): Opened(site.module) for site in found}
+            made: dict[int, nn.Parameter] = {}
+            for site in found:
+                weight = Weight(site, made)
+                weights.append(weight)
+                FOLDED.setdefault(site.module, {})[site.param] = weight
+                order = layouts.clear(site.module, site.param)
+                layouts.put_plain(site.module, site.param, weight.parameter, order)
+            _refresh(found)
+            for module in opened.values():
+                module.note({site.param for site in found if site.module is module.module})
         yield
-        written = [_read_back(site, old) for site, old in zip(found, before, strict=True)]
+        written = [weight.read_back() for weight in weights]
     finally:
-        for site in found:
-            FOLDED.pop(site.module, None)
-        for layout in opened.values():
-            layout.close()
-        with torch.no_grad():
-            # Empty unless the body and every check went through.
-            for site, new in zip(found, written, strict=False):
-                held = site.held
-                if new is not None and held is not None and held.g is not None:
-                    held.g.copy_(new[0])
-                    held.v.copy_(new[1])  # type: ignore[union-attr]
-        _refresh(found)
-
-
-def _read_back(site: Site, before: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The g and v of a weight that was written; ``None`` where it is as it was."""
-    weight = getattr(site.module, site.param).detach()
-    norm = site.norm
-    assert norm is not None and site.tensor is not None
-    if weight.shape != before.shape:
-        raise ValueError(
-            f"{site.name} was replaced by a tensor of shape {tuple(weight.shape)}; expected "
-            f"{tuple(before.shape)}; remove weight norm first to change the shape"
-        )
-    # Unlike torch.equal, this takes the NaNs of a diverged model as unchanged.
-    if weight.is_meta or torch.allclose(weight, before, rtol=0.0, atol=0.0, equal_nan=True):
-        return None
-    try:
-        return norm.right_inverse(weight.to(site.tensor))
-    except ZeroNormError as error:
-        raise ZeroNormError(f"{site.name}: {error}") from error
-
-
-class _Opened:
-    """Puts back what opening a module took out, and leaves alone what the body changed."""
-
-    _CONTAINERS = ("_parameters", "_modules", "_forward_pre_hooks", "_load_state_dict_pre_hooks")
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._whole = Snapshot(module)
-        lists = module._modules.get("parametrizations")
-        self._lists = None if lists is None else Snapshot(lists)
-        self._class = type(module)
-        self._before = {key: dict(module.__dict__[key]) for key in self._CONTAINERS}
-        self._weights = {k: v for k, v in module.__dict__.items() if isinstance(v, Tensor)}
-        self._ours: dict[str, set[str]] = {}
-
-    def note(self) -> None:
-        """The module is open: what differs from before is ours to put back."""
-        for key, before in self._before.items():
-            self._ours[key] = before.keys() ^ self._module.__dict__[key].keys()
-
-    def close(self) -> None:
-        """Put the layout back."""
-        if self._lists is not None:
-            self._lists.restore()
-        if not self._ours:  # opening failed half-way; the body has not run
-            self._whole.restore()
-            return
-        attributes = self._module.__dict__
-        for key, ours in self._ours.items():
-            now, before = attributes[key], self._before[key]
-            kept = {k: v for k, v in now.items() if k not in ours}
-            entries = {k: kept.get(k, v) for k, v in before.items() if k in ours or k in kept}
-            now.clear()
-            now.update(entries | kept)
-        for name, weight in self._weights.items():
-            attributes.setdefault(name, weight)
-        object.__setattr__(self._module, "__class__", self._class)
+        with _LOCK:
+            for weight in weights:
+                forget(weight.site.module, weight.site.param)
+            for module in opened.values():
+                module.close()
+            with torch.no_grad():
+                # Not one is written unless the body and every check went through.
+                new = written or [weight.moved(weight.parameter) for weight in weights]
+                exchanged: dict[int, nn.Parameter] = {}
+                for weight, pair in zip(weights, new, strict=True):
+                    if pair is not None:
+                        weight.settle(pair, exchanged)
+            _refresh(found)

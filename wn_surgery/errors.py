@@ -12,6 +12,7 @@ __all__ = [
     "DimensionError",
     "ExistingSiteError",
     "FoldedModelError",
+    "FusionError",
     "InferenceModeError",
     "LazyParameterError",
     "NonFloatingError",
@@ -98,3 +99,7 @@ class StackedParametrizationError(WeightNormError):
 
 class FoldedModelError(WeightNormError):
     """Surgery was asked for inside ``folded`` or ``writable``."""
+
+
+class FusionError(WeightNormError):
+    """Whole-model evaluation was asked of a model, or of a weight, that cannot have it."""

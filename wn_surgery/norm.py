@@ -20,8 +20,8 @@ __all__ = ["Dim", "g_shape", "magnitude", "norm_except", "weight_norm", "zero_sl
 
 Dim: TypeAlias = "int | tuple[int, ...] | None"
 
-_FUSED_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
-_FUSED_DEVICES = frozenset({"cpu", "cuda"})
+KERNEL_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+KERNEL_DEVICES = frozenset({"cpu", "cuda"})
 _PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
@@ -103,18 +103,18 @@ def weight_norm(
     """
     if eps == 0.0 and norm_dtype is None and _kernel_exists(v, g, dim):
         assert isinstance(dim, int)  # narrows the type; _kernel_exists has checked it
-        if _traced():
+        if traced():
             # A tracer wants one known operator; it never differentiates twice. For vectors,
             # though, torch's decomposition of it sums along the kept axis.
             if v.ndim > 1:
-                return _like(torch._weight_norm(v, g, dim), v)
-        elif not _transformed() and type(v) in _PLAIN_TYPES and type(g) in _PLAIN_TYPES:
+                return like(torch._weight_norm(v, g, dim), v)
+        elif not transformed() and type(v) in _PLAIN_TYPES and type(g) in _PLAIN_TYPES:
             contiguous = v.contiguous()
             if torch.is_grad_enabled() and (v.requires_grad or g.requires_grad):
                 w: Tensor = _fused(contiguous, g.contiguous(), dim)
             else:
                 w = torch._weight_norm_interface(contiguous, g.contiguous(), dim)[0]
-            return w if contiguous is v else _like(w, v)
+            return w if contiguous is v else like(w, v)
     return _composite(v, g, dim, eps, norm_dtype)
 
 
@@ -179,8 +179,14 @@ def zero_slices(v: Tensor, dim: Dim) -> int:
     return int((~((norms > 0) & norms.isfinite())).sum())
 
 
+def clamped_norm(x: Tensor, dim: Dim, eps: float) -> Tensor:
+    """The values of :func:`norm_except` in one pass less; not to be differentiated."""
+    norms = _norm(x, dim)
+    return norms if eps == 0.0 else norms.clamp_min(eps)
+
+
 def _norm(x: Tensor, dim: Dim) -> Tensor:
-    if not isinstance(dim, tuple) and not _transformed() and not _empty(x):
+    if not isinstance(dim, tuple) and not transformed() and not _empty(x):
         return torch.norm_except_dim(x, 2, -1 if dim is None else dim)
     # norm_except_dim knows neither several axes nor empty tensors nor, for the whole tensor,
     # forward AD.
@@ -213,30 +219,31 @@ def _kernel_exists(v: Tensor, g: Tensor, dim: Dim) -> bool:
     return (
         isinstance(dim, int)
         and dim in (0, v.ndim - 1)
-        and v.dtype in _FUSED_DTYPES
+        and v.dtype in KERNEL_DTYPES
         and g.dtype == v.dtype
         and not _empty(v)  # torch's kernel divides by the size and takes the process down
-        and v.device.type in _FUSED_DEVICES
+        and v.device.type in KERNEL_DEVICES
     )
 
 
 def _empty(v: Tensor) -> bool:
     # While torch.jit traces, a size is a tensor, and asking for its truth is recorded.
-    return not _traced() and v.numel() == 0
+    return not traced() and v.numel() == 0
 
 
-def _traced() -> bool:
+def traced() -> bool:
+    """Whether torch.compile, torch.export or torch.jit is recording what is called."""
     # In this order: torch.compile stops at the second question.
     return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether forward-mode AD or a ``torch.func`` transform is under way."""
     # torch has no public question for either; its own autograd.Function asks the same.
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-def _like(w: Tensor, v: Tensor) -> Tensor:
+def like(w: Tensor, v: Tensor) -> Tensor:
     """``w`` in the channels_last layout of ``v``, which torch's operator drops."""
     if v.is_contiguous():
         return w

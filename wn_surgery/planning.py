@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from contextlib import contextmanager
 from typing import Literal, TypeAlias
 
@@ -20,6 +20,7 @@ from .errors import (
 )
 from .layouts import Layout
 from .matching import Match, match
+from .module_class import FOLDED
 from .parametrization import WeightNorm
 from .plan import Plan, Step
 from .rules import Rule, RulesLike, as_rules
@@ -133,14 +134,19 @@ def build_removal(model: nn.Module) -> Plan:
     return made
 
 
-def build_migration(model: nn.Module, to: Layout) -> Plan:
-    """The plan of :func:`wn_surgery.migrate`."""
+def build_migration(
+    model: nn.Module, to: Layout, of: Collection[Layout] = ("legacy", "parametrized")
+) -> Plan:
+    """The plan of :func:`wn_surgery.migrate`, for the sites whose layout is among ``of``."""
     nodes = walk(model)
     made = Plan(model, (), [], parameters=Index(nodes).count)
     for node in nodes:
         for site in sites_of(node):
+            if _is_open(site):
+                made.problems.extend(checks.before_any_change(site))
+                continue
             held = site.held
-            if held is None or held.norm is None:
+            if held is None or held.norm is None or held.layout not in of:
                 continue
             there = held.layout == to and (to == "legacy" or held.maker == "wn_surgery")
             step = Step(site, "keep" if there else "migrate", to, held.norm, None)
@@ -178,8 +184,15 @@ def _plan_removal(step: Step) -> Iterator[Problem]:
         yield from checks.before_any_change(site)
     elif site.held is not None and "WeightNorm" in site.held.maker:
         yield _stacked(site)
+    elif _is_open(site):  # it only looks plain
+        yield from checks.before_any_change(site)
     else:
         step.why += ", no weight norm here"
+
+
+def _is_open(site: Site) -> bool:
+    """Whether the parameter itself is inside ``folded`` or ``writable`` now."""
+    return site.param in FOLDED.get(site.module, ())
 
 
 def _plan_application(step: Step, rule: Rule) -> Iterator[Problem]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .layouts import Held, Layout, carried
+from .module_class import FOLDED, base_class
 from .norm import Dim
-from .parametrization import FOLDED, WeightNorm, base_class
+from .parametrization import WeightNorm
 
 __all__ = ["Node", "Site", "sites", "walk"]
 
@@ -182,33 +183,40 @@ def walk(model: nn.Module) -> list[Node]:
 
     Modules inside ``parametrizations`` are left out: they are storage, not layers.
     """
-    nodes: dict[int, Node] = {}
-    kinds: dict[type, tuple[str | None, str | None]] = {}
-    active: set[int] = set()
+    found = _Walk()
+    found.visit(model, "", None)
+    return list(found.nodes.values())
 
-    def visit(module: nn.Module, path: str, wrapped: str | None) -> None:
-        if id(module) in active or isinstance(module, torch.jit.ScriptModule):
+
+class _Walk:
+    # Not a function in a function: one that calls itself is a cycle, by which the model it
+    # saw would outlive its last user until the collector comes by.
+    def __init__(self) -> None:
+        self.nodes: dict[int, Node] = {}
+        self._kinds: dict[type, tuple[str | None, str | None]] = {}
+        self._active: set[int] = set()
+
+    def visit(self, module: nn.Module, path: str, wrapped: str | None) -> None:
+        """Add ``module``, which is at ``path``, and what is below it."""
+        if id(module) in self._active or isinstance(module, torch.jit.ScriptModule):
             return
         cls = type(module)
-        if cls not in kinds:
-            kinds[cls] = (_find(cls, _TRANSPARENT), _find(cls, _HOLDERS))
-        transparent, holder = kinds[cls]
+        if cls not in self._kinds:
+            self._kinds[cls] = (_find(cls, _TRANSPARENT), _find(cls, _HOLDERS))
+        transparent, holder = self._kinds[cls]
         wrapped = holder or wrapped
-        node = nodes.get(id(module))
+        node = self.nodes.get(id(module))
         if node is None:
-            nodes[id(module)] = Node(module, [path], base_class(module), wrapped)
+            self.nodes[id(module)] = Node(module, [path], base_class(module), wrapped)
         elif path not in node.paths:
             node.paths.append(path)
-        active.add(id(module))
+        self._active.add(id(module))
         prefix = f"{path}." if path else ""
         for name, child in module._modules.items():
             if child is None or (name == "parametrizations" and isinstance(child, nn.ModuleDict)):
                 continue
-            visit(child, path if name == transparent else prefix + name, wrapped)
-        active.discard(id(module))
-
-    visit(model, "", None)
-    return list(nodes.values())
+            self.visit(child, path if name == transparent else prefix + name, wrapped)
+        self._active.discard(id(module))
 
 
 def is_folded(node: Node) -> bool:

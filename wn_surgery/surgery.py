@@ -16,6 +16,7 @@ from .parametrization import WeightNorm
 from .plan import Plan, Step
 from .planning import OnUnmatched, build, build_migration, build_removal
 from .rules import Rule, RulesLike, as_rules
+from .slots import settle
 from .undo import UndoLog
 
 __all__ = ["Report", "apply", "execute", "migrate", "remove"]
@@ -209,6 +210,8 @@ def execute(plan: Plan, optimizers: Iterable[Any] = ()) -> Report:
         edit.rollback()
         log.rollback()
         raise
+    if plan.changes:
+        settle(plan.model)
     return _report(plan, changes)
 
 

@@ -1,0 +1,188 @@
+"""Whole-model evaluation: the weights of a model computed in groups, once a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from typing import get_args
+
+from torch import nn
+
+from ..errors import FoldedModelError, FusionError
+from ..planning import build_migration
+from ..sites import is_folded, sites_of, walk
+from ..surgery import execute
+from .choice import Mode
+from .fusion import Enter, Fusion, Leave, Member, unhook
+
+__all__ = ["Fusion", "Member", "Mode", "fuse", "invalidate", "shared", "unfuse"]
+
+
+def fuse(model: nn.Module, mode: Mode = "auto", *, reuse: bool = False) -> Fusion:
+    """Compute the weights of ``model`` in groups, each once a forward, with one autograd node.
+
+    A group is computed when the first of its weights is read inside ``model(...)``; until
+    that call returns, reading any of them costs what reading an attribute costs. Outside of
+    it, and where a tracer or a transform looks on (``torch.compile``, ``torch.export``,
+    ``torch.jit``, ``torch.func``, forward-mode AD), a weight is computed as if nothing were
+    fused. Values, parameters, names, state dicts and optimizers are what they were. Copies
+    and pickles of the model are fused too.
+
+    Modules whose weight norm is ``torch.nn.utils.parametrizations.weight_norm`` become this
+    library's first, as by :func:`wn_surgery.migrate`; the legacy hook's are left out.
+
+    Args:
+        model: the module that is called: weights are shared within one call of it. Fuse the
+            generator and the discriminator, not what holds both.
+        mode: ``auto``: Triton on CUDA where it can, torch's operators on the CPU; weights
+            for which neither is possible are left out, and the result says why.
+            ``triton``, ``cpu``: that path (``cpu`` means torch's operators, on any
+            device), or an error.
+        reuse: keep the values after a call without grad in eval mode, for the next such
+            call. They are dropped when a version or address of a g or v changes, an optimizer
+            steps, or ``train``, ``eval``, ``to`` or ``load_state_dict`` is called.
+            **A write through** ``.data`` **goes unseen** (as an average of weights may be
+            swapped in): call :func:`invalidate` after it. :func:`wn_surgery.folded` has no
+            such trap.
+
+    Returns:
+        The groups; print it to see which path each weight takes, and why.
+
+    Raises:
+        FusionError: nothing in the model is weight-normed, or ``mode`` names a path that a
+            weight cannot take.
+        FoldedModelError: the model is inside ``folded`` or ``writable``.
+
+    Example:
+        >>> import torch, wn_surgery as wn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> _ = wn.apply(model, {"types": "Linear"})
+        >>> print(wn.fuse(model))
+        weight    path  group
+        --------  ----  -----
+        0.weight  cpu   0
+        1.weight  cpu   0
+        2 of 2 weights in 1 groups
+    """
+    if mode not in get_args(Mode):
+        known = ", ".join(repr(name) for name in get_args(Mode))
+        raise ValueError(f"fuse(mode={mode!r}): expected one of {known}; to end it, use unfuse()")
+    nodes = walk(model)
+    for node in nodes:
+        if is_folded(node):
+            where = node.paths[0] or type(model).__name__
+            raise FoldedModelError(f"{where} is inside folded() or writable(); leave it first")
+    found = [site for node in nodes for site in sites_of(node) if site.normed]
+    if not found:
+        raise FusionError(
+            f"{type(model).__name__} has no weight-normed parameter to fuse; "
+            "call wn_surgery.apply(model, rules) first"
+        )
+    if any(site.held and site.held.layout == "parametrized" for site in found):
+        execute(build_migration(model, "parametrized", {"parametrized"}))
+    unfuse(model)
+    fusion = Fusion(mode, reuse)
+    fusion.build(model)
+    refused = [member for member in fusion.members if member.path == "off"]
+    if mode != "auto" and refused:
+        fusion.release()
+        first = refused[0]
+        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        raise FusionError(
+            f"{first.name}{more} cannot take the path {mode!r}: {first.why}; "
+            "with mode='auto' it is left out"
+        )
+    model.register_forward_pre_hook(Enter(fusion), prepend=True)
+    model.register_forward_hook(Leave(fusion), always_call=True)
+    return fusion
+
+
+def unfuse(model: nn.Module) -> int:
+    """End whole-model evaluation in ``model`` and every module below it.
+
+    Args:
+        model: any module tree.
+
+    Returns:
+        How many fused roots there were.
+
+    Example:
+        >>> import torch, wn_surgery as wn
+        >>> layer = torch.nn.Linear(4, 8)
+        >>> _ = wn.apply(layer, {"names": ""})
+        >>> _ = wn.fuse(layer)
+        >>> wn.unfuse(layer), wn.unfuse(layer)
+        (1, 0)
+    """
+    released = [fusion for module in model.modules() if (fusion := unhook(module))]
+    for fusion in released:
+        fusion.release()
+    return len(released)
+
+
+def invalidate(model: nn.Module) -> None:
+    """Drop every value that ``fuse(model, reuse=True)`` keeps.
+
+    Args:
+        model: any module tree; fused roots below it are found.
+
+    Example:
+        >>> import torch, wn_surgery as wn
+        >>> from wn_surgery.fused import invalidate
+        >>> layer = torch.nn.Linear(4, 8)
+        >>> _ = wn.apply(layer, {"names": ""})
+        >>> _ = wn.fuse(layer.eval(), reuse=True)
+        >>> x = torch.ones(1, 4)
+        >>> with torch.no_grad():
+        ...     before = layer(x)
+        ...     layer.parametrizations.weight.original0.data.mul_(2)  # unseen
+        ...     invalidate(layer)
+        ...     torch.equal(layer(x), before)
+        tensor(...)
+        False
+    """
+    for fusion in _fusions(model):
+        fusion.invalidate()
+
+
+@contextmanager
+def shared(model: nn.Module) -> Generator[None]:
+    """Inside, several calls of a fused model share one computation of its weights.
+
+    For a discriminator that sees real and generated samples, or for gradient accumulation:
+    the backwards may run together or one after another, also after the context. Do not step
+    an optimizer inside: a fused one writes in a way that goes unseen until the context ends.
+
+    Args:
+        model: any module tree; fused roots below it are found.
+
+    Raises:
+        FusionError: nothing in the model is fused.
+
+    Example:
+        >>> import torch, wn_surgery as wn
+        >>> from wn_surgery.fused import shared
+        >>> layer = torch.nn.Linear(4, 8)
+        >>> _ = wn.apply(layer, {"names": ""})
+        >>> _ = wn.fuse(layer)
+        >>> with shared(layer):
+        ...     real, generated = layer(torch.ones(1, 4)), layer(torch.zeros(1, 4))
+        >>> real.sum().backward(); generated.sum().backward()
+    """
+    found = list(_fusions(model))
+    if not found:
+        raise FusionError(f"{type(model).__name__} is not fused; call wn_surgery.fuse(model) first")
+    for fusion in found:
+        fusion.enter(None, None)
+    try:
+        yield
+    finally:
+        for fusion in found:
+            fusion.leave(None)
+
+
+def _fusions(model: nn.Module) -> Iterator[Fusion]:
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, Enter):
+                yield hook.fusion

@@ -1,0 +1,246 @@
+"""A fused model: its groups, and the hooks that tell when a forward begins and ends."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import ReferenceType, WeakSet, ref
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ..norm import traced, transformed
+from ..sites import sites_of, walk
+from ..slots import RootHook, changes, key_of
+from ..tables import render
+from .choice import Choice, Mode, Path, choose, cut, is_castable
+from .cpu import CpuEvaluator
+from .evaluator import Evaluator
+from .group import CudaSlot, Group, Slot, infrastructure_mode
+from .scope import Scope
+
+__all__ = ["Enter", "Fusion", "Leave", "Member", "unhook"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One weight-normed parameter of a fused model.
+
+    Attributes:
+        name: its dotted name.
+        path: ``triton``, ``cpu``, or ``off``: computed as if nothing were fused.
+        why: the reason for ``off``.
+        group: the number of its group, from 0; ``None`` where it is in none.
+    """
+
+    name: str
+    path: Path
+    why: str
+    group: int | None
+
+
+class Fusion:
+    """What :func:`wn_surgery.fuse` returns: ``print`` it to see which path each weight takes.
+
+    It lives in the forward hooks of the root module. Copies and pickles of the model have
+    one of their own, which builds its groups at the copy's first forward.
+
+    Attributes:
+        mode: ``auto``, ``triton`` or ``cpu``.
+        reuse: whether values outlive a forward without grad in eval mode.
+    """
+
+    def __init__(self, mode: Mode, reuse: bool) -> None:
+        self.mode: Mode = mode
+        self.reuse = reuse
+        self.members: list[Member] = []
+        self._scope = Scope()
+        self._root: ReferenceType[nn.Module] | None = None
+        self._groups: list[Group] = []
+        self._placed: list[tuple[ReferenceType[nn.Module], str, Slot]] = []
+        self._seen = -1
+        if reuse:
+            _watch_optimizers()
+            _REUSING.add(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is unbuilt: its groups are those of the model it is copied with."""
+        return Fusion, (self.mode, self.reuse)
+
+    def __str__(self) -> str:
+        rows = [
+            (m.name, m.path, "" if m.group is None else str(m.group), m.why) for m in self.members
+        ]
+        count = sum(member.group is not None for member in self.members)
+        return (
+            f"{render(('weight', 'path', 'group', 'why'), rows)}\n"
+            f"{count} of {len(rows)} weights in {len(self._groups)} groups"
+        )
+
+    def __repr__(self) -> str:
+        paths = [member.path for member in self.members]
+        counts = {path: paths.count(path) for path in sorted(set(paths))}
+        return f"Fusion(mode={self.mode!r}, reuse={self.reuse}, {counts})"
+
+    def build(self, root: nn.Module) -> None:
+        """Look at the model as it is now, and cut it into groups."""
+        self.release()
+        self._root = ref(root)
+        self._seen = changes.count
+        self._scope.stale = False
+        choices = [
+            choose(site, self.mode) for node in walk(root) for site in sites_of(node) if site.normed
+        ]
+        numbers: dict[int, int] = {}
+        for number, chosen in enumerate(cut(choices)):
+            self._groups.append(self._group(chosen))
+            numbers.update((id(choice), number) for choice in chosen)
+        self.members = [
+            Member(choice.site.name, choice.path, choice.why, numbers.get(id(choice)))
+            for choice in choices
+        ]
+
+    def _group(self, members: Sequence[Choice]) -> Group:
+        first = members[0]
+        device, dtype = first.tensor.device, first.tensor.dtype
+        group = Group(self._scope, dtype, device, _evaluator(members))
+        for choice in members:
+            slot = (
+                CudaSlot(group, choice.plist, choice.spec, device.index or 0, is_castable(choice))
+                if device.type == "cuda"
+                else Slot(group, choice.plist, choice.spec)
+            )
+            group.slots.append(slot)
+            module, name = choice.site.module, choice.site.param
+            module.__dict__[key_of(name)] = slot
+            self._placed.append((ref(module), name, slot))
+        return group
+
+    def release(self) -> None:
+        """Take all slots out of the model."""
+        for module, name, slot in self._placed:
+            held = module()
+            if held is not None and held.__dict__.get(key_of(name)) is slot:
+                del held.__dict__[key_of(name)]
+        self._placed.clear()
+        self._groups.clear()
+        self.members.clear()
+
+    def invalidate(self) -> None:
+        """Drop every value; the next access computes it again."""
+        for slot in self._slots():
+            slot.forget()
+
+    def forget_reusable(self) -> None:
+        """Drop what was to outlive its forward."""
+        for slot in self._slots():
+            slot.reusable = None
+
+    def enter(self, root: nn.Module | None, frame: Any) -> None:
+        """A forward begins; ``None`` for one that spans several of them."""
+        if torch.compiler.is_compiling() or getattr(root, "_is_replica", False):
+            return
+        held = self._root() if self._root is not None else None
+        root = root if root is not None else held
+        if root is None or not self._scope.enter(frame):
+            return
+        if traced() or transformed() or infrastructure_mode():
+            self._scope.leave()
+            return
+        if held is not root or self._scope.stale or self._seen != changes.count:
+            self.build(root)
+            if not self.members:
+                self._scope.leave()
+                unhook(root)
+                return
+        fresh = torch.is_grad_enabled() or root.training or not self.reuse
+        for group in self._groups:
+            slots = group.slots
+            for slot in slots:
+                slot.grad = slot.plain = slot.kept = None
+            if self.reuse and (fresh or not all(map(Slot.take_up, slots))):
+                for slot in slots:
+                    slot.plain = slot.reusable = None
+
+    def leave(self, root: nn.Module | None) -> None:
+        """A forward has ended."""
+        if torch.compiler.is_compiling() or not self._scope.leave():
+            return
+        training = root is None or root.training
+        for slot in self._slots():
+            slot.keep(self.reuse and not training)
+
+    def _slots(self) -> list[Slot]:
+        return [slot for group in self._groups for slot in group.slots]
+
+
+def _evaluator(members: Sequence[Choice]) -> Evaluator:
+    specs = [choice.spec for choice in members]
+    if members[0].path == "cpu":
+        return CpuEvaluator(specs, members[0].tensor.device)
+    triton = importlib.import_module("wn_surgery.fused.triton.evaluator")
+    tensor = members[0].tensor
+    evaluator: Evaluator = triton.TritonEvaluator(specs, tensor.dtype, tensor.device)
+    return evaluator
+
+
+def unhook(root: nn.Module) -> Fusion | None:
+    """Take the hooks off ``root``; the fusion they belonged to."""
+    found: Fusion | None = None
+    for hooks in (root._forward_pre_hooks, root._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(hook, Enter | Leave):
+                found = hook.fusion
+                del hooks[key]
+                root._forward_hooks_always_called.pop(key, None)
+    return found
+
+
+class Enter(RootHook):
+    """The forward pre-hook of a fused root."""
+
+    def __init__(self, fusion: Fusion) -> None:
+        self.fusion = fusion
+
+    def __call__(self, module: nn.Module, _inputs: Any) -> None:
+        """Begin a forward."""
+        if not torch.compiler.is_compiling():
+            self.fusion.enter(module, sys._getframe(1))
+
+    def settle(self, root: nn.Module) -> None:
+        """See :class:`wn_surgery.slots.RootHook`."""
+        self.fusion.build(root)
+        if not self.fusion.members:
+            unhook(root)
+
+
+class Leave:
+    """The forward hook of a fused root; called also where the forward raises."""
+
+    def __init__(self, fusion: Fusion) -> None:
+        self.fusion = fusion
+
+    def __call__(self, module: nn.Module, _inputs: Any, _outputs: Any) -> None:
+        """End a forward."""
+        if not torch.compiler.is_compiling():
+            self.fusion.leave(module)
+
+
+_REUSING: WeakSet[Fusion] = WeakSet()
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """Ask torch to tell of every optimizer's step; once, and only if something is to be reused."""
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(*_: Any) -> None:
+    # Fused optimizers write without raising the version of what they write.
+    for fusion in list(_REUSING):
+        fusion.forget_reusable()

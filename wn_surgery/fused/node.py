@@ -1,0 +1,117 @@
+"""One autograd node for all weights of a group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..norm import weight_norm
+from .evaluator import Evaluator, Spec
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    evaluator: Evaluator,
+    specs: Sequence[Spec],
+    v: Sequence[Tensor],
+    g: Sequence[Tensor],
+    out_dtype: torch.dtype | None = None,
+) -> Sequence[Tensor]:
+    """The weights of a group, with one node behind them if any of them needs a gradient.
+
+    The node saves no tensor in autograd's sense, so that activation checkpointing, which
+    counts saved tensors, sees the same number whether a weight was computed or reused. Nor
+    does the first backward free anything: two losses that share the weights may each have
+    theirs. What it would have saved are g and v, which the model holds anyway, and the norms.
+
+    Args:
+        evaluator: computes values and gradients.
+        specs: what each weight is.
+        v: the directions.
+        g: the magnitudes.
+        out_dtype: the dtype of the weights; ``None``: that of v.
+
+    Returns:
+        The weights, in order. One whose g and v are both frozen needs no gradient.
+    """
+    if torch.is_grad_enabled():
+        needed = [x.requires_grad or m.requires_grad for x, m in zip(v, g, strict=True)]
+        if any(needed):
+            return _group(evaluator, tuple(specs), tuple(needed), out_dtype, *v, *g)
+    with torch.no_grad():  # inference_mode(False), around it, turns grad mode on
+        return evaluator.forward(v, g, out_dtype)[0]
+
+
+class _Group(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        evaluator: Evaluator,
+        specs: tuple[Spec, ...],
+        needed: tuple[bool, ...],
+        out_dtype: torch.dtype | None,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        count = len(specs)
+        v, g = tensors[:count], tensors[count:]
+        weights, norms = evaluator.forward(v, g, out_dtype)
+        ctx.set_materialize_grads(False)
+        if not all(needed):
+            frozen = (w for w, wanted in zip(weights, needed, strict=True) if not wanted)
+            ctx.mark_non_differentiable(*frozen)
+        # Not save_for_backward: see `evaluate`. Inputs and norms only, so there is no cycle.
+        ctx.evaluator, ctx.specs, ctx.tensors, ctx.norms = evaluator, specs, tensors, norms
+        ctx.versions = [t._version for t in tensors]
+        return tuple(weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors: tuple[Tensor, ...] = ctx.tensors
+        count = len(ctx.specs)
+        v, g = tensors[:count], tensors[count:]
+        _check_unchanged(ctx.versions, tensors)
+        if torch.is_grad_enabled():
+            found = _differentiable(ctx.specs, v, g, grads)
+        else:
+            gradients = ctx.evaluator.backward(v, g, ctx.norms, grads)
+            found = [*gradients.v, *gradients.g]
+        wanted = ctx.needs_input_grad[4:]
+        kept = (grad if want else None for grad, want in zip(found, wanted, strict=True))
+        return (None, None, None, None, *kept)
+
+
+# torch leaves Function.apply untyped.
+_group: Callable[..., tuple[Tensor, ...]] = _Group.apply
+
+
+def _check_unchanged(versions: Sequence[int], tensors: Sequence[Tensor]) -> None:
+    for i, (version, tensor) in enumerate(zip(versions, tensors, strict=True)):
+        if tensor._version != version:
+            part = "v" if i < len(tensors) // 2 else "g"
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: the {part} of a weight of shape {tuple(tensor.shape)} is at "
+                f"version {tensor._version}; expected version {version}. Call backward before "
+                "the optimizer's step, or clone what you write to"
+            )
+
+
+def _differentiable(
+    specs: Sequence[Spec], v: Sequence[Tensor], g: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients as functions of g, v and ``grads``, for backward with create_graph."""
+    found: list[Tensor | None] = [None] * (2 * len(specs))
+    for i, (spec, x, m, grad) in enumerate(zip(specs, v, g, grads, strict=True)):
+        if grad is None:
+            continue
+        inputs = [t for t in (x, m) if t.requires_grad]
+        w = weight_norm(x, m, spec.dim, spec.eps, spec.norm_dtype)
+        pair = iter(torch.autograd.grad(w, inputs, grad.to(w.dtype), create_graph=True))
+        for place, tensor in ((i, x), (i + len(specs), m)):
+            if tensor.requires_grad:
+                found[place] = next(pair)
+    return found

@@ -1,0 +1,314 @@
+"""The class of a module whose weight is computed: it reads, writes, loads and pickles it.
+
+torch's own ``is_parametrized``, ``type_before_parametrizations`` and
+``remove_parametrizations`` work on it. But torch makes a class for each module, deletes
+properties from it on removal and refuses to pickle it. Here one class is shared by all
+modules of a base class that carry the same parameters, and never changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeGuard, cast
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from . import slots
+from .errors import FoldedModelError, ZeroNormError
+from .parametrization import WeightNorm, WeightNormList
+
+__all__ = ["FOLDED", "base_class", "class_for", "computed_names", "is_managed"]
+
+_is_compiling = torch.compiler.is_dynamo_compiling
+
+FOLDED: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+"""The modules inside ``folded`` or ``writable`` now, and their parameters held as tensors."""
+
+
+def is_managed(cls: type) -> bool:
+    """Whether ``cls`` is one of the classes that :func:`class_for` makes."""
+    # Not by the metaclass, which FSDP2's subclass of a shared class inherits.
+    return "_weight_norm_names" in vars(cls)
+
+
+def computed_names(cls: type) -> tuple[str, ...]:
+    """The parameters that a class made by :func:`class_for` computes, itself."""
+    return tuple(name for name, value in vars(cls).items() if isinstance(value, _Computed))
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class beneath every parametrized class, torch's or ours."""
+    cls = type(module)
+    while is_managed(cls) or _is_torch_parametrized(cls):
+        cls = cls.__bases__[0]
+    return cls
+
+
+def class_for(base: type[nn.Module], names: Iterable[str]) -> type[nn.Module]:
+    """The class of modules of class ``base`` whose parameters ``names`` are computed.
+
+    One object for each (base, names), made at first use and kept while in use.
+
+    Args:
+        base: any module class; it stands first in the result's ``__bases__``, where
+            torch's ``type_before_parametrizations`` looks for it.
+        names: parameter names. Empty gives a class that computes nothing, which
+            ``folded`` uses.
+
+    Returns:
+        A subclass of ``base`` named like torch's, ``Parametrized<base>``.
+    """
+    key = (base, tuple(sorted(set(names))))
+    cls = _CLASSES.get(key)
+    if cls is None:
+        cls = _CLASSES[key] = _make_class(*key)
+    return cls
+
+
+_CLASSES: WeakValueDictionary[tuple[type, tuple[str, ...]], type[nn.Module]] = WeakValueDictionary()
+
+
+class _SharedMeta(type):
+    """Keeps the shared classes as they are, whatever torch's functions do to them.
+
+    ``remove_parametrizations`` deletes the property from the class and
+    ``register_parametrization`` adds one; either would reach every module of the class.
+    """
+
+    def __delattr__(cls, name: str) -> None:
+        if not isinstance(cls.__dict__.get(name), _Computed):
+            super().__delattr__(name)
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        if isinstance(value, property) and not isinstance(value, _Computed):
+            value = _computed(name)
+        super().__setattr__(name, value)
+
+
+class _Computed(property):
+    """A parameter that the instance's parametrization computes, if it has one."""
+
+
+def _computed(name: str) -> _Computed:
+    key = slots.key_of(name)
+
+    def get(self: Any) -> Tensor:
+        # First of all, and in this order: it is read thousands of times a second, and
+        # torch.compile must not look at the slot.
+        if not _is_compiling() and (slot := self.__dict__.get(key)) is not None:
+            weight = slot.weight()
+            if weight is not None:
+                return cast(Tensor, weight)
+        # Torch may have given the shared class this name for another of its modules: here it
+        # is then folded, or a plain attribute, or a Parameter, which __getattr__ finds.
+        if name in self.__dict__:
+            return cast(Tensor, self.__dict__[name])
+        if _carries(self, name):
+            return cast(Tensor, self.parametrizations[name]())
+        raise AttributeError(name)
+
+    def put(self: Any, value: object) -> None:
+        if not _carries(self, name):
+            self.__dict__[name] = value
+            return
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is weight-normed; expected a tensor, got {type(value)}")
+        self.parametrizations[name].right_inverse(value)
+
+    return _Computed(get, put)
+
+
+def _carries(module: nn.Module, name: str) -> bool:
+    held = module.__dict__["_modules"].get("parametrizations")
+    return held is not None and name in held
+
+
+def _make_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    managed = frozenset(names)
+
+    # Defined here and not in a mixin: the base must come first in __bases__ and would win.
+    def __setattr__(self: nn.Module, name: str, value: Any) -> None:  # noqa: N807
+        # nn.Module refuses a Parameter where a property stands; tie_weights assigns one.
+        if name in managed and isinstance(value, Tensor) and _carries(self, name):
+            cast(Any, self.parametrizations)[name].right_inverse(value)
+        else:
+            _refuse_if_folded(self, base, name)
+            base.__setattr__(self, name, value)
+
+    def __delattr__(self: nn.Module, name: str) -> None:  # noqa: N807
+        _refuse_if_folded(self, base, name)
+        base.__delattr__(self, name)
+
+    def __reduce_ex__(self: nn.Module, protocol: int) -> tuple[Any, ...]:  # noqa: N807
+        return _reduce(self, base, protocol)
+
+    def _load_from_state_dict(
+        self: nn.Module,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        slots.forget(self)
+        _adopt_layouts(self, state_dict, prefix, local_metadata, error_msgs)
+        base._load_from_state_dict(
+            self,
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        slots.forget(self)
+        return base.train(self, mode)
+
+    def _apply(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        slots.forget(self)
+        return cast(nn.Module, cast(Any, base)._apply(self, *args, **kwargs))
+
+    def _replicate_for_data_parallel(self: Any) -> nn.Module:
+        replica: nn.Module = cast(Any, base)._replicate_for_data_parallel(self)
+        object.__setattr__(replica, "__dict__", slots.without(replica.__dict__))
+        return replica
+
+    namespace: dict[str, Any] = {
+        "_weight_norm_names": names,
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+        "__setattr__": __setattr__,
+        "__delattr__": __delattr__,
+        "__reduce_ex__": __reduce_ex__,
+        "_load_from_state_dict": _load_from_state_dict,
+        "train": train,
+        "_apply": _apply,
+        "_replicate_for_data_parallel": _replicate_for_data_parallel,
+        **{name: _computed(name) for name in names},
+    }
+    return cast(
+        type[nn.Module],
+        _meta_for(type(base))(f"Parametrized{base.__name__}", (base,), namespace),
+    )
+
+
+def _refuse_if_folded(module: nn.Module, base: type, name: str) -> None:
+    # The first question is for torch.compile, which cannot follow the second.
+    if isinstance(module.__dict__.get(name), Tensor) and name in FOLDED.get(module, ()):
+        raise FoldedModelError(
+            f"{base.__name__}.{name} is inside folded() now, where it is only read; write to it "
+            "inside writable(), or leave the context first"
+        )
+
+
+def _meta_for(metaclass: type) -> Callable[..., type]:
+    """The metaclass, joined with the base's own where that is not plain ``type``."""
+    if issubclass(_SharedMeta, metaclass):
+        return _SharedMeta
+    if metaclass not in _METACLASSES:
+        _METACLASSES[metaclass] = type("_SharedMeta", (_SharedMeta, metaclass), {})
+    return _METACLASSES[metaclass]
+
+
+_METACLASSES: dict[type, type] = {}
+
+
+def _is_torch_parametrized(cls: type) -> bool:
+    # torch marks its classes by nothing but what it puts in them.
+    return (
+        cls.__name__.startswith("Parametrized")
+        and getattr(cls.__dict__.get("__getstate__"), "__module__", "")
+        == "torch.nn.utils.parametrize"
+    )
+
+
+# Pickle and deepcopy ----------------------------------------------------------------
+
+
+def _reduce(module: nn.Module, base: type[nn.Module], protocol: int) -> tuple[Any, ...]:
+    with torch.no_grad():
+        reduced = cast("tuple[Any, ...]", base.__reduce_ex__(module, max(protocol, 2)))
+    constructor, args, state, *rest = reduced
+    if isinstance(state, dict):
+        folded = FOLDED.get(module, ())
+        state = {k: value for k, value in slots.without(state).items() if k not in folded}
+        if "_flat_weights" in state:
+            # What an RNN read from its properties; with a graph it could not be copied.
+            state["_flat_weights"] = [
+                w if w is None else w.detach() for w in state["_flat_weights"]
+            ]
+    names = tuple(module.__dict__["_modules"]["parametrizations"])
+    # The shared class cannot be pickled by name; the base stands in for it.
+    constructor = base if constructor is type(module) else constructor
+    args = tuple(base if arg is type(module) else arg for arg in args)
+    return (_rebuild, (base, names, constructor, args), state, *rest)
+
+
+def _rebuild(
+    base: type[nn.Module],
+    names: tuple[str, ...],
+    constructor: Callable[..., nn.Module],
+    args: tuple[Any, ...],
+) -> nn.Module:
+    module = constructor(*args)
+    module.__class__ = class_for(base, names)
+    return module
+
+
+# State dicts of other layouts ---------------------------------------------------------
+
+
+def _is_weight_norm(plist: Any) -> TypeGuard[WeightNormList]:
+    return isinstance(plist, WeightNormList) and len(plist) == 1
+
+
+def _adopt_layouts(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    error_msgs: list[str],
+) -> None:
+    """Rewrite a plain ``weight`` or a legacy ``weight_g``, ``weight_v`` as g and v here."""
+    for name, plist in module.__dict__["_modules"].get("parametrizations", {}).items():
+        if not _is_weight_norm(plist):
+            continue
+        g_key = f"{prefix}parametrizations.{name}.original0"
+        v_key = f"{prefix}parametrizations.{name}.original1"
+        plain, legacy = prefix + name, (f"{prefix}{name}_g", f"{prefix}{name}_v")
+        if all(key in state_dict for key in legacy):
+            state_dict[g_key] = state_dict.pop(legacy[0])
+            state_dict[v_key] = state_dict.pop(legacy[1])
+        elif plain in state_dict and not {g_key, v_key} & state_dict.keys():
+            weight = state_dict.pop(plain)
+            assign = bool(local_metadata.get("assign_to_params_buffers"))
+            g, v, error = _split(weight, plist, assign)
+            state_dict[g_key], state_dict[v_key] = g, v
+            if error:
+                error_msgs.append(f"{plain}: {error}")
+
+
+def _split(weight: Any, plist: WeightNormList, assign: bool) -> tuple[Any, Any, str]:
+    """The g and v of a plain ``weight`` from a state dict; those of now, where it has none."""
+    now = plist.original0.detach(), plist.original1.detach()
+    if not isinstance(weight, Tensor) or weight.shape != now[1].shape:
+        # torch reports the type or the shape as that of original1; g must not look missing too.
+        return now[0], weight, ""
+    if weight.is_meta and not (assign or now[1].is_meta):
+        return *now, "the checkpoint's tensor is on the meta device and has no values to load"
+    if not (assign or now[1].is_meta):
+        # g must be the norm of the values that v will hold, not of wider ones.
+        weight = weight.to(dtype=now[1].dtype, device=now[1].device)
+    if not (weight.is_floating_point() or weight.is_complex()):
+        return *now, f"expected a floating-point tensor to assign, got {weight.dtype}"
+    try:
+        return cast(WeightNorm, plist[0]).right_inverse(weight)[0], weight, ""
+    except ZeroNormError as error:
+        return *now, str(error)
