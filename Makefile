@@ -5,6 +5,7 @@ TORCH_PIP_ARGS ?=
 # How many test processes; each computes with one thread.
 WORKERS ?= 2
 TEST_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -49,8 +50,8 @@ format: $(STAMP) ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## every benchmark in benchmarks/
-	@set -e; for file in $(wildcard benchmarks/bench_*.py); do echo "== $$file"; $(BIN)/python "$$file"; done
+bench: $(STAMP) ## every benchmark, alternated in one process (BENCH_ARGS=--quick for minutes)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 clean: ## remove .venv and whatever was built
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

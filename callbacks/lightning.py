@@ -10,11 +10,13 @@ __all__ = ["WeightNorm"]
 import warnings
 import weakref
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
+from torch import nn
 from typing_extensions import override
 
 import wn_surgery as wn
+from wn_surgery.fused import is_fused
 from wn_surgery.planning import OnUnmatched
 from wn_surgery.rules import RulesLike, as_rules
 
@@ -34,6 +36,8 @@ else:
                 "pip install 'wn-surgery[lightning]'",
                 name=error.name,
             ) from error
+
+Fused: TypeAlias = Literal["auto", "off", "triton", "cpu"]
 
 _STATE_VERSION = 1
 # The module's hooks that may build layers, in the order in which they run: all of them after
@@ -64,6 +68,9 @@ class WeightNorm(Callback):
             a name under ``model.**``. Invalid rules raise here, not when training starts.
         on_unmatched: What to do about a rule that matches nothing: ``"error"``, ``"warn"`` or
             ``"ignore"``.
+        fused: Compute the weights of the model in groups, once a forward: ``"auto"`` (Triton
+            on CUDA, torch's operators on the CPU), ``"triton"``, ``"cpu"`` or ``"off"``; see
+            :func:`wn_surgery.fuse`. It lasts from the start of a run to its end.
         verbose: Print what was changed, on rank zero.
 
     Attributes:
@@ -78,13 +85,21 @@ class WeightNorm(Callback):
     """
 
     def __init__(
-        self, rules: RulesLike, *, on_unmatched: OnUnmatched = "error", verbose: bool = False
+        self,
+        rules: RulesLike,
+        *,
+        on_unmatched: OnUnmatched = "error",
+        fused: Fused = "auto",
+        verbose: bool = False,
     ) -> None:
         super().__init__()
+        if fused not in get_args(Fused):
+            raise ValueError(f"fused={fused!r}; expected 'auto', 'off', 'triton' or 'cpu'")
         if on_unmatched not in get_args(OnUnmatched):
             raise ValueError(f"on_unmatched={on_unmatched!r}; expected 'error', 'warn' or 'ignore'")
         self.rules = as_rules(rules)
         self.on_unmatched = on_unmatched
+        self.fused: Fused = fused
         self.verbose = verbose
         self.report: wn.Report | None = None
         self._replaced: list[tuple[str, weakref.ref[Tensor]]] = []
@@ -118,6 +133,28 @@ class WeightNorm(Callback):
                 "configure_optimizers(), from self.parameters()"
             )
 
+        self._fuse(pl_module)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fuse, where validation is a run of its own."""
+        self._fuse(pl_module)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fuse."""
+        self._fuse(pl_module)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fuse."""
+        self._fuse(pl_module)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the module as it was before the run, but for its weight norm."""
+        wn.unfuse(pl_module)
+
     @override
     def state_dict(self) -> dict[str, Any]:
         """The rules, as plain data that ``torch.load(weights_only=True)`` accepts."""
@@ -142,6 +179,13 @@ class WeightNorm(Callback):
     def __getstate__(self) -> dict[str, Any]:
         # Weak references cannot be pickled, and a copy holds no weight of this process.
         return {**self.__dict__, "_replaced": []}
+
+    def _fuse(self, pl_module: LightningModule) -> None:
+        if self.fused == "off":
+            return
+        for root in _roots(pl_module):
+            if not is_fused(root):
+                wn.fuse(root, self.fused)
 
     def _apply(self, pl_module: LightningModule, on_unmatched: OnUnmatched) -> None:
         try:
@@ -173,6 +217,26 @@ class WeightNorm(Callback):
         self._replaced += replaced
         if self.verbose and pl_module.trainer.is_global_zero:
             print(report)  # noqa: T201
+
+
+def _roots(pl_module: LightningModule) -> list[nn.Module]:
+    """The modules to fuse: those that ``training_step`` calls, as far as can be told.
+
+    Usually they are children, such as a generator and a discriminator, and the module itself
+    is not called. Where a weight-normed layer is a child itself, the module is.
+    """
+    roots: list[nn.Module] = []
+    waiting: list[nn.Module] = list(pl_module.children())
+    while waiting:
+        child = waiting.pop(0)
+        normed = [site for site in wn.sites(child) if site.normed]
+        if any(site.module is child for site in normed):
+            return [pl_module]
+        if type(child).forward is nn.Module.forward:  # a list or dict of modules
+            waiting[:0] = child.children()
+        elif normed:
+            roots.append(child)
+    return roots
 
 
 def _overrides(pl_module: LightningModule, hook: str) -> bool:

@@ -19,7 +19,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MODULES = {
     f"wn_surgery/{path.relative_to(ROOT / 'wn_surgery').as_posix()}"
-    for path in (ROOT / "wn_surgery").glob("*.py")
+    for path in (ROOT / "wn_surgery").rglob("*.py")
+    if "callbacks" not in path.parts
 } | {f"wn_surgery/callbacks/{path.name}" for path in (ROOT / "callbacks").glob("*.py")}
 
 

@@ -105,8 +105,9 @@ def _computed(name: str) -> _Computed:
         # is then folded, or a plain attribute, or a Parameter, which __getattr__ finds.
         if name in self.__dict__:
             return cast(Tensor, self.__dict__[name])
-        if _carries(self, name):
-            return cast(Tensor, self.parametrizations[name]())
+        lists = self.__dict__["_modules"].get("parametrizations")
+        if lists is not None and (plist := lists._modules.get(name)) is not None:
+            return cast(Tensor, plist())
         raise AttributeError(name)
 
     def put(self: Any, value: object) -> None:

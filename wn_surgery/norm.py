@@ -21,7 +21,6 @@ __all__ = ["Dim", "g_shape", "magnitude", "norm_except", "weight_norm", "zero_sl
 Dim: TypeAlias = "int | tuple[int, ...] | None"
 
 KERNEL_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
-KERNEL_DEVICES = frozenset({"cpu", "cuda"})
 _PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
@@ -216,13 +215,14 @@ def _composite(
 
 
 def _kernel_exists(v: Tensor, g: Tensor, dim: Dim) -> bool:
+    dtype = v.dtype
     return (
         isinstance(dim, int)
-        and dim in (0, v.ndim - 1)
-        and v.dtype in KERNEL_DTYPES
-        and g.dtype == v.dtype
+        and (dim == 0 or dim == v.ndim - 1)
+        and g.dtype is dtype
+        and dtype in KERNEL_DTYPES
+        and (v.is_cpu or v.is_cuda)
         and not _empty(v)  # torch's kernel divides by the size and takes the process down
-        and v.device.type in KERNEL_DEVICES
     )
 
 
@@ -282,8 +282,10 @@ class _Fused(torch.autograd.Function):
         return grad_v if need_v else None, grad_g if need_g else None, None
 
 
-# torch leaves Function.apply untyped.
-_fused: Callable[[Tensor, Tensor, int], Tensor] = _Fused.apply
+# Past Function.apply, which looks for functorch's transforms: that has been done, and costs as
+# much as the rest. torch leaves it untyped.
+_past: Any = super(torch.autograd.Function, _Fused)
+_fused: Callable[[Tensor, Tensor, int], Tensor] = _past.apply
 
 
 def _differentiable_backward(grad: Tensor, v: Tensor, g: Tensor, dim: int) -> tuple[Tensor, Tensor]:

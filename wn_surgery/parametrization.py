@@ -113,10 +113,14 @@ class WeightNormList(ParametrizationList):
 
     def forward(self) -> Tensor:
         """The weight; later parametrizations that torch stacked on it are applied too."""
-        if len(self) > 1:
+        held = self._modules
+        if len(held) > 1:
             return super().forward()
-        norm = cast(WeightNorm, self[0])
-        return weight_norm(self.original1, self.original0, norm.dim, norm.eps, norm.norm_dtype)
+        norm = cast(WeightNorm, held["0"])
+        g, v = self._parameters.get("original0"), self._parameters.get("original1")
+        if g is None or v is None:  # a replica of DataParallel has them as attributes
+            g, v = self.original0, self.original1
+        return weight_norm(v, g, norm.dim, norm.eps, norm.norm_dtype)
 
     def right_inverse(self, value: Tensor) -> None:
         """Set g and v, in place, so that the weight becomes ``value``.

@@ -15,7 +15,7 @@ from ..surgery import execute
 from .choice import Mode
 from .fusion import Enter, Fusion, Leave, Member, unhook
 
-__all__ = ["Fusion", "Member", "Mode", "fuse", "invalidate", "shared", "unfuse"]
+__all__ = ["Fusion", "Member", "Mode", "fuse", "invalidate", "is_fused", "shared", "unfuse"]
 
 
 def fuse(model: nn.Module, mode: Mode = "auto", *, reuse: bool = False) -> Fusion:
@@ -118,6 +118,22 @@ def unfuse(model: nn.Module) -> int:
     for fusion in released:
         fusion.release()
     return len(released)
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether ``module`` itself, not only one below it, is a fused root.
+
+    Example:
+        >>> import torch, wn_surgery as wn
+        >>> from wn_surgery.fused import is_fused
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8))
+        >>> _ = wn.apply(model, {"types": "Linear"})
+        >>> _ = wn.fuse(model)
+        >>> is_fused(model), is_fused(model[0])
+        (True, False)
+    """
+    hooks: list[object] = list(module._forward_pre_hooks.values())
+    return any(isinstance(hook, Enter) for hook in hooks)
 
 
 def invalidate(model: nn.Module) -> None:

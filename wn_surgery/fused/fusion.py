@@ -108,7 +108,9 @@ class Fusion:
     def _group(self, members: Sequence[Choice]) -> Group:
         first = members[0]
         device, dtype = first.tensor.device, first.tensor.dtype
-        group = Group(self._scope, dtype, device, _evaluator(members))
+        # On CUDA one launch computes them all, and the allocator keeps their memory at hand.
+        stays = self.reuse or device.type != "cpu"
+        group = Group(self._scope, dtype, device, _evaluator(members), stays)
         for choice in members:
             slot = (
                 CudaSlot(group, choice.plist, choice.spec, device.index or 0, is_castable(choice))

@@ -9,7 +9,6 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from ..norm import g_shape, traced, transformed
 from ..parametrization import WeightNorm, WeightNormList
@@ -32,7 +31,6 @@ Where: TypeAlias = "tuple[int, torch.dtype | None] | None"
 Entry: TypeAlias = "tuple[Tensor, Tensor, Tensor, int, int, Where]"
 
 _is_grad_enabled = torch.is_grad_enabled
-_transforms_active = torch._C._are_functorch_transforms_active
 _graph_task = torch._C._current_graph_task_id
 
 
@@ -43,8 +41,7 @@ class Slot:
         spec: what the weight is.
         grad: what grad mode sees during the forward.
         plain: what no-grad mode sees; it has no graph, and must not stand in for ``grad``.
-        kept: ``grad`` after the forward, for the recomputation of checkpointed parts, and
-            the era it is good for.
+        kept: ``grad`` after the forward, for the recomputation of checkpointed parts.
         reusable: ``plain`` after the forward, with the addresses of g and v.
     """
 
@@ -71,7 +68,7 @@ class Slot:
         """Drop every value."""
         self.grad: Entry | None = None
         self.plain: Entry | None = None
-        self.kept: tuple[Entry, int] | None = None
+        self.kept: Kept | None = None
         self.reusable: tuple[Entry, int, int] | None = None
 
     def weight(self) -> Tensor | None:
@@ -81,14 +78,19 @@ class Slot:
             The weight; ``None`` where it must be computed as if nothing were fused.
         """
         entry = self.grad if _is_grad_enabled() else self.plain
-        if (
-            entry is not None
-            and self._scope.thread == get_ident()
-            and self.is_current(entry)
-            and forward_ad._current_level < 0
-            and not _transforms_active()
-        ):
-            return entry[0]
+        if entry is not None:
+            # is_current() once more, without the call: this is read thousands of times a second.
+            # Nor is it asked whether a transform is active: one of g or v has other objects.
+            weight, g, v, g_version, v_version, _ = entry
+            held = self._parameters
+            if (
+                held.get("original0") is g
+                and held.get("original1") is v
+                and g._version == g_version
+                and v._version == v_version
+                and self._scope.thread == get_ident()
+            ):
+                return weight
         return self._compute()
 
     def is_current(self, entry: Entry) -> bool:
@@ -148,7 +150,7 @@ class Slot:
     def keep(self, reuse: bool) -> None:
         """The forward has ended: what was at hand is so no longer."""
         if self.grad is not None:
-            self.kept = self.grad, self._scope.era
+            self.kept = Kept(self.grad, self._scope.era)
         if reuse and self.plain is not None:
             _, g, v, *_ = self.plain
             self.reusable = self.plain, g.data_ptr(), v.data_ptr()
@@ -173,12 +175,13 @@ class Slot:
             return group.fill(self)
         if _graph_task() != -1:
             # Backward: an activation checkpoint runs a part of the last forward again, and
-            # must see its weights. Where there are none (the reentrant kind ran it without
-            # grad), they are computed, and kept for the parts that follow.
-            if self.kept is not None and self.kept[1] == self._scope.era and _is_grad_enabled():
-                entry = self.kept[0]
-                if self.is_current(entry):
-                    return entry[0]
+            # must see its weights. Those that nothing else has held on to are computed, once
+            # for all the parts that follow.
+            kept = self.kept
+            if kept is not None and kept.era == self._scope.era and _is_grad_enabled():
+                weight = kept.weight()
+                if weight is not None and self.is_current(kept.entry(weight)):
+                    return weight
             return group.fill(self, keep=True)
         # Outside of any forward. If it is one after all, of a part of the model that will be
         # checkpointed, then its backward must not see the weights of an earlier one.
@@ -189,6 +192,38 @@ class Slot:
         if self._alone is None:
             self._alone = CpuEvaluator([self.spec], group.device)
         return evaluate(self._alone, (self.spec,), pair[1:], pair[:1])[0]
+
+
+class Kept:
+    """A weight after its forward.
+
+    Args:
+        entry: the weight and what it was computed from.
+        era: in which it may be used.
+        strong: whether to hold on to the weight. A forward does not: its graph holds what
+            its backward needs, and frees it bit by bit.
+    """
+
+    __slots__ = ("_rest", "_strong", "_weak", "era")
+
+    def __init__(self, entry: Entry, era: int, strong: bool = False) -> None:
+        weight, *rest = entry
+        self.era = era
+        self._rest = cast("tuple[Tensor, Tensor, int, int, Where]", tuple(rest))
+        self._weak = ref(weight)
+        self._strong = weight if strong else None
+
+    def weight(self) -> Tensor | None:
+        """The weight, if it is still there."""
+        weight = self._weak()
+        if weight is not None:
+            # The object may have died and come back since; see torch.utils.weak.TensorWeakRef.
+            weight._fix_weakref()  # type: ignore[attr-defined]
+        return weight
+
+    def entry(self, weight: Tensor) -> Entry:
+        """As it was."""
+        return (weight, *self._rest)
 
 
 class CudaSlot(Slot):
@@ -202,6 +237,13 @@ class CudaSlot(Slot):
         super().__init__(group, plist, spec)
         self._index = index
         self._castable = castable
+
+    def weight(self) -> Tensor | None:
+        """As in the base class, if the value is good for here."""
+        entry = self.grad if _is_grad_enabled() else self.plain
+        if entry is not None and self.is_current(entry) and self._scope.thread == get_ident():
+            return entry[0]
+        return self._compute()
 
     def is_current(self, entry: Entry) -> bool:
         """As in the base class, and on the current stream."""
@@ -226,16 +268,25 @@ class Group:
         dtype: of every g and v.
         device: of every g and v.
         evaluator: computes the weights.
+        stays: whether values computed without grad stay to the end of the forward, or only
+            until another group is computed.
     """
 
     def __init__(
-        self, scope: Scope, dtype: torch.dtype, device: torch.device, evaluator: Evaluator
+        self,
+        scope: Scope,
+        dtype: torch.dtype,
+        device: torch.device,
+        evaluator: Evaluator,
+        stays: bool = False,
     ) -> None:
         self.scope = scope
         self.dtype = dtype
         self.device = device
         self.slots: list[Slot] = []
         self._specs: tuple[Spec, ...] | None = None
+        self._stays = stays
+        self._dropped = -1
         self._evaluator = evaluator
 
     def fill(self, wanted: Slot, keep: bool = False) -> Tensor | None:
@@ -247,6 +298,8 @@ class Group:
         """
         if self.scope.stale:
             return None
+        if not (keep or _is_grad_enabled()):
+            self._make_room()
         g: list[Tensor] = []
         v: list[Tensor] = []
         for slot in self.slots:
@@ -263,6 +316,27 @@ class Group:
         _put(zip(self.slots, weights, g, v, strict=True), where, self.scope.era if keep else None)
         return next(w for slot, w in zip(self.slots, weights, strict=True) if slot is wanted)
 
+    def _make_room(self) -> None:
+        """Before computing without grad, drop what the last group to do so has computed.
+
+        Its weights have probably been read for the last time, and memory that was used just
+        now is fast, while fresh memory costs as much as the computation. A group for which
+        that was wrong is not dropped again.
+        """
+        if self._dropped == self.scope.era:
+            self._stays = True
+        last = self.scope.last
+        if last is not None and last is not self:
+            last.drop()
+        self.scope.last = self
+
+    def drop(self) -> None:
+        """Drop what was computed without grad, unless that was wrong before."""
+        if not self._stays:
+            self._dropped = self.scope.era
+            for slot in self.slots:
+                slot.plain = None
+
 
 def _put(
     filled: Iterable[tuple[Slot, Tensor, Tensor, Tensor]], where: Where, era: int | None
@@ -276,7 +350,7 @@ def _put(
             else:
                 slot.plain = entry
         elif grad:
-            slot.kept = entry, era
+            slot.kept = Kept(entry, era, strong=True)
 
 
 def infrastructure_mode() -> bool:

@@ -84,8 +84,9 @@ class _Group(torch.autograd.Function):
         return (None, None, None, None, *kept)
 
 
-# torch leaves Function.apply untyped.
-_group: Callable[..., tuple[Tensor, ...]] = _Group.apply
+# Past Function.apply, as in norm.py; torch leaves it untyped.
+_past: Any = super(torch.autograd.Function, _Group)
+_group: Callable[..., tuple[Tensor, ...]] = _past.apply
 
 
 def _check_unchanged(versions: Sequence[int], tensors: Sequence[Tensor]) -> None:

@@ -5,8 +5,17 @@ from __future__ import annotations
 import sys
 import threading
 from types import FrameType
+from typing import Protocol
 
-__all__ = ["Scope"]
+__all__ = ["Droppable", "Scope"]
+
+
+class Droppable(Protocol):
+    """What holds values that may be dropped before the forward ends."""
+
+    def drop(self) -> None:
+        """Drop them."""
+        ...
 
 
 class Scope:
@@ -17,14 +26,16 @@ class Scope:
         era: counts the forwards, and the accesses between them, after which nothing that was
             kept for a backward may be used.
         stale: whether the groups no longer fit the model.
+        last: the last group that was computed without grad.
     """
 
-    __slots__ = ("_depth", "_frame", "_lock", "era", "stale", "thread")
+    __slots__ = ("_depth", "_frame", "_lock", "era", "last", "stale", "thread")
 
     def __init__(self) -> None:
         self.thread: int | None = None
         self.era = 0
         self.stale = False
+        self.last: Droppable | None = None
         self._depth = 0
         self._frame: FrameType | None = None
         self._lock = threading.Lock()
@@ -45,7 +56,7 @@ class Scope:
             if self.thread is not None and self._running():
                 self._depth += self.thread == me
                 return False
-            self.thread, self._frame, self._depth = me, frame, 1
+            self.thread, self._frame, self._depth, self.last = me, frame, 1, None
             self.era += 1
             return True
 
@@ -57,7 +68,7 @@ class Scope:
             self._depth -= 1
             if self._depth:
                 return False
-            self.thread = self._frame = None
+            self.thread = self._frame = self.last = None
             return True
 
     def _running(self) -> bool:

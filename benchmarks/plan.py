@@ -1,6 +1,6 @@
 """How long ``wn.plan`` takes on large module trees, and whether it grows linearly.
 
-    python benchmarks/bench_plan.py            (with the rest: make bench)
+    python -m benchmarks plan
 
 Half of each tree is wide (one list of blocks), half is deep (towers of 32 nested blocks). A block
 holds four Linear, four Conv1d and a LayerNorm: 8 of its 10 modules are matched by three rules.
@@ -13,13 +13,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -28,6 +24,8 @@ import torch
 from torch import nn
 
 import wn_surgery as wn
+
+from .report import environment, write
 
 RESULTS = Path(__file__).parent / "results" / "plan.json"
 SIZES = (1_000, 10_000, 100_000)
@@ -132,18 +130,6 @@ def measure(modules: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def processor() -> str:
-    """The processor's name, as Linux tells it."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine()
-    for line in text.splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the table."""
     print(f"{'':>9}  {'plan':^15}  {'walk':^15}  {'by hand':^15}  plan, µs")
@@ -158,7 +144,9 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run every size; 0 if the largest is under the limit and growth is linear."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks plan", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON goes")
@@ -179,21 +167,13 @@ def main(argv: list[str] | None = None) -> int:
     }
     for text, good in checks.items():
         print(f"{'ok  ' if good else 'FAIL'}  {text}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     result = {
-        "benchmark": "bench_plan",
-        "date": datetime.now(UTC).date().isoformat(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "processor": processor(),
+        "benchmark": "plan",
+        "environment": environment(),
         "clock": "process CPU time, one thread",
         "rules": RULES,
         "growth_per_module": growth,
         "sizes": rows,
     }
-    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write(args.out, result)
     return 0 if all(checks.values()) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What weight norm costs, and what planning costs: ``python -m benchmarks``."""
