@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,29 +9,14 @@ from torch import nn
 
 import wn_surgery as wn
 
+from .conftest import trained
 
-@pytest.fixture(scope="module")
-def _group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store: Path = tmp_path_factory.mktemp("store") / "file"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("gloo")
 
 
 def model() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-
-
-def trained(network: nn.Module) -> torch.Tensor:
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    for _ in range(3):
-        optimizer.zero_grad()
-        network(torch.ones(2, 4)).square().sum().backward()
-        optimizer.step()
-    with torch.no_grad():
-        output: torch.Tensor = network(torch.ones(1, 4))
-    return output
 
 
 def applied() -> nn.Sequential:
@@ -43,7 +25,6 @@ def applied() -> nn.Sequential:
     return network
 
 
-@pytest.mark.usefixtures("_group")
 def test_ddp() -> None:
     expected = trained(applied())
     wrapped = nn.parallel.DistributedDataParallel(applied())
@@ -54,7 +35,6 @@ def test_ddp() -> None:
         wn.apply(nn.parallel.DistributedDataParallel(model()), "linears")
 
 
-@pytest.mark.usefixtures("_group")
 def test_fsdp2() -> None:
     from torch.distributed.fsdp import fully_shard
 
@@ -78,7 +58,6 @@ def test_fsdp2() -> None:
     assert [name for name, _ in late.named_parameters()] == names
 
 
-@pytest.mark.usefixtures("_group")
 def test_tensors_that_are_sharded_by_hand() -> None:
     from torch.distributed.tensor import distribute_module
 

@@ -95,12 +95,12 @@ def choose(site: Site, mode: Mode) -> Choice:
 def _why_off(site: Site) -> str:
     held, module = site.held, site.module
     assert held is not None and held.g is not None and held.v is not None
+    if site.node.wrapped not in (None, "DistributedDataParallel"):
+        return f"its parameters are sharded by {site.node.wrapped}"
     if held.layout == "legacy":
         return "legacy layout: call wn_surgery.migrate(model) first"
     if held.maker != "wn_surgery" or not is_managed(type(module)):
         return f"its class is made by {held.maker}: call wn_surgery.migrate(model) first"
-    if site.node.wrapped not in (None, "DistributedDataParallel"):
-        return f"its parameters are sharded by {site.node.wrapped}"
     for tensor in (held.g, held.v):
         if type(tensor) not in _PLAIN_TYPES:
             return f"its parameters are of class {type(tensor).__name__}"
