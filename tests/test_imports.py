@@ -56,6 +56,12 @@ assert len(wn.apply(model, {"names": "{0..2}", "types": "Conv1d"}).changed) == 2
 assert torch.equal(model(x), expected)
 model(x).sum().backward()
 assert wn.sites(model)[0].held.g.grad is not None
+assert {member.path for member in wn.fuse(model).members} == {"cpu"}
+assert torch.equal(model(x), expected)
+try:
+    wn.fuse(model, "triton")
+except wn.FusionError as error:
+    assert "no CUDA device" in str(error) or "triton" in str(error), error
 with wn.folded(model):
     model(x)
 with wn.writable(model):

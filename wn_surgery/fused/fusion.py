@@ -24,6 +24,8 @@ from .evaluator import Evaluator
 from .group import CudaSlot, Group, Slot, infrastructure_mode
 from .scope import Scope
 
+_is_compiling = torch.compiler.is_dynamo_compiling
+
 __all__ = ["Enter", "Fusion", "Leave", "Member", "unhook"]
 
 
@@ -145,7 +147,7 @@ class Fusion:
 
     def enter(self, root: nn.Module | None, frame: Any) -> None:
         """A forward begins; ``None`` for one that spans several of them."""
-        if torch.compiler.is_compiling() or getattr(root, "_is_replica", False):
+        if root is not None and "_is_replica" in root.__dict__:  # DataParallel's
             return
         held = self._root() if self._root is not None else None
         root = root if root is not None else held
@@ -160,22 +162,17 @@ class Fusion:
                 self._scope.leave()
                 unhook(root)
                 return
-        fresh = torch.is_grad_enabled() or root.training or not self.reuse
+        reuse = self.reuse and not (torch.is_grad_enabled() or root.training)
         for group in self._groups:
-            slots = group.slots
-            for slot in slots:
-                slot.grad = slot.plain = slot.kept = None
-            if self.reuse and (fresh or not all(map(Slot.take_up, slots))):
-                for slot in slots:
-                    slot.plain = slot.reusable = None
+            group.begin(reuse)
 
     def leave(self, root: nn.Module | None) -> None:
         """A forward has ended."""
-        if torch.compiler.is_compiling() or not self._scope.leave():
+        if not self._scope.leave():
             return
-        training = root is None or root.training
-        for slot in self._slots():
-            slot.keep(self.reuse and not training)
+        keep = self.reuse and root is not None and not root.training
+        for group in self._groups:
+            group.end(keep)
 
     def _slots(self) -> list[Slot]:
         return [slot for group in self._groups for slot in group.slots]
@@ -211,7 +208,7 @@ class Enter(RootHook):
 
     def __call__(self, module: nn.Module, _inputs: Any) -> None:
         """Begin a forward."""
-        if not torch.compiler.is_compiling():
+        if not _is_compiling():
             self.fusion.enter(module, sys._getframe(1))
 
     def settle(self, root: nn.Module) -> None:
@@ -229,7 +226,7 @@ class Leave:
 
     def __call__(self, module: nn.Module, _inputs: Any, _outputs: Any) -> None:
         """End a forward."""
-        if not torch.compiler.is_compiling():
+        if not _is_compiling():
             self.fusion.leave(module)
 
 

@@ -31,6 +31,7 @@ Where: TypeAlias = "tuple[int, torch.dtype | None] | None"
 Entry: TypeAlias = "tuple[Tensor, Tensor, Tensor, int, int, Where]"
 
 _is_grad_enabled = torch.is_grad_enabled
+_modes = torch._C._len_torch_dispatch_stack
 _graph_task = torch._C._current_graph_task_id
 
 
@@ -41,7 +42,7 @@ class Slot:
         spec: what the weight is.
         grad: what grad mode sees during the forward.
         plain: what no-grad mode sees; it has no graph, and must not stand in for ``grad``.
-        kept: ``grad`` after the forward, for the recomputation of checkpointed parts.
+        kept: what a backward sees that runs checkpointed parts again, and in which era.
         reusable: ``plain`` after the forward, with the addresses of g and v.
     """
 
@@ -68,7 +69,7 @@ class Slot:
         """Drop every value."""
         self.grad: Entry | None = None
         self.plain: Entry | None = None
-        self.kept: Kept | None = None
+        self.kept: tuple[Entry, int] | None = None
         self.reusable: tuple[Entry, int, int] | None = None
 
     def weight(self) -> Tensor | None:
@@ -147,14 +148,11 @@ class Slot:
             self._seen = g, v, g.data_ptr(), v.data_ptr()
         return g, v
 
-    def keep(self, reuse: bool) -> None:
-        """The forward has ended: what was at hand is so no longer."""
-        if self.grad is not None:
-            self.kept = Kept(self.grad, self._scope.era)
-        if reuse and self.plain is not None:
-            _, g, v, *_ = self.plain
-            self.reusable = self.plain, g.data_ptr(), v.data_ptr()
-        self.grad = self.plain = None
+    def keep(self) -> None:
+        """Remember what was computed without grad for the next forward of that kind."""
+        entry = self.plain
+        if entry is not None and (self.reusable is None or self.reusable[0] is not entry):
+            self.reusable = entry, entry[1].data_ptr(), entry[2].data_ptr()
 
     def take_up(self) -> bool:
         """Reuse the value of an earlier forward without grad; whether g and v allow it."""
@@ -174,14 +172,13 @@ class Slot:
         if self._scope.thread == get_ident():
             return group.fill(self)
         if _graph_task() != -1:
-            # Backward: an activation checkpoint runs a part of the last forward again, and
-            # must see its weights. Those that nothing else has held on to are computed, once
-            # for all the parts that follow.
+            # Backward: an activation checkpoint runs a part of the last forward again. Nothing
+            # has held on to its weights; they are computed, once for all the parts that follow.
             kept = self.kept
-            if kept is not None and kept.era == self._scope.era and _is_grad_enabled():
-                weight = kept.weight()
-                if weight is not None and self.is_current(kept.entry(weight)):
-                    return weight
+            if kept is not None and kept[1] == self._scope.era and _is_grad_enabled():
+                entry = kept[0]
+                if self.is_current(entry):
+                    return entry[0]
             return group.fill(self, keep=True)
         # Outside of any forward. If it is one after all, of a part of the model that will be
         # checkpointed, then its backward must not see the weights of an earlier one.
@@ -192,38 +189,6 @@ class Slot:
         if self._alone is None:
             self._alone = CpuEvaluator([self.spec], group.device)
         return evaluate(self._alone, (self.spec,), pair[1:], pair[:1])[0]
-
-
-class Kept:
-    """A weight after its forward.
-
-    Args:
-        entry: the weight and what it was computed from.
-        era: in which it may be used.
-        strong: whether to hold on to the weight. A forward does not: its graph holds what
-            its backward needs, and frees it bit by bit.
-    """
-
-    __slots__ = ("_rest", "_strong", "_weak", "era")
-
-    def __init__(self, entry: Entry, era: int, strong: bool = False) -> None:
-        weight, *rest = entry
-        self.era = era
-        self._rest = cast("tuple[Tensor, Tensor, int, int, Where]", tuple(rest))
-        self._weak = ref(weight)
-        self._strong = weight if strong else None
-
-    def weight(self) -> Tensor | None:
-        """The weight, if it is still there."""
-        weight = self._weak()
-        if weight is not None:
-            # The object may have died and come back since; see torch.utils.weak.TensorWeakRef.
-            weight._fix_weakref()  # type: ignore[attr-defined]
-        return weight
-
-    def entry(self, weight: Tensor) -> Entry:
-        """As it was."""
-        return (weight, *self._rest)
 
 
 class CudaSlot(Slot):
@@ -289,6 +254,30 @@ class Group:
         self._dropped = -1
         self._evaluator = evaluator
 
+    def begin(self, reuse: bool) -> None:
+        """A forward begins: nothing is at hand, unless a value of an earlier one is still good.
+
+        Args:
+            reuse: whether this forward may reuse anything.
+        """
+        slots = self.slots
+        for slot in slots:
+            slot.grad = slot.plain = slot.kept = None
+        if self._stays and not (reuse and all(map(Slot.take_up, slots))):
+            for slot in slots:
+                slot.plain = slot.reusable = None
+
+    def end(self, keep: bool) -> None:
+        """A forward has ended: its graph holds what its backward needs, and frees it.
+
+        Args:
+            keep: whether to keep what was computed without grad for the next forward.
+        """
+        for slot in self.slots:
+            if keep:
+                slot.keep()
+            slot.grad = slot.plain = None
+
     def fill(self, wanted: Slot, keep: bool = False) -> Tensor | None:
         """Compute all weights; that of ``wanted``, or ``None`` if one cannot be computed.
 
@@ -350,9 +339,11 @@ def _put(
             else:
                 slot.plain = entry
         elif grad:
-            slot.kept = Kept(entry, era, strong=True)
+            slot.kept = entry, era
 
 
 def infrastructure_mode() -> bool:
     """Whether tensors are fake, proxies or functional: their values must not be kept."""
-    return any(torch._C._get_dispatch_mode(key) is not None for key in _INFRASTRUCTURE)
+    return _modes() > 0 and any(
+        torch._C._get_dispatch_mode(key) is not None for key in _INFRASTRUCTURE
+    )
