@@ -14,7 +14,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long lint format bench clean
+.PHONY: help install demo test test-long lint format bench gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,10 @@ format: $(STAMP) ## let ruff rewrite the files
 
 bench: $(STAMP) ## every benchmark, alternated in one process (BENCH_ARGS=--quick for minutes)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+gpu: $(STAMP) ## on a CUDA device: its tests, then the benchmark; commit what it writes
+	$(BIN)/python -m pytest tests/gpu $(TEST_ARGS)
+	$(BIN)/python -m benchmarks --gpu $(BENCH_ARGS)
 
 clean: ## remove .venv and whatever was built
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

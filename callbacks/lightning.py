@@ -70,7 +70,8 @@ class WeightNorm(Callback):
             ``"ignore"``.
         fused: Compute the weights of the model in groups, once a forward: ``"auto"`` (Triton
             on CUDA, torch's operators on the CPU), ``"triton"``, ``"cpu"`` or ``"off"``; see
-            :func:`wn_surgery.fuse`. It lasts from the start of a run to its end.
+            :func:`wn_surgery.fuse`. It lasts from the start of a run to its end. Off unless
+            asked for, as long as the Triton kernels have not been run on a GPU.
         verbose: Print what was changed, on rank zero.
 
     Attributes:
@@ -89,7 +90,7 @@ class WeightNorm(Callback):
         rules: RulesLike,
         *,
         on_unmatched: OnUnmatched = "error",
-        fused: Fused = "auto",
+        fused: Fused = "off",
         verbose: bool = False,
     ) -> None:
         super().__init__()

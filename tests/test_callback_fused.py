@@ -116,7 +116,7 @@ def test_training_is_the_same_to_the_bit(
 
 
 def test_nothing_is_left_behind_and_every_run_is_fused(tmp_path: Path) -> None:
-    module, callback = Nested(), WeightNorm(RULES)
+    module, callback = Nested(), WeightNorm(RULES, fused="auto")
     made = trainer(callback, tmp_path)
     made.fit(module, loader(), loader())
     for run in (made.validate, made.test):
