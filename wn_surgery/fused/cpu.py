@@ -117,7 +117,9 @@ def _gradients(
     wide = torch.promote_types(spec.norm_dtype or v.dtype, torch.float32)
     x, dw = v.contiguous().to(wide), grad.contiguous().to(wide)
     n, m = norms.to(wide), g.to(wide)
-    grad_g = _inner(dw, x, spec) / n
+    # The products have the memory of the result: fresh memory costs as much as the arithmetic.
+    buffer = dw * x
+    grad_g = _sums(buffer, spec) / n
     scale = m / n
     along = scale * grad_g / n
     if spec.eps > 0.0:
@@ -126,25 +128,22 @@ def _gradients(
     if spec.axes is not None and spec.axes.before > 1:
         # One long row to broadcast: torch is slow where the broadcast axis is short and last.
         rows = (spec.axes.before, spec.axes.kept * spec.axes.after)
-        x, dw = x.view(rows), dw.view(rows)
+        x, dw, buffer = x.view(rows), dw.view(rows), buffer.view(rows)
         scale, along = (_repeat(t, spec.axes.after) for t in (scale, along))
-    grad_v = torch.mul(dw, scale).addcmul_(x, along, value=-1.0)
+    grad_v = torch.mul(dw, scale, out=buffer).addcmul_(x, along, value=-1.0)
     return like(grad_v.view(v.shape).to(v.dtype), v), grad_g.to(g.dtype)
 
 
-def _inner(a: Tensor, b: Tensor, spec: Spec) -> Tensor:
-    """The inner products of the slices of two contiguous tensors, in the shape of g."""
-    shape = g_shape(spec.shape, spec.dim)
+def _sums(products: Tensor, spec: Spec) -> Tensor:
+    """The sums of the slices of a contiguous tensor, in the shape of g."""
     if spec.axes is None:
         kept = cast("tuple[int, ...]", spec.dim)
-        reduced = [axis for axis in range(a.ndim) if axis not in kept]
-        return (a * b).sum(reduced, keepdim=True)
+        return products.sum([a for a in range(products.ndim) if a not in kept], keepdim=True)
     before, kept_size, after = spec.axes
-    if before == 1:
-        rows: Tensor = torch.linalg.vecdot(a.view(kept_size, after), b.view(kept_size, after))
-        return rows.view(shape)
-    columns: Tensor = torch.linalg.vecdot(a.view(before, -1), b.view(before, -1), dim=0)
-    return columns.view(kept_size, after).sum(1).view(shape)
+    if before > 1:
+        # The leading axis by itself: torch is slow at reducing both sides of a kept axis.
+        products = products.view(before, -1).sum(0)
+    return products.view(kept_size, after).sum(1).view(g_shape(spec.shape, spec.dim))
 
 
 def _repeat(t: Tensor, times: int) -> Tensor:
