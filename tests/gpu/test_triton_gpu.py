@@ -190,3 +190,23 @@ def test_a_fused_model_trains_as_the_plain_one(device: torch.device, autocast: b
     tolerance = 2e-2 if autocast else 2e-3  # TF32 convolutions differ from run to run
     torch.testing.assert_close(losses[0], losses[1], rtol=tolerance, atol=0)
     assert losses[1][-1] < losses[1][0]
+
+
+def test_the_peak_of_memory_is_at_most_that_of_the_legacy_hook(device: torch.device) -> None:
+    def peak(fused: bool) -> int:
+        torch.manual_seed(0)
+        model = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(32)]).to(device)
+        wn.apply(model, {"types": "Linear"})
+        if fused:
+            wn.fuse(model, "triton")
+        else:
+            wn.migrate(model, to="legacy")
+        x = torch.randn(64, 1024, device=device)
+        for _ in range(3):
+            torch.cuda.reset_peak_memory_stats()
+            model.zero_grad(set_to_none=True)
+            model(x).square().mean().backward()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+
+    assert peak(fused=True) <= peak(fused=False)
