@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as lp
@@ -308,39 +307,6 @@ def test_layers_sharded_in_configure_model_are_refused(tmp_path: Path) -> None:
             trainer(WeightNorm(RULES)).fit(Shards(), loader())
     finally:
         torch.distributed.destroy_process_group()
-
-
-def test_strategies_that_spawn_are_refused_unless_the_model_is_patched() -> None:
-    class _MultiProcessingLauncher:
-        pass
-
-    module = Module()
-    strategy = SimpleNamespace(launcher=_MultiProcessingLauncher())
-    run = SimpleNamespace(strategy=strategy, is_global_zero=True)
-    module._trainer = run  # type: ignore[assignment]
-    with pytest.raises(wn.WeightNormError, match="spawn or fork"):
-        WeightNorm(RULES).setup(run, module, "fit")  # type: ignore[arg-type]
-    assert normed(module) == []
-    wn.apply(module, RULES)
-    WeightNorm(RULES).setup(run, module, "fit")  # type: ignore[arg-type]
-
-
-def test_state_is_plain_data(tmp_path: Path) -> None:
-    rules = [wn.Rule(types=nn.Linear, eps=1e-12), wn.Rule(where=lambda name, _: name == "model.2")]
-    callback = WeightNorm(rules)
-    torch.save(callback.state_dict(), tmp_path / "state")
-    state = torch.load(tmp_path / "state", weights_only=True)
-    assert state == callback.state_dict()
-    assert state["rules"][0] == rules[0].to_dict()
-    callback.load_state_dict(state)
-
-
-def test_a_checkpoint_of_other_rules_warns_and_of_a_newer_release_raises() -> None:
-    callback = WeightNorm(RULES)
-    with pytest.warns(UserWarning, match="other weight-norm rules"):
-        callback.load_state_dict(WeightNorm({"types": "Linear", "eps": 1e-6}).state_dict())
-    with pytest.raises(wn.WeightNormError, match="newer"):
-        callback.load_state_dict({"version": 99, "rules": []})
 
 
 def test_the_callback_can_be_copied_and_pickled_after_a_run() -> None:

@@ -21,7 +21,9 @@ MODULES = {
     f"wn_surgery/{path.relative_to(ROOT / 'wn_surgery').as_posix()}"
     for path in (ROOT / "wn_surgery").rglob("*.py")
     if "callbacks" not in path.parts
-} | {f"wn_surgery/callbacks/{path.name}" for path in (ROOT / "callbacks").glob("*.py")}
+} | {
+    f"wn_surgery/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "callbacks").rglob("*.py")
+}
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,15 @@
 
 from .contexts import folded, writable
 from .errors import (
+    CallbackError,
+    CheckpointMismatchError,
     ConflictingNamesError,
     DimensionError,
     ExistingSiteError,
     FoldedModelError,
     FusionError,
     InferenceModeError,
+    InitializationError,
     LazyParameterError,
     NonFloatingError,
     QuantizedWeightError,
@@ -21,13 +24,18 @@ from .errors import (
     ZeroNormError,
 )
 from .fused import Fusion, fuse, unfuse
+from .initialization import Initialization, initialize_from_batch, initializing
+from .parameter_groups import ParameterGroups, parameter_groups
 from .plan import Plan, Step
 from .planning import UnmatchedRuleWarning, plan
 from .rules import Rule
 from .sites import Site, sites
+from .statistics import SiteStatistics, Statistics, statistics
 from .surgery import Report, apply, migrate, remove
 
 __all__ = [
+    "CallbackError",
+    "CheckpointMismatchError",
     "ConflictingNamesError",
     "DimensionError",
     "ExistingSiteError",
@@ -35,8 +43,11 @@ __all__ = [
     "Fusion",
     "FusionError",
     "InferenceModeError",
+    "Initialization",
+    "InitializationError",
     "LazyParameterError",
     "NonFloatingError",
+    "ParameterGroups",
     "Plan",
     "QuantizedWeightError",
     "Report",
@@ -44,7 +55,9 @@ __all__ = [
     "RuleError",
     "RuleFileError",
     "Site",
+    "SiteStatistics",
     "StackedParametrizationError",
+    "Statistics",
     "Step",
     "TiedParameterError",
     "UnmatchedRuleError",
@@ -55,10 +68,14 @@ __all__ = [
     "apply",
     "folded",
     "fuse",
+    "initialize_from_batch",
+    "initializing",
     "migrate",
+    "parameter_groups",
     "plan",
     "remove",
     "sites",
+    "statistics",
     "unfuse",
     "writable",
 ]

@@ -160,7 +160,7 @@ def resolve_dim(site: Site, rule: Rule) -> Dim | Problem:
     dim = rule.dim
     ndim = len(site.shape)
     if dim == "out":
-        return _output_axis(site)
+        return output_axis(site)
     axes = () if dim is None else (dim,) if isinstance(dim, int) else dim
     if any(axis >= ndim for axis in axes):
         return Problem(
@@ -172,7 +172,7 @@ def resolve_dim(site: Site, rule: Rule) -> Dim | Problem:
     return dim
 
 
-def _output_axis(site: Site) -> Dim | Problem:
+def output_axis(site: Site) -> Dim | Problem:
     module = site.module
     if isinstance(module, _ConvTransposeNd):
         # The weight is (in, out / groups, kernel): with one channel a group, each output

@@ -8,12 +8,15 @@ Lightning callback can look at the optimizers only after they are built (docs/er
 from __future__ import annotations
 
 __all__ = [
+    "CallbackError",
+    "CheckpointMismatchError",
     "ConflictingNamesError",
     "DimensionError",
     "ExistingSiteError",
     "FoldedModelError",
     "FusionError",
     "InferenceModeError",
+    "InitializationError",
     "LazyParameterError",
     "NonFloatingError",
     "QuantizedWeightError",
@@ -103,3 +106,15 @@ class FoldedModelError(WeightNormError):
 
 class FusionError(WeightNormError):
     """Whole-model evaluation was asked of a model, or of a weight, that cannot have it."""
+
+
+class InitializationError(WeightNormError, ValueError):
+    """No layer can be initialized from a batch, or the batch does not allow it."""
+
+
+class CheckpointMismatchError(WeightNormError):
+    """A checkpoint was written with other weight norm than the model now has."""
+
+
+class CallbackError(WeightNormError):
+    """A training framework's callbacks, strategy or optimizers leave weight norm no place."""

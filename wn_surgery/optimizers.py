@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-__all__ = ["OptimizerChange", "OptimizerEdit", "Replacement"]
+__all__ = ["OptimizerChange", "OptimizerEdit", "Replacement", "unwrapped"]
 
 
 class Replacement(NamedTuple):
@@ -63,7 +63,7 @@ class OptimizerEdit:
     """
 
     def __init__(self, optimizers: Iterable[Any]) -> None:
-        self._optimizers = [_unwrapped(optimizer) for optimizer in optimizers]
+        self._optimizers = [unwrapped(optimizer) for optimizer in optimizers]
         self._before: list[tuple[Any, list[dict[str, Any]], dict[Any, Any], Any]] = []
 
     def replace(self, replacements: Sequence[Replacement]) -> list[OptimizerChange]:
@@ -90,7 +90,12 @@ class OptimizerEdit:
                 optimizer._numel_cache = numel
 
 
-def _unwrapped(optimizer: Any) -> Any:
+def unwrapped(optimizer: Any) -> Any:
+    """The torch optimizer inside wrappers that keep one under ``.optimizer``.
+
+    Raises:
+        TypeError: there is none.
+    """
     inner = optimizer
     while not isinstance(getattr(inner, "param_groups", None), list) or hasattr(inner, "optimizer"):
         if not hasattr(inner, "optimizer"):

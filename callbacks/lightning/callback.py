@@ -1,0 +1,403 @@
+"""The callback: weight norm by rules, in a Trainer, from the first step to the export."""
+
+from __future__ import annotations
+
+__all__ = ["WeightNorm"]
+
+import weakref
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
+
+from torch import nn
+from typing_extensions import override
+
+import wn_surgery as wn
+from wn_surgery.planning import OnUnmatched
+from wn_surgery.rules import Rule, RulesLike, as_rules
+
+from . import exporting, layouts, neighbours
+from .bases import Callback
+from .evaluation import Folding
+from .fusing import Fused, fuse
+from .layouts import LayoutIO, SaveLayout
+from .monitoring import Monitor
+from .patching import Replaced, apply_rules, refuse_stale
+from .resuming import rename_optimizer_states
+from .timing import building_hooks, once_after
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from wn_surgery.history import History
+
+    Rules: TypeAlias = RulesLike
+else:
+    # What LightningCLI reads: a mapping would let it pass unknown fields.
+    Rules: TypeAlias = str | Path | Rule | list[str | Rule]
+
+
+class WeightNorm(Callback):
+    """Put weight norm on the model before its optimizers are built, and keep the rest true to it.
+
+    The layers are changed in ``setup``, once: the optimizer holds ``g`` and ``v``, checkpoints
+    hold them too, and a resumed run continues bit for bit. What the Trainer does later
+    (``validate``, ``test``, ``predict``, another ``fit``, another Trainer) changes nothing more.
+
+    Layers that the module builds in its own ``setup`` or ``configure_model``, which run after
+    the callback's ``setup``, get their weight norm when that method returns; only then is a
+    rule that matches nothing an error. Layers that are built *and sharded* in
+    ``configure_model`` are out of reach: call ``wn_surgery.apply(self, rules)`` there, before
+    ``fully_shard``.
+
+    Only one is needed, with all the rules, and before callbacks that copy the model, such as
+    weight averaging; what cannot work is refused before the first step. See docs/lightning.md.
+
+    Args:
+        rules: A rule, a list of rules or dicts, a path to a YAML or JSON file, or the name of a
+            preset. Names are relative to the LightningModule, so a layer of ``self.model`` has
+            a name under ``model.**``. Invalid rules raise here, not when training starts.
+        fused: Compute the weights of the model in groups, once a forward: ``"auto"`` (on the CPU,
+            and not on CUDA, as long as the Triton kernels have not been run on a GPU),
+            ``"triton"``, ``"cpu"`` (torch's operators) or ``"off"``; see :func:`wn_surgery.fuse`.
+            It lasts from the start of a run to its end.
+        fold_on_eval: Validation, testing and prediction compute each weight once, and run at the
+            plain model's speed.
+        save_layout: What checkpoints hold: ``"parametrized"`` (g and v under torch's names),
+            ``"legacy"`` (``weight_g`` and ``weight_v``), or ``"plain"``: weights that load without
+            this library, with g and v beside them, so that a run resumes exactly.
+        strip_on_end: Leave the module plain after ``fit``.
+        log_every_n_steps: Log :func:`wn_surgery.statistics` to the Trainer's loggers every so
+            many optimizer steps, with histograms for TensorBoard.
+        export_to: At the end of ``fit``, write the module without weight norm: weights
+            (``.safetensors``, ``.pt``, ``.pth``, ``.ckpt``) or a program (``.onnx``, ``.pt2``),
+            which needs ``example_input_array``.
+        init_from_batch: Initialize g and biases from the first batch of a new run; see
+            :func:`wn_surgery.initializing`. A resumed run is not initialized again.
+        on_unmatched: What to do about a rule that matches nothing: ``"error"``, ``"warn"`` or
+            ``"ignore"``.
+        verbose: Print what was changed, on rank zero.
+
+    Attributes:
+        rules: The rules, as a tuple of :class:`wn_surgery.Rule`.
+        report: What was changed last; None while nothing has been.
+        initialization: What ``init_from_batch`` did; None while it has not.
+
+    Raises:
+        wn_surgery.RuleError: The rules are wrong.
+        ValueError: Another argument is.
+
+    Example:
+        >>> from wn_surgery.callbacks.lightning import WeightNorm
+        >>> callback = WeightNorm([{"types": "Conv1d"}, {"action": "skip", "names": "**.head"}])
+        >>> [rule.action for rule in callback.rules]
+        ['apply', 'skip']
+    """
+
+    # Of one run; not copied, not pickled.
+    _module: weakref.ref[nn.Module] | None
+    _replaced: Replaced
+    _first_batch: ExitStack | None
+    _loaded: dict[str, Any] | None
+
+    def __init__(
+        self,
+        rules: Rules,
+        *,
+        fused: Fused = "auto",
+        fold_on_eval: bool = True,
+        save_layout: SaveLayout = "parametrized",
+        strip_on_end: bool = False,
+        log_every_n_steps: int | None = None,
+        export_to: str | Path | None = None,
+        init_from_batch: bool = False,
+        on_unmatched: OnUnmatched = "error",
+        verbose: bool = False,
+    ) -> None:
+        super().__init__()
+        _one_of("fused", fused, Fused)
+        _one_of("save_layout", save_layout, SaveLayout)
+        _one_of("on_unmatched", on_unmatched, OnUnmatched)
+        if log_every_n_steps is not None and log_every_n_steps < 1:
+            raise ValueError(f"log_every_n_steps={log_every_n_steps}; expected at least 1, or None")
+        if export_to is not None and Path(export_to).suffix not in exporting.SUFFIXES:
+            raise ValueError(
+                f"export_to={str(export_to)!r}; expected a file ending in one of "
+                f"{', '.join(exporting.SUFFIXES)}"
+            )
+        self.rules = as_rules(rules)
+        self.on_unmatched = on_unmatched
+        self.fused: Fused = fused
+        self.fold_on_eval = fold_on_eval
+        self.save_layout: SaveLayout = save_layout
+        self.strip_on_end = strip_on_end
+        self.export_to = None if export_to is None else Path(export_to)
+        self.init_from_batch = init_from_batch
+        self.verbose = verbose
+        self.report: wn.Report | None = None
+        self.initialization: wn.Initialization | None = None
+        self.initialized = False
+        self._monitor = None if log_every_n_steps is None else Monitor(log_every_n_steps)
+        self._forget_run()
+
+    @property
+    def history(self) -> History:
+        """What ``log_every_n_steps`` has recorded; ``history.plot()`` draws it.
+
+        Raises:
+            ValueError: ``log_every_n_steps`` was not given.
+        """
+        if self._monitor is None:
+            raise ValueError("nothing is recorded: WeightNorm(..., log_every_n_steps=100) does it")
+        return self._monitor.history
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module of the last run, while it is alive."""
+        return self._module() if self._module is not None else None
+
+    def patch(self, model: nn.Module) -> wn.Report:
+        """Apply the rules to a model outside a Trainer: for Fabric, before ``fabric.setup``.
+
+        Args:
+            model: any module tree.
+
+        Returns:
+            What was done.
+
+        Raises:
+            wn_surgery.WeightNormError: as :func:`wn_surgery.apply` does.
+
+        Example:
+            >>> import torch
+            >>> from wn_surgery.callbacks.lightning import WeightNorm
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8))
+            >>> WeightNorm("linears").patch(model).changed
+            ('0.weight',)
+        """
+        self.report = wn.apply(model, self.rules, on_unmatched=self.on_unmatched)
+        return self.report
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Apply the rules to the layers there are, and again after each hook that builds more."""
+        self._forget_run()
+        self._module = weakref.ref(pl_module)
+        neighbours.check(trainer, pl_module, self, self.save_layout)
+        if self.export_to is not None:
+            exporting.check(pl_module, self.export_to)
+        hooks = building_hooks(pl_module)
+        # Whether a rule matches nothing is only known after the last of them.
+        early: OnUnmatched = "ignore"
+        passes = [*[early] * len(hooks), self.on_unmatched]
+        for hook, on_unmatched in zip(hooks, passes[1:], strict=True):
+            once_after(pl_module, hook, partial(self._apply, trainer, pl_module, on_unmatched))
+        self._apply(trainer, pl_module, passes[0])
+        if not neighbours.shards(trainer):
+            # The last to see what is saved and the first to see what is read.
+            inner = trainer.strategy.checkpoint_io
+            while isinstance(inner, LayoutIO):
+                inner = inner.inner
+            trainer.strategy.checkpoint_io = LayoutIO(inner, self)
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say where weight norm is, in plain data; for strategies that write shards as well."""
+        checkpoint[layouts.KEY] = layouts.record(pl_module, self)
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take over what the checkpoint says; its tensors are loaded already."""
+        info = checkpoint.get(layouts.KEY)
+        if info is not None:
+            if neighbours.shards(trainer):
+                layouts.check(checkpoint, pl_module, "the checkpoint")
+            self.initialized = info["initialized"]
+        self._loaded = checkpoint
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See to the optimizers, which are there now but have not been restored."""
+        refuse_stale(trainer.optimizers, self._replaced)
+        self._replaced.clear()
+        if self._loaded is not None:
+            rename_optimizer_states(self._loaded, trainer, pl_module)
+            self._loaded = None
+        self._fuse(pl_module)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """On the first batch of all, have each layer initialized by its first call."""
+        if not self.init_from_batch or self.initialized or trainer.global_step > 0:
+            return
+        wn.unfuse(pl_module)
+        self._first_batch = ExitStack()
+        self.initialization = self._first_batch.enter_context(wn.initializing(pl_module))
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Log."""
+        if self._first_batch is not None:
+            stack, self._first_batch = self._first_batch, None
+            stack.close()
+            self.initialized = True
+            if self.verbose and trainer.is_global_zero:
+                print(self.initialization)  # noqa: T201
+            self._fuse(pl_module)
+        if self._monitor is not None:
+            self._monitor.after_batch(trainer, pl_module)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fuse, where validation is a run of its own and does not fold."""
+        self._fuse_evaluation(pl_module)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fuse."""
+        self._fuse_evaluation(pl_module)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fuse."""
+        self._fuse_evaluation(pl_module)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Fold, before the first batch: weight averaging has exchanged its weights by now."""
+        self._fold(pl_module)
+
+    @override
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Fold."""
+        self._fold(pl_module)
+
+    @override
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Fold."""
+        self._fold(pl_module)
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Unfold, before weight averaging exchanges its weights back."""
+        self._folding.stop()
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Unfold."""
+        self._folding.stop()
+
+    @override
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Unfold."""
+        self._folding.stop()
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave no weight folded and no layer waiting for its first call."""
+        self._folding.stop()
+        if self._first_batch is not None:
+            stack, self._first_batch = self._first_batch, None
+            # As if it had been raised inside: g and biases are put back.
+            stack.__exit__(type(exception), exception, exception.__traceback__)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export."""
+        self._finished = True
+        if self.export_to is not None and trainer.is_global_zero:
+            exporting.export(pl_module, self.export_to)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave nothing behind but weight norm, and that only where it is to stay."""
+        self._folding.stop()
+        wn.unfuse(pl_module)
+        ended = self._finished or (stage != "fit" and self._applied)
+        # A worker's weights go back to a process in which the module has no weight norm; Lightning
+        # loads them there with strict=False, which would drop g and v.
+        goes_back = self._applied and neighbours.in_worker_processes(trainer)
+        if (self.strip_on_end and ended) or goes_back:
+            wn.remove(pl_module, self.rules, optimizers=trainer.optimizers, on_unmatched="ignore")
+
+    def on_after_setup(self, fabric: Any, module: nn.Module) -> None:  # noqa: ARG002
+        """Refuse a module that Fabric has set up without weight norm: it is too late here."""
+        model = getattr(module, "_forward_module", module)
+        plan = wn.plan(model, self.rules, on_unmatched="ignore", check=False)
+        if plan.changes:
+            raise wn.CallbackError(
+                f"fabric.setup() was given a {type(model).__name__} without weight norm; call "
+                "callback.patch(model), or wn_surgery.apply(model, rules), before the optimizer is "
+                "made and fabric.setup() is called"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, or a worker process, begins a run of its own.
+        state = self.__dict__.copy()
+        for name in ("_module", "_replaced", "_folding", "_first_batch", "_loaded"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget_run()
+
+    def _forget_run(self) -> None:
+        self._module = None
+        self._replaced = []
+        self._folding = Folding()
+        self._first_batch = None
+        self._loaded = None
+        self._applied = False
+        self._finished = False
+
+    def _fuse(self, pl_module: LightningModule) -> None:
+        if not self.init_from_batch or self.initialized:
+            fuse(pl_module, self.fused)
+
+    def _fuse_evaluation(self, pl_module: LightningModule) -> None:
+        if not self.fold_on_eval:
+            self._fuse(pl_module)
+
+    def _fold(self, pl_module: LightningModule) -> None:
+        if self.fold_on_eval:
+            self._folding.start(pl_module)
+
+    def _apply(
+        self, trainer: Trainer, pl_module: LightningModule, on_unmatched: OnUnmatched
+    ) -> None:
+        report, replaced = apply_rules(pl_module, self.rules, on_unmatched)
+        if report is None:
+            return
+        self.report = report
+        self._applied = True
+        self._replaced += replaced
+        if self.verbose and trainer.is_global_zero:
+            print(report)  # noqa: T201
+
+
+def _one_of(name: str, value: str, allowed: Any) -> None:
+    if value not in get_args(allowed):
+        raise ValueError(f"{name}={value!r}; expected {', '.join(map(repr, get_args(allowed)))}")

@@ -1,0 +1,78 @@
+"""What is left when training ends: a file of plain weights, or an exported program."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import wn_surgery as wn
+from wn_surgery.state_keys import plain_state_dict
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+__all__ = ["SUFFIXES", "export"]
+
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt")
+_PROGRAMS = (".onnx", ".pt2")
+SUFFIXES = (*_WEIGHTS, *_PROGRAMS)
+"""What a file to export to may be called."""
+
+
+def export(pl_module: LightningModule, path: Path) -> None:
+    """Write the module without weight norm; the module itself is not changed.
+
+    Args:
+        pl_module: weight-normed or not. For a program it needs ``example_input_array``.
+        path: ``.safetensors``, ``.pt``, ``.pth``, ``.ckpt`` (a state dict under ``state_dict``), or
+            the programs ``.onnx`` and ``.pt2``. It is there whole, or not at all.
+
+    Raises:
+        wn_surgery.CallbackError: a program, and the module has no ``example_input_array``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        temporary = Path(folder) / path.name
+        if path.suffix in _PROGRAMS:
+            _write_program(pl_module, temporary)
+        else:
+            _write_weights(plain_state_dict(pl_module), temporary)
+        temporary.replace(path)
+
+
+def check(pl_module: LightningModule, path: Path) -> None:
+    """Raise at the start of a run what :func:`export` would raise at its end."""
+    if path.suffix in _PROGRAMS and pl_module.example_input_array is None:
+        raise wn.CallbackError(
+            f"export_to={str(path)!r} needs an example of the input: set "
+            f"self.example_input_array in {type(pl_module).__name__}, or export the weights alone "
+            f"(.safetensors)"
+        )
+
+
+def _write_weights(state: dict[str, Any], path: Path) -> None:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        # The format has one name for each memory; tied weights are written twice.
+        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        save_file({key: value.contiguous().clone() for key, value in tensors.items()}, path)
+    else:
+        torch.save({"state_dict": state} if path.suffix == ".ckpt" else state, path)
+
+
+def _write_program(pl_module: LightningModule, path: Path) -> None:
+    check(pl_module, path)
+    plain = copy.deepcopy(pl_module).eval()
+    wn.remove(plain)
+    inputs: Any = plain.example_input_array
+    args = inputs if isinstance(inputs, tuple) else (inputs,)
+    if path.suffix == ".pt2":
+        torch.export.save(torch.export.export(plain, args), path)
+    else:
+        torch.onnx.export(plain, args, str(path), dynamo=True, external_data=False)

@@ -1,0 +1,61 @@
+"""g, ‖v‖ and the effective learning rate, for any of Lightning's loggers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import wn_surgery as wn
+from wn_surgery.history import History
+
+from .neighbours import shards
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["Monitor"]
+
+
+class Monitor:
+    """Logs every so many optimizer steps, and keeps what it logged.
+
+    Args:
+        every: optimizer steps between two records.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.history = History()
+
+    def after_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log, if it is time."""
+        step = _step(trainer)
+        last = self.history.steps[-1] if self.history.steps else 0
+        # Not by a remainder: with two optimizers a batch may be two steps.
+        if step // self.every == last // self.every:
+            return
+        # Sharded parameters are gathered, for which every rank is needed.
+        if not trainer.is_global_zero and not shards(trainer):
+            return
+        statistics = wn.statistics(pl_module, trainer.optimizers)
+        self.history.add(step, statistics)
+        if not trainer.is_global_zero:
+            return
+        metrics = statistics.metrics()
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=step)
+            _log_histograms(logger, statistics, step)
+
+
+def _step(trainer: Trainer) -> int:
+    # The step that self.log() and LearningRateMonitor count by, so that curves line up.
+    loop: Any = trainer.fit_loop.epoch_loop
+    return int(getattr(loop, "_batches_that_stepped", trainer.global_step))
+
+
+def _log_histograms(logger: Any, statistics: wn.Statistics, step: int) -> None:
+    add = getattr(getattr(logger, "experiment", None), "add_histogram", None)
+    if add is None or not type(logger).__name__.startswith("TensorBoard"):
+        return
+    for site in statistics.sites:
+        add(f"weight_norm/{site.name}/g", site.g_values, global_step=step)
+        add(f"weight_norm/{site.name}/v_norm", site.v_norm_values, global_step=step)

@@ -1,0 +1,84 @@
+"""What stands beside the callback: other callbacks, and the strategy. Can it work?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+import wn_surgery as wn
+
+from .bases import Callback
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["check", "in_worker_processes", "is_a", "shards"]
+
+_SHARDING = ("ModelParallelStrategy", "FSDPStrategy", "DeepSpeedStrategy")
+
+
+def check(
+    trainer: Trainer, pl_module: LightningModule, callback: Callback, save_layout: str
+) -> None:
+    """Raise where weight norm cannot work beside what the Trainer has.
+
+    Raises:
+        wn_surgery.CallbackError: a second callback of this kind, one before it that has copied
+            the model, ModelPruning, or a layout that the strategy cannot save.
+    """
+    callbacks: list[Any] = list(getattr(trainer, "callbacks", ()))
+    own = [other for other in callbacks if isinstance(other, type(callback))]
+    if len(own) > 1:
+        raise wn.CallbackError(
+            f"the Trainer has {len(own)} WeightNorm callbacks; give one of them all the rules, "
+            "in order: the last one that matches wins"
+        )
+    for position, other in enumerate(callbacks):
+        name = type(other).__name__
+        if is_a(other, "ModelPruning"):
+            raise wn.CallbackError(
+                f"{name} prunes parameters, and a weight-normed weight is none: it is computed "
+                "from g and v. Prune after training, when wn_surgery.remove(model) has made the "
+                "weights plain, or exclude one of the two callbacks"
+            )
+        if callback in callbacks[position:] and other is not callback and _copies(other, pl_module):
+            raise wn.CallbackError(
+                f"{name} comes before WeightNorm in callbacks= and has copied the model without "
+                f"weight norm; put WeightNorm first: callbacks=[WeightNorm(...), {name}(...)]"
+            )
+    if save_layout != "parametrized" and shards(trainer):
+        raise wn.CallbackError(
+            f"save_layout={save_layout!r} needs whole tensors, and "
+            f"{type(trainer.strategy).__name__} writes its checkpoints in shards; leave it at "
+            "'parametrized' and convert the consolidated checkpoint afterwards"
+        )
+
+
+def in_worker_processes(trainer: Trainer) -> bool:
+    """Whether this process ends with the run, and its weights go back to another (spawn, fork)."""
+    launcher = getattr(trainer.strategy, "launcher", None)
+    return is_a(launcher, "_MultiProcessingLauncher")
+
+
+def shards(trainer: Trainer) -> bool:
+    """Whether the strategy splits parameters."""
+    return any(is_a(trainer.strategy, name) for name in _SHARDING)
+
+
+def is_a(thing: object, name: str) -> bool:
+    """Whether a class of that name is among its bases: Lightning has each of them twice."""
+    return any(cls.__name__ == name for cls in type(thing).__mro__)
+
+
+def _copies(other: Any, pl_module: LightningModule) -> bool:
+    """Whether a callback keeps a copy of the module, as averaging callbacks do."""
+    for value in vars(other).values():
+        if isinstance(value, nn.Module):
+            found = any(
+                type(module) is type(pl_module) and module is not pl_module
+                for module in value.modules()
+            )
+            if found and not any(site.normed for site in wn.sites(value)):
+                return True
+    return False

@@ -1,0 +1,309 @@
+"""Data-dependent initialization: unit variance and zero mean behind every layer, on one batch.
+
+Salimans & Kingma 2016 (arXiv:1602.07868), section 3: with t = v · x / ‖v‖ over a batch, g is set to
+1/σ[t] and b to -μ[t]/σ[t]. Here the current output y takes t's part, which is the same and needs
+no second computation: g becomes g/σ[y], and b becomes (b - μ[y])/σ[y].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import slots
+from .checks import Problem, output_axis
+from .errors import InitializationError
+from .patterns import PatternSet
+from .sites import Site, sites
+from .tables import render
+
+__all__ = ["Initialization", "initialize_from_batch", "initializing"]
+
+
+@dataclass
+class Initialization:
+    """What was initialized; ``print`` it.
+
+    Attributes:
+        initialized: for each site, its mean and standard deviation before, over all channels.
+        skipped: for each other weight-normed site, why it was left as it was.
+        constant: for some sites, how many output channels do not vary over the batch; these
+            only lost their mean.
+    """
+
+    initialized: dict[str, tuple[float, float]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    constant: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        rows = [
+            (name, f"{mean:.4g}", f"{std:.4g}", self._note(name))
+            for name, (mean, std) in self.initialized.items()
+        ]
+        rows += [(name, "", "", f"skipped: {why}") for name, why in self.skipped.items()]
+        return render(["site", "mean before", "std before", "note"], rows)
+
+    def _note(self, name: str) -> str:
+        return f"{self.constant[name]} constant channels" if name in self.constant else ""
+
+
+def initialize_from_batch(
+    model: nn.Module, /, *inputs: Any, names: str | Iterable[str] | None = None, **kwargs: Any
+) -> Initialization:
+    """Set g and the biases so that each layer's output has zero mean and unit variance.
+
+    Calls ``model(*inputs, **kwargs)`` once, without gradients; each weight-normed linear layer or
+    convolution is set at its first call, before what follows sees its output. v, buffers and
+    random number generators are as before. In a process group, every rank calls it with its own
+    part of the batch; the statistics are those of all parts, and g and biases the same on all.
+
+    Args:
+        model: weight-normed, before it is compiled or exported; best in training mode.
+        inputs: positional arguments of the model's forward: one batch.
+        names: patterns (docs/rules.md) over module paths; only these are set. To leave a head as
+            it is, say.
+        kwargs: keyword arguments of the model's forward.
+
+    Returns:
+        What was done. Layers without a bias keep their mean. Where g is not one for each output
+        channel (``dim=None``, a transposed convolution with ``dim=0``), the whole output is
+        scaled by one number.
+
+    Raises:
+        InitializationError: no layer was reached that can be set, a layer sees one value for each
+            channel only, or its output is not finite. Nothing has changed then, nor when the
+            forward raises.
+
+    Example:
+        >>> import torch, wn_surgery as wn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> _ = wn.apply(model, "linears")
+        >>> x = torch.randn(64, 4)
+        >>> sorted(wn.initialize_from_batch(model, x).initialized)
+        ['0.weight', '1.weight']
+        >>> y = model(x)
+        >>> torch.testing.assert_close(y.std(0, correction=0), torch.ones(2))
+        >>> torch.testing.assert_close(y.mean(0), torch.zeros(2))
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices, key=str)), torch.no_grad():
+        try:
+            with initializing(model, names=names) as result:
+                model(*inputs, **kwargs)
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    return result
+
+
+@contextmanager
+def initializing(
+    model: nn.Module, *, names: str | Iterable[str] | None = None
+) -> Generator[Initialization]:
+    """Inside, each weight-normed layer is initialized by its first call, whoever makes it.
+
+    For a first training step, which then goes on with the new g and biases:
+    :func:`initialize_from_batch` says what is set. Gradients flow as ever, since a layer is set
+    before its weight is used.
+
+    Args:
+        model: weight-normed.
+        names: patterns over module paths; only these are set.
+
+    Yields:
+        What was done, complete on exit.
+
+    Raises:
+        InitializationError: see :func:`initialize_from_batch`. Whatever is raised inside, g and
+            biases are as on entry.
+
+    Example:
+        >>> import torch, wn_surgery as wn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8))
+        >>> _ = wn.apply(model, "linears")
+        >>> with wn.initializing(model) as result:
+        ...     loss = model(torch.randn(64, 4)).square().mean()
+        >>> print(f"{loss:.3f}")
+        1.000
+    """
+    if any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl for m in model.modules()):
+        raise InitializationError(
+            f"{type(model).__name__} holds a compiled module, whose layers are not called one by "
+            "one; initialize before torch.compile"
+        )
+    result = Initialization()
+    layers = list(_layers(model, names, result))
+    if not layers:
+        raise InitializationError(
+            f"{type(model).__name__} has no layer that can be initialized from a batch"
+            + "".join(f"\n{name}: {why}" for name, why in result.skipped.items())
+            + "\napply weight norm to linear layers or convolutions first"
+        )
+    try:
+        yield result
+        unreached = [layer.site.name for layer in layers if not layer.done]
+        if len(unreached) == len(layers):
+            raise InitializationError(
+                f"the forward called none of {', '.join(unreached[:3])}"
+                f"{', ...' if len(unreached) > 3 else ''}; a layer is initialized when it is called"
+            )
+        result.skipped |= dict.fromkeys(unreached, "not called")
+    except BaseException:
+        for layer in layers:
+            layer.restore()
+        raise
+    finally:
+        for layer in layers:
+            layer.handle.remove()
+
+
+def _layers(
+    model: nn.Module, names: str | Iterable[str] | None, result: Initialization
+) -> Generator[_Layer]:
+    wanted = None
+    if names is not None:
+        wanted = PatternSet.of([names] if isinstance(names, str) else names)
+    for site in sites(model):
+        if not site.normed:
+            continue
+        if wanted is not None and not any(wanted.matches(path) for path in site.node.paths):
+            result.skipped[site.name] = "not in names"
+        elif why := _why_not(site):
+            result.skipped[site.name] = why
+        else:
+            yield _Layer(site, result)
+
+
+def _why_not(site: Site) -> str:
+    held, module = site.held, site.module
+    assert held is not None and held.g is not None
+    if held.layout == "legacy":
+        return "legacy layout: call wn_surgery.migrate(model) first"
+    if not held.g.requires_grad:
+        return "its g is frozen"
+    if site.param != "weight" or _channel_axis(module, 4) is None:
+        return f"the output of {site.node.base.__name__} is not linear in it"
+    if type(held.g) is not nn.Parameter:
+        return f"its g is a {type(held.g).__name__}"
+    return ""
+
+
+def _channel_axis(module: nn.Module, ndim: int) -> int | None:
+    """The axis of the output channels in an output of ``ndim`` axes."""
+    for count, kinds in enumerate(
+        (
+            (nn.Conv1d, nn.ConvTranspose1d),
+            (nn.Conv2d, nn.ConvTranspose2d),
+            (nn.Conv3d, nn.ConvTranspose3d),
+        ),
+        start=1,
+    ):
+        if isinstance(module, kinds):
+            return ndim - count - 1  # 0 without a batch axis
+    last = isinstance(module, (nn.Linear, nn.Bilinear)) or any(
+        cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+        for cls in type(module).__mro__
+    )
+    return ndim - 1 if last else None
+
+
+class _Layer:
+    """One layer that waits for its first call."""
+
+    def __init__(self, site: Site, result: Initialization) -> None:
+        held = site.held
+        assert held is not None and held.g is not None
+        self.site = site
+        self.done = False
+        self._g = held.g
+        self._bias = cast("nn.Parameter | None", getattr(site.module, "bias", None))
+        self._result = result
+        self._before: list[tuple[Tensor, Tensor]] = []
+        # Behind the pre-hooks that are there: it sees the arguments that forward will see.
+        self.handle = site.module.register_forward_pre_hook(self._first_call, with_kwargs=True)
+
+    def _first_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.done:
+            return
+        with torch.no_grad():
+            self._set(cast(Tensor, module.forward(*args, **kwargs)))
+        self.done = True
+
+    def _set(self, y: Tensor) -> None:
+        module, name = self.site.module, self.site.name
+        axis = _channel_axis(module, y.ndim)
+        assert axis is not None  # or there would be no layer
+        mean, variance = _moments(y, axis, name)
+        total = math.sqrt(float(variance.mean()))
+        std = variance.sqrt()
+        # What does not vary but for rounding has no scale to take away.
+        constant = std <= 1e-7 * mean.abs()
+        per_channel = self._g_is_per_channel()
+        std = torch.where(constant, 1.0, std) if per_channel else std.new_tensor(total or 1.0)
+        self._before = [(self._g, self._g.clone())]
+        self._g.div_(std.reshape(self._g.shape if per_channel else ()).to(self._g.dtype))
+        if self._bias is not None:
+            self._before.append((self._bias, self._bias.clone()))
+            self._bias.copy_((self._bias.to(mean.dtype) - mean) / std)
+        slots.forget(module)
+        self._result.initialized[name] = (float(mean.mean()), total)
+        if count := int(constant.sum()):
+            self._result.constant[name] = count
+
+    def _g_is_per_channel(self) -> bool:
+        norm = self.site.norm
+        assert norm is not None
+        channels = output_axis(self.site)
+        if isinstance(channels, Problem):
+            return False
+        return _axes(norm.dim) == _axes(channels)
+
+    def restore(self) -> None:
+        """Put g and the bias back."""
+        with torch.no_grad():
+            for tensor, before in self._before:
+                tensor.copy_(before)
+        slots.forget(self.site.module)
+
+
+def _axes(dim: int | tuple[int, ...] | None) -> set[int]:
+    return set() if dim is None else {dim} if isinstance(dim, int) else set(dim)
+
+
+def _moments(y: Tensor, axis: int, name: str) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel, over the batches of all ranks."""
+    # float64 where there is any: E[y²] - E[y]² is not used, but sums are long.
+    wide = torch.float32 if y.device.type == "mps" else torch.float64
+    flat = y.detach().to(wide).movedim(axis, -1).flatten(0, -2)
+    count = torch.tensor([float(flat.shape[0])], dtype=wide, device=y.device)
+    total = flat.sum(0)
+    _reduce(count, total)
+    if count.item() < 2:
+        raise InitializationError(
+            f"{name} gives {int(count.item())} value for each output channel in this batch, of "
+            "which no variance can be taken; use a larger batch"
+        )
+    mean = total / count
+    squares = (flat - mean).square().sum(0)
+    _reduce(squares)
+    variance = squares / count
+    if not bool(torch.isfinite(variance).all()):
+        raise InitializationError(
+            f"the output of {name} is not finite on this batch; look at the inputs, or at layers "
+            "above it that have no weight norm"
+        )
+    return mean, variance
+
+
+def _reduce(*tensors: Tensor) -> None:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
