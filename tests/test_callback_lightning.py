@@ -19,110 +19,22 @@ from torch.utils.data import DataLoader, TensorDataset
 import wn_surgery as wn
 from wn_surgery.callbacks.lightning import WeightNorm
 
-# Lightning's advice, which is not about what is tested here.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
-]
+from lightning_tools import (
+    QUIET,
+    RULES,
+    G,
+    Halves,
+    Late,
+    LateInSetup,
+    Module,
+    OldModule,
+    V,
+    loader,
+    normed,
+    trainer,
+)
 
-RULES = [{"types": "Linear"}, {"action": "skip", "names": "**.head"}]
-G, V = "parametrizations.weight.original0", "parametrizations.weight.original1"
-
-
-def loader() -> DataLoader[Any]:
-    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
-    return DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=4)
-
-
-class Recipe:
-    """What a LightningModule of either package needs besides its layers."""
-
-    model: nn.Module
-
-    def loss(self, batch: list[torch.Tensor]) -> torch.Tensor:
-        return F.mse_loss(self.model(batch[0]), batch[1])
-
-    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
-        return self.loss(batch)
-
-    def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
-        self.loss(batch)
-
-    test_step = validation_step
-
-    def predict_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
-        return self.model(batch[0])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)  # type: ignore[attr-defined]
-
-
-def layers() -> nn.Sequential:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8))
-    net.add_module("head", nn.Linear(8, 1))
-    return net
-
-
-class Module(Recipe, lp.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = layers()
-
-
-class OldModule(Recipe, pytorch_lightning.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = layers()
-
-
-class Late(Recipe, lp.LightningModule):
-    """Builds its layers in configure_model, as large models do."""
-
-    calls = 0
-
-    def configure_model(self) -> None:
-        self.calls += 1
-        if not hasattr(self, "model"):
-            self.model = layers()
-
-
-class LateInSetup(Recipe, lp.LightningModule):
-    def setup(self, stage: str) -> None:
-        if not hasattr(self, "model"):
-            self.model = layers()
-
-
-class Halves(Recipe, lp.LightningModule):
-    """Has layers from __init__ that match, and builds others that match too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = nn.Sequential(layers())
-
-    def configure_model(self) -> None:
-        if len(self.model) == 1:  # type: ignore[arg-type]
-            self.model.append(nn.Linear(1, 1))  # type: ignore[operator]
-
-
-def trainer(*callbacks: Any, package: Any = lp, epochs: int = 2, **options: Any) -> Any:
-    settings = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_epochs": epochs,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 1,
-    }
-    return package.Trainer(callbacks=list(callbacks), **{**settings, **options})
-
-
-def normed(module: nn.Module) -> list[str]:
-    return [site.name for site in wn.sites(module) if site.normed]
+pytestmark = QUIET
 
 
 @pytest.mark.parametrize(
@@ -168,30 +80,6 @@ def test_a_model_may_be_tested_before_it_is_trained() -> None:
     assert torch.equal(module.model(x), expected)
     run.fit(module, loader())
     assert len(run.optimizers[0].param_groups[0]["params"]) == 8
-
-
-@pytest.mark.parametrize("kind", [Module, Late], ids=["built in init", "built late"])
-def test_resuming_is_bit_exact(tmp_path: Path, kind: Any) -> None:
-    def train(epochs: int, folder: str, resume: str | None = None) -> tuple[Any, Any, str]:
-        module = kind()
-        saver = lp.callbacks.ModelCheckpoint(tmp_path / folder, "{epoch}", save_top_k=-1)
-        run = trainer(WeightNorm(RULES), saver, epochs=epochs, enable_checkpointing=True)
-        run.fit(module, loader(), ckpt_path=resume)
-        return module, run.optimizers[0].state_dict(), saver.best_model_path
-
-    whole, whole_state, _ = train(4, "whole")
-    _, _, path = train(2, "parts")
-    resumed, resumed_state, _ = train(4, "parts", resume=path)
-
-    assert whole.state_dict().keys() == resumed.state_dict().keys()
-    assert f"model.2.{V}" in resumed.state_dict()
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(tensor, resumed.state_dict()[name]), name
-    assert whole_state["param_groups"] == resumed_state["param_groups"]
-    for number, state in whole_state["state"].items():
-        for key, value in state.items():
-            assert torch.equal(value, resumed_state["state"][number][key]), (number, key)
-    assert len(whole_state["state"]) == 8
 
 
 @pytest.mark.parametrize("kind", [Late, LateInSetup])
