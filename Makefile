@@ -35,7 +35,7 @@ demo: $(STAMP) ## train, strip and export a small TCN (under 2 minutes)
 	$(BIN)/python examples/digits_tcn.py
 
 test: $(STAMP) ## all tests and doctests
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TEST_ARGS)
 
 test-long: $(STAMP) ## the property tests, with many more cases
 	$(ONE_THREAD) WN_SURGERY_CASES=20000 $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS) tests/test_properties.py

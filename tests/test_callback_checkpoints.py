@@ -219,9 +219,7 @@ def test_a_run_with_torchs_weight_norm_goes_on_as_it_would_have(tmp_path: Path, 
 
     _, path = plain_run(tmp_path, old())
     expected = old()
-    expected_run, _ = run(
-        expected, tmp_path / "there", 4, resume=path, callbacks=[lp.Callback()]
-    )
+    expected_run, _ = run(expected, tmp_path / "there", 4, resume=path, callbacks=[lp.Callback()])
     module = Module()
     module_run, _ = run(module, tmp_path / "here", 4, resume=path)
     pairs = {"_g": f".{G}", "_v": f".{V}"}
@@ -290,7 +288,7 @@ def test_a_checkpoint_of_a_newer_release_is_refused(tmp_path: Path) -> None:
     checkpoint = load(path)
     checkpoint[KEY]["version"] = 99
     torch.save(checkpoint, path)
-    with pytest.raises(wn.CheckpointMismatchError, match="version 99.*newer"):
+    with pytest.raises(wn.CheckpointMismatchError, match=r"version 99.*newer"):
         run(Module(), tmp_path, 3, resume=path)
 
 

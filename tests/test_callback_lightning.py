@@ -11,14 +11,6 @@ import lightning.pytorch as lp
 import pytest
 import pytorch_lightning
 import torch
-from torch import nn
-from torch.distributed.tensor import DeviceMesh, distribute_tensor
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
-
-import wn_surgery as wn
-from wn_surgery.callbacks.lightning import WeightNorm
-
 from lightning_tools import (
     QUIET,
     RULES,
@@ -33,6 +25,11 @@ from lightning_tools import (
     normed,
     trainer,
 )
+from torch import nn
+from torch.distributed.tensor import DeviceMesh, distribute_tensor
+
+import wn_surgery as wn
+from wn_surgery.callbacks.lightning import WeightNorm
 
 pytestmark = QUIET
 

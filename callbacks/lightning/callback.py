@@ -8,14 +8,14 @@ import weakref
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 from typing_extensions import override
 
 import wn_surgery as wn
 from wn_surgery.planning import OnUnmatched
-from wn_surgery.rules import Rule, RulesLike, as_rules
+from wn_surgery.rules import as_rules
 
 from . import exporting, layouts, neighbours
 from .bases import Callback
@@ -23,7 +23,7 @@ from .evaluation import Folding
 from .fusing import Fused, fuse
 from .layouts import LayoutIO, SaveLayout
 from .monitoring import Monitor
-from .patching import Replaced, apply_rules, refuse_stale
+from .patching import Replaced, Rules, apply_rules, refuse_stale
 from .resuming import rename_optimizer_states
 from .timing import building_hooks, once_after
 
@@ -31,11 +31,6 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from wn_surgery.history import History
-
-    Rules: TypeAlias = RulesLike
-else:
-    # What LightningCLI reads: a mapping would let it pass unknown fields.
-    Rules: TypeAlias = str | Path | Rule | list[str | Rule]
 
 
 class WeightNorm(Callback):
@@ -235,6 +230,8 @@ class WeightNorm(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """On the first batch of all, have each layer initialized by its first call."""
+        if self._monitor is not None:
+            self._monitor.before_batch(trainer)
         if not self.init_from_batch or self.initialized or trainer.global_step > 0:
             return
         wn.unfuse(pl_module)

@@ -75,4 +75,4 @@ def _write_program(pl_module: LightningModule, path: Path) -> None:
     if path.suffix == ".pt2":
         torch.export.save(torch.export.export(plain, args), path)
     else:
-        torch.onnx.export(plain, args, str(path), dynamo=True, external_data=False)
+        torch.onnx.export(plain, args, path, dynamo=True, external_data=False, verbose=False)

@@ -25,13 +25,21 @@ class Monitor:
     def __init__(self, every: int) -> None:
         self.every = every
         self.history = History()
+        self._before = 0
+
+    def before_batch(self, trainer: Trainer) -> None:
+        """Note where the optimizers are."""
+        self._before = trainer.global_step
 
     def after_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log, if it is time."""
-        step = _step(trainer)
-        last = self.history.steps[-1] if self.history.steps else 0
-        # Not by a remainder: with two optimizers a batch may be two steps.
-        if step // self.every == last // self.every:
+        """Log, if this batch ended with an optimizer step and it is time."""
+        if trainer.global_step == self._before:
+            return
+        # As self.log() and LearningRateMonitor count, so that curves line up: batches after
+        # which optimizers stepped, of which global_step counts each optimizer.
+        loop: Any = trainer.fit_loop.epoch_loop
+        step = int(getattr(loop, "_batches_that_stepped", self._before)) + 1
+        if step % self.every:
             return
         # Sharded parameters are gathered, for which every rank is needed.
         if not trainer.is_global_zero and not shards(trainer):
@@ -44,12 +52,6 @@ class Monitor:
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
             _log_histograms(logger, statistics, step)
-
-
-def _step(trainer: Trainer) -> int:
-    # The step that self.log() and LearningRateMonitor count by, so that curves line up.
-    loop: Any = trainer.fit_loop.epoch_loop
-    return int(getattr(loop, "_batches_that_stepped", trainer.global_step))
 
 
 def _log_histograms(logger: Any, statistics: wn.Statistics, step: int) -> None:

@@ -10,11 +10,18 @@ from torch import Tensor
 
 import wn_surgery as wn
 from wn_surgery.planning import OnUnmatched
+from wn_surgery.rules import Rule, RulesLike
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
-__all__ = ["Replaced", "apply_rules", "refuse_stale"]
+    Rules: TypeAlias = RulesLike
+else:
+    # What LightningCLI sees: it would let a mapping pass with any field. Not in the callback's
+    # own file, of which jsonargparse reads what is under TYPE_CHECKING.
+    Rules: TypeAlias = str | Rule | list[str | Rule]
+
+__all__ = ["Replaced", "Rules", "apply_rules", "refuse_stale"]
 
 Replaced: TypeAlias = list[tuple[str, weakref.ref[Tensor]]]
 """Weights that g and v have replaced, by name."""
