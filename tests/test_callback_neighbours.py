@@ -178,3 +178,43 @@ def test_parameter_groups_and_their_names_in_the_monitor(tmp_path: Path) -> None
     assert module.groups.decayed == (f"model.0.{V}", f"model.2.{V}", "model.head.weight")
     table = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0]
     assert "lr-AdamW/decay" in table and "lr-AdamW/no_decay" in table
+
+
+@pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU")
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "bf16-true", "64-true"])
+def test_other_precisions_train(precision: str) -> None:
+    losses = []
+
+    class Noting(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            loss = super().training_step([part.to(self.dtype) for part in batch], batch_idx)
+            losses.append(float(loss.detach()))
+            return loss
+
+    module = Noting()
+    made = trainer(WeightNorm(RULES), precision=precision, epochs=10)
+    made.fit(module, loader(), loader())
+    assert losses[-1] < losses[0]
+    g = module.state_dict()[f"model.0.{G}"]
+    expected = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
+    assert g.dtype == expected.get(precision, torch.float32)
+
+
+def test_the_learning_rate_finder_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    class Tunable(Module):
+        lr = 1e-3
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    module = Tunable()
+    callback = WeightNorm(RULES, init_from_batch=True, save_layout="plain")
+    made = trainer(callback, default_root_dir=tmp_path, epochs=1)
+    found = lp.tuner.Tuner(made).lr_find(module, loader(), num_training=5, update_attr=False)
+    assert found is not None
+    expected = Tunable()
+    wn.apply(expected, RULES)
+    assert_same_state(expected.state_dict(), module.state_dict())
+    assert not callback.initialized  # only the finder's run was
+    made.fit(module, loader())
+    assert callback.initialized
