@@ -102,11 +102,12 @@ def stripped(state: Mapping[str, Any], keys: Iterable[Keys]) -> dict[str, Any]:
     return plain
 
 
-def plain_state_dict(model: nn.Module) -> dict[str, Any]:
+def plain_state_dict(model: nn.Module, *, maker: str | None = None) -> dict[str, Any]:
     """``model.state_dict()`` as it would be without weight norm; the model is not changed.
 
     Args:
         model: any module tree, in any layout.
+        maker: strip only what ``wn_surgery`` or ``torch`` computes; by default all.
 
     Returns:
         The state dict that ``model.state_dict()`` gives after :func:`wn_surgery.remove`, bit for
@@ -121,7 +122,10 @@ def plain_state_dict(model: nn.Module) -> dict[str, Any]:
         >>> torch.equal(plain_state_dict(model)["weight"], weight)
         True
     """
-    return stripped(model.state_dict(), keys_of(model))
+    keys = keys_of(model)
+    if maker is not None:
+        keys = [key for key in keys if key.site.held and key.site.held.maker == maker]
+    return stripped(model.state_dict(), keys)
 
 
 def _weight(site: Site, g: Tensor, v: Tensor) -> Tensor:

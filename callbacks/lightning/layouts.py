@@ -10,6 +10,7 @@ from torch import nn
 from typing_extensions import override
 
 import wn_surgery as wn
+from wn_surgery import records
 from wn_surgery.state_keys import Keys, keys_of, stripped
 
 from .bases import CheckpointIO
@@ -87,7 +88,7 @@ def record(pl_module: nn.Module, callback: Surgeon) -> dict[str, Any]:
         "version": _VERSION,
         "layout": "parametrized",
         "rules": [_plain(rule) for rule in callback.rules],
-        "sites": [_options(site) for site in _ours(pl_module)],
+        "sites": records.record(pl_module),
         "initialized": callback.initialized,
     }
 
@@ -104,10 +105,14 @@ def check(checkpoint: Mapping[str, Any], pl_module: nn.Module, path: str) -> Non
         return
     _check_version(info, path)
     there = {site["name"]: site for site in info["sites"]}
-    here = {site["name"]: site for site in map(_options, _ours(pl_module))}
+    here = {site["name"]: site for site in records.record(pl_module)}
     if there and there != here:
-        lines = [f"- {_line(site)}" for name, site in there.items() if here.get(name) != site]
-        lines += [f"+ {_line(site)}" for name, site in here.items() if there.get(name) != site]
+        lines = [
+            f"- {records.line(site)}" for name, site in there.items() if here.get(name) != site
+        ]
+        lines += [
+            f"+ {records.line(site)}" for name, site in here.items() if there.get(name) != site
+        ]
         more = f"\n... and {len(lines) - 20} more" if len(lines) > 20 else ""
         raise wn.CheckpointMismatchError(
             f"{path} was written with other weight-norm rules than the run has (- there, + here):\n"
@@ -125,22 +130,12 @@ def apply_recorded(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         wn_surgery.WeightNormError: it does not fit the module, which is then as it was.
     """
     info = checkpoint.get(KEY)
-    if info is None or any(site.normed for site in _ours(module)):
+    if info is None or records.record(module):
         return
     _check_version(info, "the checkpoint")
     if info["layout"] == "plain":
         return
-    alike: dict[tuple[Any, ...], list[str]] = {}
-    for site in info["sites"]:
-        path, _, param = site["name"].rpartition(".")
-        dim = tuple(site["dim"]) if isinstance(site["dim"], list) else site["dim"]
-        options = (param, dim, site["eps"], site["norm_dtype"])
-        alike.setdefault(options, []).append(f"re:{re.escape(path)}")
-    rules = [
-        wn.Rule(names=names, params=param, dim=dim, eps=eps, norm_dtype=norm_dtype, tied="together")
-        for (param, dim, eps, norm_dtype), names in alike.items()
-    ]
-    if rules:
+    if rules := records.replay(info["sites"]):
         wn.apply(module, rules)
 
 
@@ -229,37 +224,12 @@ def _check_foreign(state: Mapping[str, Any], pl_module: nn.Module, path: str) ->
             )
 
 
-def _ours(module: nn.Module) -> list[wn.Site]:
-    # Weight norm that the module's own code puts on is there again when it is built again.
-    return [
-        site
-        for site in wn.sites(module)
-        if site.normed and site.held is not None and site.held.maker == "wn_surgery"
-    ]
-
-
 def _our_keys(module: nn.Module) -> list[Keys]:
     return [
         key
         for key in keys_of(module)
         if key.site.held is not None and key.site.held.maker == "wn_surgery"
     ]
-
-
-def _options(site: wn.Site) -> dict[str, Any]:
-    norm = site.norm
-    assert norm is not None  # of a weight-normed site
-    return {
-        "name": site.name,
-        "dim": list(norm.dim) if isinstance(norm.dim, tuple) else norm.dim,
-        "eps": norm.eps,
-        "norm_dtype": norm.norm_dtype and str(norm.norm_dtype).removeprefix("torch."),
-    }
-
-
-def _line(site: Mapping[str, Any]) -> str:
-    more = "".join(f" {name}={site[name]}" for name in ("eps", "norm_dtype") if site[name])
-    return f"{site['name']} dim={site['dim']}{more}"
 
 
 def _plain(rule: wn.Rule) -> dict[str, Any]:

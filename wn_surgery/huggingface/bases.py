@@ -1,0 +1,32 @@
+"""What this package takes from transformers, and the error where that is missing."""
+
+from __future__ import annotations
+
+try:
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
+    from transformers.quantizers.auto import (
+        AUTO_QUANTIZATION_CONFIG_MAPPING,
+        AUTO_QUANTIZER_MAPPING,
+    )
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "wn_surgery.huggingface needs transformers 5 or newer: "
+        "pip install 'wn-surgery[transformers]'",
+        name=error.name,
+    ) from error
+
+__all__ = [
+    "AUTO_QUANTIZATION_CONFIG_MAPPING",
+    "AUTO_QUANTIZER_MAPPING",
+    "ConversionOps",
+    "HfQuantizer",
+    "PreTrainedModel",
+    "PrefixChange",
+    "QuantizationConfigMixin",
+    "WeightConverter",
+    "get_model_conversion_mapping",
+]

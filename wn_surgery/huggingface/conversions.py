@@ -1,0 +1,138 @@
+"""Weights ↔ g and v inside transformers' own loading and saving."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wn_surgery.parametrization import WeightNorm
+from wn_surgery.state_keys import Keys, keys_of
+
+from .bases import (
+    ConversionOps,
+    PrefixChange,
+    PreTrainedModel,
+    WeightConverter,
+    get_model_conversion_mapping,
+)
+
+__all__ = ["built_in", "is_ours", "reading_plain", "save_as_built"]
+
+
+class _Split(ConversionOps):
+    """A weight → its g and v."""
+
+    def __init__(self, norm: WeightNorm) -> None:
+        self.norm = norm
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],  # noqa: ARG002
+        target_patterns: list[str],
+        **kwargs: Any,  # noqa: ARG002
+    ) -> dict[str, Any]:
+        """One tensor under its name → two under theirs."""
+        g, v = self.norm.right_inverse(_only(input_dict.values()))
+        return dict(zip(target_patterns, (g, v), strict=True))
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Their weight."""
+        return _Merge(self.norm)
+
+
+class _Merge(ConversionOps):
+    """A g and v → their weight."""
+
+    def __init__(self, norm: WeightNorm) -> None:
+        self.norm = norm
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,  # noqa: ARG002
+    ) -> dict[str, Any]:
+        """Two tensors under their names → one under its own."""
+        g, v = (_only([input_dict[pattern]]) for pattern in source_patterns)
+        return {target_patterns[0]: self.norm(g, v)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Its g and v."""
+        return _Split(self.norm)
+
+
+def reading_plain(model: PreTrainedModel) -> list[Any]:
+    """Converters by which a weight-normed model reads a checkpoint of plain weights."""
+    return [
+        WeightConverter(f"^{re.escape(key.weight)}$", [key.g, key.v], [_Split(key.site.norm)])
+        for key in keys_of(model)
+        if key.site.norm is not None
+    ]
+
+
+def is_ours(conversion: Any) -> bool:
+    """Whether a converter is one of these, or reads legacy names into parametrized ones.
+
+    Saving reverts what loading has converted; g and v are to stay as they are.
+    """
+    operations = getattr(conversion, "operations", ())
+    return any(isinstance(operation, (_Split, _Merge)) for operation in operations) or any(
+        "parametrizations" in target and ".original" in target
+        for target in getattr(conversion, "target_patterns", ())
+    )
+
+
+def built_in(model: PreTrainedModel) -> list[Keys]:
+    """The sites on which the model's class itself puts weight norm when it is built."""
+    with torch.device("meta"):
+        return keys_of(type(model)(copy.deepcopy(model.config)))
+
+
+def save_as_built(model: PreTrainedModel, removed: Iterable[str]) -> list[str]:
+    """Have ``save_pretrained`` write g and v where the model's class will look for them.
+
+    A class that puts weight norm on in ``__init__`` finds no ``weight`` in a stripped checkpoint's
+    place, and leaves g and v as they happen to be in memory.
+
+    Args:
+        model: stripped.
+        removed: the keys of the weights that are plain now.
+
+    Returns:
+        Those of them that will be saved as g and v.
+    """
+    gone = set(removed)
+    keys = [key for key in built_in(model) if key.weight in gone]
+    if not keys:
+        return []
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        # What transformers would take for a model that was not loaded from a checkpoint.
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [each for each in conversions if not isinstance(each, PrefixChange)]
+    # As if the weights had been merged on loading, which saving reverts.
+    merged = [
+        WeightConverter([re.escape(key.g), re.escape(key.v)], [key.weight], [_Merge(key.site.norm)])
+        for key in keys
+        if key.site.norm is not None
+    ]
+    kept: Any = [*(each for each in conversions if not is_ours(each)), *merged]
+    model._weight_conversions = kept
+    return [key.weight for key in keys]
+
+
+def _only(values: Iterable[Any]) -> Tensor:
+    (value,) = values
+    tensor: Tensor = value[0] if isinstance(value, list) else value
+    return tensor

@@ -1,0 +1,88 @@
+"""Reloading: a quantizer that quantizes nothing, but is asked while ``from_pretrained`` builds.
+
+transformers 5 reads checkpoints key by key, past the load hooks of modules, and lets only a
+quantizer change the model between building it and reading its weights. This one puts weight norm
+on the sites that the config names, converts plain weights on the way, and leaves no trace: the
+loaded model is not quantized, trains in a Trainer, and accepts adapters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import wn_surgery as wn
+from wn_surgery import records
+
+from . import ties
+from .bases import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    HfQuantizer,
+    PreTrainedModel,
+)
+from .config import METHOD, WeightNormConfig
+from .conversions import is_ours, reading_plain
+from .patching import put_sites
+from .presets import rules_for
+
+__all__ = ["WeightNormQuantizer", "register"]
+
+
+class WeightNormQuantizer(HfQuantizer):
+    """Puts weight norm on a model while ``from_pretrained`` builds it."""
+
+    requires_calibration = False
+    quantization_config: WeightNormConfig
+
+    def preprocess_model(
+        self,
+        model: PreTrainedModel,
+        dtype: Any = None,  # noqa: ARG002
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
+        """Put weight norm on the empty model.
+
+        Raises:
+            WeightNormError: the config does not fit the model.
+        """
+        config = self.quantization_config
+        tied = ties.ties_of(model)
+        if config.sites is not None:
+            put_sites(model, config)
+        else:
+            rules = config.rules or rules_for(model.config.model_type)
+            wn.apply(model, rules)
+            config.rules = rules
+        config.sites, config.model_type = records.record(model), model.config.model_type
+        ties.follow(model, tied)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Let plain weights be read, too; transformers itself reads weight_g and weight_v."""
+        return weight_conversions + reading_plain(model)
+
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:  # noqa: ARG002
+        """Leave a model that is not quantized, with the config that says where weight norm is."""
+        model.config.quantization_config = self.quantization_config
+        conversions = getattr(model, "_weight_conversions", None)
+        if conversions is not None:
+            # Saving reverts what loading converted; g and v are to stay.
+            kept: Any = [c for c in conversions if not is_ours(c)]
+            model._weight_conversions = kept
+        if "hf_quantizer" in vars(model):
+            del model.hf_quantizer
+
+    def is_serializable(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Yes."""
+        return True
+
+
+def register() -> None:
+    """Make the quantizer known to transformers; again and again is the same as once."""
+    for name in (METHOD, "weight_norm"):
+        AUTO_QUANTIZER_MAPPING[name] = WeightNormQuantizer
+        AUTO_QUANTIZATION_CONFIG_MAPPING[name] = WeightNormConfig

@@ -1,0 +1,92 @@
+"""Where a model has weight norm, as plain data: written beside weights, and replayed from there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from .parametrization import WeightNorm
+from .rule import Rule
+from .sites import Site, sites
+
+__all__ = ["line", "record", "replay"]
+
+
+def record(model: nn.Module) -> list[dict[str, Any]]:
+    """The sites that carry weight norm of this library, with their options.
+
+    Weight norm that a model's own code puts on is left out: it is there again when the model is
+    built again.
+
+    Args:
+        model: any module tree.
+
+    Returns:
+        For each site its name, ``dim`` (an int, a list or None), ``eps`` and ``norm_dtype`` (a name
+        or None), in the order of the model.
+
+    Example:
+        >>> import torch, wn_surgery as wn
+        >>> from wn_surgery.records import record
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3))
+        >>> _ = wn.apply(model, {"types": "Linear", "eps": 1e-6})
+        >>> record(model)
+        [{'name': '0.weight', 'dim': 0, 'eps': 1e-06, 'norm_dtype': None}]
+    """
+    return [_options(site) for site in sites(model) if _ours(site)]
+
+
+def replay(records: Iterable[Mapping[str, Any]]) -> list[Rule]:
+    r"""The rules that put weight norm where :func:`record` found it.
+
+    Sites with the same options share a rule. Tied parameters stay tied.
+
+    Args:
+        records: what :func:`record` returned, or the same read from JSON.
+
+    Returns:
+        The rules; none for no records.
+
+    Raises:
+        RuleError: an option is no valid one.
+
+    Example:
+        >>> from wn_surgery.records import replay
+        >>> site = {"name": "a.0.weight", "dim": 0, "eps": 0.0, "norm_dtype": None}
+        >>> print(replay([site])[0].describe())
+        apply names=re:a\.0 tied=together
+    """
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for site in records:
+        path, _, param = site["name"].rpartition(".")
+        dim = tuple(site["dim"]) if isinstance(site["dim"], list) else site["dim"]
+        options = (param, dim, site["eps"], site["norm_dtype"])
+        alike.setdefault(options, []).append(f"re:{re.escape(path)}")
+    return [
+        Rule(names=names, params=param, dim=dim, eps=eps, norm_dtype=norm_dtype, tied="together")
+        for (param, dim, eps, norm_dtype), names in alike.items()
+    ]
+
+
+def line(site: Mapping[str, Any]) -> str:
+    """One line for a site of a record, for messages."""
+    more = "".join(f" {name}={site[name]}" for name in ("eps", "norm_dtype") if site[name])
+    return f"{site['name']} dim={site['dim']}{more}"
+
+
+def _ours(site: Site) -> bool:
+    return site.normed and site.held is not None and site.held.maker == "wn_surgery"
+
+
+def _options(site: Site) -> dict[str, Any]:
+    norm: WeightNorm | None = site.norm
+    assert norm is not None  # of a weight-normed site
+    return {
+        "name": site.name,
+        "dim": list(norm.dim) if isinstance(norm.dim, tuple) else norm.dim,
+        "eps": norm.eps,
+        "norm_dtype": norm.norm_dtype and str(norm.norm_dtype).removeprefix("torch."),
+    }
