@@ -14,7 +14,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long lint format bench gpu clean
+.PHONY: help install demo minilm test test-long lint format bench gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ $(STAMP): pyproject.toml constraints.txt tests/models/requirements.txt
 
 demo: $(STAMP) ## train, strip and export a small TCN (under 2 minutes)
 	$(BIN)/python examples/digits_tcn.py
+
+minilm: $(STAMP) ## patch, fine-tune, reload, strip and export a pretrained model (2 minutes)
+	$(BIN)/python examples/minilm.py
 
 test: $(STAMP) ## all tests and doctests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TEST_ARGS)

@@ -499,3 +499,16 @@ def test_broken_folders(tmp_path: Path) -> None:
         save_pretrained(model, tmp_path, layout="flat")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"has a remove_weight_norm\(\) method"):
         repair(model)
+
+
+def test_the_table_of_removers_is_up_to_date() -> None:
+    import importlib.util
+
+    path = Path(__file__).parents[1] / "docs" / "make_removers_table.py"
+    spec = importlib.util.spec_from_file_location("_removers", path)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    made = script.table()
+    assert made in script.PAGE.read_text(), "run python docs/make_removers_table.py --write"
+    assert made.count("ValueError: weight_norm of 'weight' not found") == 9

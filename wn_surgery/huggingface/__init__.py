@@ -4,6 +4,7 @@ Importing this module lets ``from_pretrained`` rebuild the weight norm that a ch
 speaks of.
 """
 
+from .adapters import merge_adapter, merge_and_unload
 from .config import WeightNormConfig
 from .patching import patch_model, repair, unpatch_model
 from .presets import rules_for
@@ -12,6 +13,8 @@ from .saving import save_pretrained
 
 __all__ = [
     "WeightNormConfig",
+    "merge_adapter",
+    "merge_and_unload",
     "patch_model",
     "repair",
     "rules_for",

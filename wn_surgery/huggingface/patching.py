@@ -13,6 +13,7 @@ from wn_surgery import records
 from wn_surgery.state_keys import keys_of
 
 from . import ties
+from .adapters import without_adapters
 from .bases import PreTrainedModel
 from .config import WeightNormConfig
 from .conversions import is_ours, save_as_built
@@ -70,7 +71,7 @@ def patch_model(model: PreTrainedModel, config: WeightNormConfig) -> wn.Report:
         rules = config.rules
     else:
         rules = rules_for(model_type) if config.rules is None else config.rules
-        report = wn.apply(model, rules)
+        report = wn.apply(model, without_adapters(model, rules))
     ties.follow(model, tied)
     if (conversions := getattr(model, "_weight_conversions", None)) is not None:
         # Left by a checkpoint or by unpatch_model(): saving would undo what has just been done.

@@ -1,0 +1,131 @@
+"""Weight norm in the Trainer of transformers: patched in time, checked, exported at the end."""
+
+from __future__ import annotations
+
+__all__ = ["WeightNormCallback", "WeightNormTrainer"]
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from typing_extensions import override
+
+import wn_surgery as wn
+from wn_surgery.huggingface import WeightNormConfig, patch_model, save_pretrained
+
+try:
+    from transformers import Trainer, TrainerCallback
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "wn_surgery.callbacks.transformers needs transformers with accelerate: "
+        "pip install 'wn-surgery[transformers]' accelerate",
+        name=error.name,
+    ) from error
+
+
+class WeightNormCallback(TrainerCallback):
+    """Patch the model when the Trainer is made, so that its optimizer holds g and v.
+
+    Give it to ``Trainer(callbacks=[...])``. With ``model_init``, call
+    :func:`wn_surgery.huggingface.patch_model` in that function instead: the Trainer makes a new
+    model for each run. Checkpoints hold g and v, so a resumed run continues bit for bit, and
+    ``load_best_model_at_end`` finds them.
+
+    The Trainer gives weight decay to g as to any tensor with two axes;
+    :class:`WeightNormTrainer` does not.
+
+    Args:
+        config: what to patch, as :func:`wn_surgery.huggingface.patch_model` takes it.
+        export_to: a folder, into which the model is saved without weight norm when training has
+            ended; the live model is not changed.
+
+    Attributes:
+        report: what was changed; None while nothing has been.
+
+    Example:
+        >>> from wn_surgery.callbacks.transformers import WeightNormCallback
+        >>> from wn_surgery.huggingface import WeightNormConfig
+        >>> callback = WeightNormCallback(WeightNormConfig(rules=[{"types": "Linear"}]))
+        >>> callback.report is None
+        True
+    """
+
+    def __init__(self, config: WeightNormConfig, export_to: str | Path | None = None) -> None:
+        self.config = config
+        self.export_to = export_to
+        self.report: wn.Report | None = None
+
+    @override
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Patch the model: there is no optimizer yet."""
+        model = kwargs["model"]
+        if not any(site.normed for site in _ours(model)):
+            self.report = patch_model(model, self.config)
+
+    @override
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse a run in which g and v would not be trained.
+
+        Raises:
+            wn_surgery.CallbackError: the model is not patched, or the optimizer does not hold a
+                trainable g or v.
+        """
+        model, optimizer = kwargs["model"], kwargs.get("optimizer")
+        sites = _ours(model)
+        if not sites:
+            raise wn.CallbackError(
+                "the model of this run has no weight norm: with model_init=..., call "
+                "patch_model(model, config) in that function; and give the callback to "
+                "Trainer(callbacks=[...]), since add_callback() comes after the optimizer's time"
+            )
+        held = {
+            id(parameter)
+            for group in getattr(optimizer, "param_groups", ())
+            for parameter in group["params"]
+        }
+        lacking = [
+            site.name
+            for site in sites
+            for part in (site.held.g, site.held.v)
+            if part is not None and part.requires_grad and id(part) not in held
+        ]
+        if lacking and held:
+            raise wn.CallbackError(
+                f"the optimizer does not hold g or v of {lacking[0]}"
+                f"{f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''}: it was made "
+                "before the model was patched. Give the callback to Trainer(callbacks=[...]), and "
+                "make optimizers for optimizers=(...) after patch_model(model, config)"
+            )
+
+    @override
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save the model without weight norm."""
+        if self.export_to is not None and state.is_world_process_zero:
+            save_pretrained(kwargs["model"], self.export_to, layout="plain")
+
+
+class WeightNormTrainer(Trainer):
+    """A Trainer that keeps g out of weight decay, and is otherwise its base.
+
+    Example:
+        >>> from wn_surgery.callbacks.transformers import WeightNormTrainer
+        >>> from transformers import Trainer
+        >>> issubclass(WeightNormTrainer, Trainer)
+        True
+    """
+
+    @override
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The base's names without those of magnitudes."""
+        magnitudes = {id(site.held.g) for site in wn.sites(model) if site.normed and site.held}
+        exempt = {name for name, p in model.named_parameters() if id(p) in magnitudes}
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if name not in exempt]
+
+
+def _ours(model: nn.Module) -> list[Any]:
+    return [
+        site
+        for site in wn.sites(model)
+        if site.normed and site.held is not None and site.held.maker == "wn_surgery"
+    ]

@@ -1,0 +1,86 @@
+"""PEFT: adapters on weight-normed layers, and merging them where a merge is lost otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+import wn_surgery as wn
+from wn_surgery.rules import Rule
+
+__all__ = ["merge_and_unload", "merge_adapter", "without_adapters"]
+
+_ADAPTERS = ("lora_", "vera_", "ia3_", "oft_", "boft_", "adalora_")
+_SKIP = Rule(action="skip", names=[f"**.{prefix}*.**" for prefix in _ADAPTERS], label="adapters")
+
+
+def without_adapters(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """The rules, and one that leaves adapters alone unless a rule names them.
+
+    An adapter starts at zero, where no direction is; a broad rule would hit it.
+    """
+    paths = (path for path, _ in model.named_modules())
+    there = any(part.startswith(_ADAPTERS) for path in paths for part in path.split("."))
+    named = any(
+        prefix in name for rule in rules for name in rule.names or () for prefix in _ADAPTERS
+    )
+    return (*rules, _SKIP) if there and not named else rules
+
+
+def merge_and_unload(model: Any, **kwargs: Any) -> nn.Module:
+    """``model.merge_and_unload()`` for a PEFT model whose base has weight norm.
+
+    PEFT adds an adapter to ``layer.weight.data``. Of a weight-normed layer that is a tensor just
+    computed, and the adapter is lost without a word. Here weights are Parameters meanwhile, and g
+    and v follow them.
+
+    Args:
+        model: a PEFT model; LoRA, DoRA and others that merge.
+        kwargs: to PEFT's method, such as ``safe_merge``.
+
+    Returns:
+        The base model, weight-normed as before, with the adapters merged.
+
+    Raises:
+        TypeError: the model has no adapters that merge.
+        ZeroNormError: a merged weight has a slice of zero norm; g and v are as they were.
+
+    Example:
+        >>> import peft, torch, wn_surgery as wn
+        >>> from wn_surgery.huggingface import merge_and_unload
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8))
+        >>> _ = wn.apply(model, "linears")
+        >>> tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
+        >>> merged = merge_and_unload(tuned)
+        >>> wn.sites(merged)[0].layout
+        'parametrized'
+    """
+    merged: nn.Module = _merged(model, "merge_and_unload", kwargs)
+    return merged
+
+
+def merge_adapter(model: Any, **kwargs: Any) -> None:
+    """``model.merge_adapter()`` for a PEFT model whose base has weight norm.
+
+    ``model.unmerge_adapter()`` is to be called inside ``wn_surgery.writable(model)`` likewise.
+
+    Args:
+        model: a PEFT model.
+        kwargs: to PEFT's method.
+
+    Raises:
+        TypeError: the model has no adapters that merge.
+        ZeroNormError: a merged weight has a slice of zero norm; g and v are as they were.
+    """
+    _merged(model, "merge_adapter", kwargs)
+
+
+def _merged(model: Any, method: str, kwargs: dict[str, Any]) -> Any:
+    if not hasattr(model, method):
+        raise TypeError(
+            f"expected a PEFT model that has {method}(), got {type(model).__name__}; "
+            "peft.get_peft_model() makes one"
+        )
+    with wn.writable(model):
+        return getattr(model, method)(**kwargs)
