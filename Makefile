@@ -6,6 +6,7 @@ TORCH_PIP_ARGS ?=
 WORKERS ?= 2
 TEST_ARGS ?=
 BENCH_ARGS ?=
+HIFIGAN_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo minilm test test-long lint format bench gpu clean
+.PHONY: help install demo hifigan minilm test test-long lint format bench gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +37,9 @@ demo: $(STAMP) ## train, strip and export a small TCN (under 2 minutes)
 
 minilm: $(STAMP) ## patch, fine-tune, reload, strip and export a pretrained model (2 minutes)
 	$(BIN)/python examples/minilm.py
+
+hifigan: $(STAMP) ## a small HiFi-GAN: train, resume, strip, export (HIFIGAN_ARGS=--check-resume)
+	$(BIN)/python examples/hifigan.py $(HIFIGAN_ARGS)
 
 test: $(STAMP) ## all tests and doctests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TEST_ARGS)
