@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import lightning as fabric_package
 import lightning.pytorch as lp
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning_tools import (
     QUIET,
@@ -168,10 +170,31 @@ def test_statistics_are_logged(tmp_path: Path) -> None:
     lines = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
     names = lines[0].split(",")
     values = dict(zip(names, lines[-1].split(","), strict=True))
-    assert int(values["step"]) == 6
+    assert int(values["step"]) == 5
     recorded = callback.history.records[-1]["model.0.weight"]
     assert float(values["weight_norm/model.0.weight/g"]) == pytest.approx(recorded["g"])
     assert {"weight_norm/model.2.weight/effective_lr", "weight_norm/v_norm_max"} <= set(names)
+
+
+def test_statistics_are_logged_at_the_steps_of_the_losses(tmp_path: Path) -> None:
+    class Logs(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss)
+            return loss
+
+    logger = CSVLogger(tmp_path)
+    callbacks = [WeightNorm(RULES, log_every_n_steps=2), LearningRateMonitor("step")]
+    made = trainer(*callbacks, logger=logger, log_every_n_steps=2, epochs=2)
+    made.fit(Logs(), loader())
+    logger.save()
+    with (Path(logger.log_dir) / "metrics.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    steps = {
+        name: [int(row["step"]) for row in rows if row[name]]
+        for name in ("loss", "weight_norm/g_mean", "lr-AdamW")
+    }
+    assert steps == {name: [1, 3, 5, 7] for name in steps}
 
 
 def test_steps_are_the_optimizers(tmp_path: Path) -> None:
@@ -189,7 +212,7 @@ def test_histograms_go_to_tensorboard(tmp_path: Path) -> None:
     events = EventAccumulator(logger.log_dir, size_guidance={"histograms": 0}).Reload()
     tags = events.Tags()
     assert "weight_norm/model.0.weight/v_norm" in tags["histograms"]
-    assert [event.step for event in events.Histograms("weight_norm/model.0.weight/g")] == [4, 8]
+    assert [event.step for event in events.Histograms("weight_norm/model.0.weight/g")] == [3, 7]
     assert "weight_norm/g_mean" in tags["scalars"]
 
 

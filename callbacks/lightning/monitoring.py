@@ -35,8 +35,7 @@ class Monitor:
         """Log, if this batch ended with an optimizer step and it is time."""
         if trainer.global_step == self._before:
             return
-        # As self.log() and LearningRateMonitor count, so that curves line up: batches after
-        # which optimizers stepped, of which global_step counts each optimizer.
+        # Batches after which optimizers stepped; global_step counts each optimizer.
         loop: Any = trainer.fit_loop.epoch_loop
         step = int(getattr(loop, "_batches_that_stepped", self._before)) + 1
         if step % self.every:
@@ -50,8 +49,9 @@ class Monitor:
             return
         metrics = statistics.metrics()
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step)
-            _log_histograms(logger, statistics, step)
+            # From 0, as self.log() and LearningRateMonitor count, so that curves line up.
+            logger.log_metrics(metrics, step=step - 1)
+            _log_histograms(logger, statistics, step - 1)
 
 
 def _log_histograms(logger: Any, statistics: wn.Statistics, step: int) -> None:
