@@ -80,19 +80,20 @@ def recordings(folder: Path) -> dict[str, Tensor]:
 
 
 def made_up() -> dict[str, Tensor]:
-    """Tones with overtones that come and go, and chirps, where there is no speech: 1.4 s each."""
+    """Tones and chirps with overtones and some noise, where there is no speech: 1.4 s each."""
     time = torch.arange(HOP * 88) / RATE
+    noise = torch.randn(len(time), generator=torch.Generator().manual_seed(0))
     sounds: dict[str, Tensor] = {}
     for number in range(4):
-        pitch = 110 * 1.25**number * (1 + 0.02 * torch.sin(2 * torch.pi * 5 * time))
-        phase = 2 * torch.pi * torch.cumsum(pitch, 0) / RATE
-        tone = torch.stack([(k * phase).sin() / k for k in range(1, 13)]).sum(0)
-        envelope = torch.sin(torch.pi * (2 + number) * time / time[-1]).square()
-        sounds[f"tone_{number + 1}"] = _levelled(tone * envelope)
-        start, end = 200.0 * (number + 1), 6000.0 - 1200 * number
-        rate = math.log(end / start) / float(time[-1])
-        chirp = torch.sin(2 * torch.pi * start * (torch.exp(rate * time) - 1) / rate)
-        sounds[f"chirp_{number + 1}"] = _levelled(chirp * envelope.sqrt())
+        low = 110 * 1.25**number
+        vibrato = low * (1 + 0.02 * torch.sin(2 * torch.pi * 5 * time))
+        glide = low * 2 ** (time / time[-1] if number % 2 else 1 - time / time[-1])
+        # As loud as syllables are, two to five of them.
+        envelope = torch.sin(torch.pi * (2 + number) * time / time[-1]).abs()
+        for name, pitch in (("tone", vibrato), ("chirp", glide)):
+            phase = 2 * torch.pi * torch.cumsum(pitch, 0) / RATE
+            overtones = torch.stack([(k * phase).sin() / k for k in range(1, 16)]).sum(0)
+            sounds[f"{name}_{number + 1}"] = _levelled((overtones + 0.05 * noise) * envelope)
     return sounds
 
 
