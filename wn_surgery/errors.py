@@ -13,6 +13,7 @@ __all__ = [
     "ConflictingNamesError",
     "DimensionError",
     "ExistingSiteError",
+    "ExportError",
     "FoldedModelError",
     "FusionError",
     "InferenceModeError",
@@ -114,6 +115,10 @@ class InitializationError(WeightNormError, ValueError):
 
 class CheckpointMismatchError(WeightNormError):
     """A checkpoint was written with other weight norm than the model now has."""
+
+
+class ExportError(WeightNormError):
+    """A model cannot be copied for export, or what was exported cannot be compared with it."""
 
 
 class CallbackError(WeightNormError):
