@@ -1,0 +1,28 @@
+"""Export: a stripped copy, what stands against a target, and whether the result is the model.
+
+Example:
+    >>> import torch, wn_surgery as wn
+    >>> from wn_surgery import export
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8)).eval()
+    >>> _ = wn.apply(model, "linears")
+    >>> x = torch.ones(1, 4)
+    >>> program = torch.export.export(export.stripped_copy(model), (x,))
+    >>> export.verify(model, program, x).exact
+    True
+"""
+
+from .copies import stripped_copy
+from .preflight import Effect, Finding, Preflight, Target, check
+from .verification import Difference, Verification, verify
+
+__all__ = [
+    "Difference",
+    "Effect",
+    "Finding",
+    "Preflight",
+    "Target",
+    "Verification",
+    "check",
+    "stripped_copy",
+    "verify",
+]

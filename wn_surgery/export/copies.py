@@ -1,0 +1,138 @@
+"""A copy of a model without weight norm, beside the live model that goes on training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ExportError, WrappedModuleError
+from ..layouts import carried, hand_over
+from ..module_class import FOLDED
+from ..sites import sites_of, walk
+from ..surgery import remove
+
+__all__ = ["stripped_copy"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def stripped_copy(model: M) -> M:
+    """A copy of ``model`` without weight norm; the live model is only read.
+
+    The copy's Parameters are objects of its own that share the memory of the live model's: a
+    copy of a large model costs the memory of its computed weights and no more. So training
+    the live model moves the copy's plain Parameters too, and an in-place write into a shared
+    Parameter of the copy (``load_state_dict``, ``.data.mul_()``, an optimizer) would reach
+    the live model. ``copy.half()``, ``.to(device)``, ``requires_grad_`` and ``.grad`` are the
+    copy's own affair. Everything else is copied: computed weights, buffers (so that a forward
+    of the copy in training mode leaves the live model's statistics alone), Parameters of
+    special classes, attributes. ``copy.deepcopy(stripped_copy(model))`` shares nothing.
+
+    Args:
+        model: any module tree, in any layout, also fused or inside ``folded``, and after a
+            forward in grad mode. Of a model compiled with ``torch.compile`` the model
+            itself is copied. Hooks come along as ``copy.deepcopy`` takes them: bound methods
+            become the copy's, functions are shared.
+
+    Returns:
+        The copy. Its weights have the bits that the live model computes from g and v.
+
+    Raises:
+        ExportError: something in the model cannot be copied; the message names it.
+        WrappedModuleError: the model is inside DDP or FSDP.
+        WeightNormError: weight norm cannot be taken off: see :func:`wn_surgery.remove`.
+
+    Example:
+        >>> import torch, wn_surgery as wn
+        >>> from wn_surgery.export import stripped_copy
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> _ = wn.apply(model, {"names": "0"})
+        >>> plain = stripped_copy(model)
+        >>> type(plain[0]) is torch.nn.Linear, type(model[0]) is torch.nn.Linear
+        (True, False)
+        >>> plain[1].weight.data_ptr() == model[1].weight.data_ptr()
+        True
+    """
+    original = getattr(model, "_orig_mod", None)
+    source = cast(M, original) if isinstance(original, nn.Module) else model
+    _refuse_wrapped(source)
+    memo = {id(tensor): new for tensor, new in _replaced(source)}
+    try:
+        copied = copy.deepcopy(source, dict(memo))
+    except Exception as error:
+        raise ExportError(
+            f"{type(source).__name__} cannot be copied: {_culprit(source, memo)} raised "
+            f"{type(error).__name__}: {error}; take it out of the model for the time of the copy, "
+            "or give its class a __deepcopy__"
+        ) from error
+    remove(copied)
+    return copied
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    for node in walk(model):
+        if node.wrapped and any(site.normed for site in sites_of(node)):
+            raise WrappedModuleError(
+                f"{node.paths[0] or type(model).__name__} is held by {node.wrapped}; of a "
+                "DistributedDataParallel model copy the model in it, stripped_copy(ddp.module); of "
+                "a sharded one gather the full state dict and load it into a model that is not"
+            )
+
+
+def _replaced(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tensors that ``deepcopy`` must not copy in its own way, and what stands for them."""
+    aliases: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for parameter in module._parameters.values():
+            if parameter is not None and _is_plain(parameter) and id(parameter) not in aliases:
+                aliases[id(parameter)] = alias = _alias(parameter)
+                yield parameter, alias
+        # What is computed is dropped when weight norm goes: its bits are not worth a copy.
+        computed = FOLDED.get(module, {}).keys() | carried(module).keys()
+        for name, value in vars(module).items():
+            for tensor in _with_graph(value):
+                detached = tensor.detach()
+                yield tensor, detached if name in computed else detached.clone()
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    return type(parameter) is nn.Parameter and not parameter.is_inference()
+
+
+def _alias(parameter: nn.Parameter) -> nn.Parameter:
+    alias = nn.Parameter(parameter.detach(), parameter.requires_grad)
+    hand_over(parameter, alias)
+    return alias
+
+
+def _with_graph(value: Any) -> Iterator[Tensor]:
+    """Tensors that are no leaves, which ``deepcopy`` refuses: what a forward has left behind."""
+    if isinstance(value, Tensor):
+        if not value.is_leaf:
+            yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _with_graph(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _with_graph(item)
+
+
+def _culprit(model: nn.Module, memo: dict[int, Tensor]) -> str:
+    """The first attribute that cannot be copied by itself."""
+    for path, module in model.named_modules():
+        where = f"{path}." if path else ""
+        for name, value in vars(module).items():
+            if name == "_modules":
+                continue
+            try:
+                copy.deepcopy(value, dict(memo))
+            except Exception:  # noqa: BLE001 - which one it is has been raised already
+                return f"{where}{name} ({type(value).__name__})"
+    return "it"

@@ -1,0 +1,259 @@
+"""What stands against an export: each weight-normed parameter that a target breaks on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from ..sites import Site, sites_of, walk
+from ..tables import render
+
+__all__ = ["Effect", "Finding", "Preflight", "Target", "check"]
+
+Target: TypeAlias = Literal[
+    "onnx",
+    "torch.export",
+    "torchscript-trace",
+    "torchscript-script",
+    "aotinductor",
+    "ort-quantize",
+    "torch-quantize",
+    "torchao",
+]
+"""What a model is exported to. ``onnx`` is ``torch.onnx.export(dynamo=True)``, ``ort-quantize``
+onnxruntime's ``quantize_dynamic`` of that file, ``torch-quantize``
+``torch.ao.quantization.quantize_dynamic`` and ``torchao`` its ``quantize_`` to int8: each as it is
+by default."""
+
+Effect: TypeAlias = Literal["breaks", "unquantized", "stale", "bloats"]
+"""``breaks``: the export, or what it made, raises. ``unquantized``: the weight stays in floating
+point, in silence. ``stale``: what is exported is not the weight of g and v. ``bloats``: the result
+is right and computes the weight anew."""
+
+# The largest initializer that the ONNX exporter's own constant folding takes.
+_FOLDED_BY_ONNX = 8192
+
+# The types that quantize_dynamic replaces if it is not told which, compared exactly as it does.
+_QUANTIZED_BY_TORCH = (nn.Linear, nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+
+
+class _Verdict(NamedTuple):
+    effect: Effect
+    why: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One weight-normed parameter that stands against a target.
+
+    Attributes:
+        name: the parameter's first name.
+        type: its module's class, beneath weight norm.
+        layout: ``legacy``, ``parametrized``, or ``other`` where something else is stacked on it.
+        effect: what happens; see :data:`Effect`.
+        why: the reason, in words.
+    """
+
+    name: str
+    type: str
+    layout: str
+    effect: Effect
+    why: str
+
+    def to_dict(self) -> dict[str, str]:
+        """The finding as plain JSON data."""
+        return {
+            "name": self.name,
+            "type": self.type,
+            "layout": self.layout,
+            "effect": self.effect,
+            "why": self.why,
+        }
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What :func:`check` found: ``print`` it.
+
+    Attributes:
+        target: what was asked about.
+        findings: what stands against it, in the order of the model.
+        normed: how many weight-normed parameters the model has.
+    """
+
+    target: Target
+    findings: tuple[Finding, ...]
+    normed: int = field(repr=False)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing stands against the target."""
+        return not self.findings
+
+    def to_dict(self) -> dict[str, Any]:
+        """The findings as plain JSON data."""
+        return {
+            "target": self.target,
+            "ok": self.ok,
+            "normed": self.normed,
+            "findings": [finding.to_dict() for finding in self.findings],
+        }
+
+    def __str__(self) -> str:
+        if self.ok:
+            of = f"; {self.normed} weight-normed parameters do no harm here" if self.normed else ""
+            return f"nothing stands against {self.target}{of}"
+        rows = [(each.name, each.layout, each.effect, each.why) for each in self.findings]
+        stacked = any(each.layout == "other" for each in self.findings)
+        fix = (
+            "first take off what else computes the parameters of layout 'other'"
+            if stacked
+            else "export wn_surgery.export.stripped_copy(model) instead"
+        )
+        return (
+            f"{render(['site', 'layout', 'effect', 'why'], rows)}\n{len(rows)} of {self.normed} "
+            f"weight-normed parameters stand against {self.target}; {fix}"
+        )
+
+
+def check(model: nn.Module, target: Target) -> Preflight:
+    """What would break, or bloat, if ``model`` were exported with its weight norm on.
+
+    What is known here was found by exporting (tests/test_export_check.py does it again); nothing
+    is exported, run or imported. Inside ``folded`` the answer is about the model outside of it.
+
+    Args:
+        model: any module tree. It is only read.
+        target: what to export to; see :data:`Target`.
+
+    Returns:
+        A finding for each weight-normed parameter that stands against the target.
+
+    Raises:
+        ValueError: the target is unknown.
+
+    Example:
+        >>> import torch, wn_surgery as wn
+        >>> from wn_surgery.export import check
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Conv1d(8, 8, 1))
+        >>> _ = wn.apply(model, {"names": "*"})
+        >>> print(check(model, "torch-quantize"))
+        site      layout        effect  why
+        --------  ------------  ------  --------------------------------------------------...
+        0.weight  parametrized  breaks  quantize_dynamic refuses the class of a weight-normed Linear
+        1 of 2 weight-normed parameters stand against torch-quantize; export
+        wn_surgery.export.stripped_copy(model) instead
+    """
+    if target not in get_args(Target):
+        known = ", ".join(repr(name) for name in get_args(Target))
+        raise ValueError(f"check(target={target!r}): expected one of {known}")
+    found = [site for node in walk(model) for site in sites_of(node) if _has_weight_norm(site)]
+    findings = []
+    for site in found:
+        verdict = _stale(site, target) or _JUDGES[target](site)
+        if verdict is not None:
+            findings.append(Finding(site.name, site.node.base.__name__, site.layout, *verdict))
+    return Preflight(target, tuple(findings), len(found))
+
+
+def _has_weight_norm(site: Site) -> bool:
+    # Stacked on another parametrization it is in the way as much, but cannot be taken off alone.
+    return site.normed or (site.held is not None and "WeightNorm" in site.held.maker)
+
+
+# What each target does -----------------------------------------------------------------------
+
+
+def _stale(site: Site, target: Target) -> _Verdict | None:
+    """Attention reads ``out_proj.weight`` without calling it: a legacy hook there never runs."""
+    if site.layout != "legacy" or not isinstance(site.module, NonDynamicallyQuantizableLinear):
+        return None
+    if target in ("torch-quantize", "torchao", "torchscript-script"):
+        return None
+    if target == "torchscript-trace" and _has_graph(site):
+        return _Verdict(
+            "breaks", "attention reads a tensor with a graph here, which is no constant"
+        )
+    return _Verdict("stale", "attention never runs the hook: it reads the weight of some time ago")
+
+
+def _exported(_: Site) -> _Verdict:
+    return _Verdict("bloats", "an operator of the graph computes the weight at each use")
+
+
+def _compiled(_: Site) -> _Verdict:
+    return _Verdict("bloats", "compiled code computes the weight at each call")
+
+
+def _traced(_: Site) -> _Verdict:
+    return _Verdict("bloats", "traced operators compute the weight at each use")
+
+
+def _scripted(site: Site) -> _Verdict:
+    if site.layout == "legacy":
+        return _Verdict("breaks", "torch.jit.script takes no hook that is an object")
+    if site.held is not None and site.held.maker == "wn_surgery":
+        return _Verdict("breaks", "torch.jit.script cannot compile the property that computes it")
+    return _Verdict("breaks", "torch.jit.script fails, or what it saves raises when it is run")
+
+
+def _folds(site: Site) -> bool:
+    return site.tensor is not None and site.tensor.numel() <= _FOLDED_BY_ONNX
+
+
+def _onnx(site: Site) -> _Verdict | None:
+    if _folds(site):
+        return None
+    why = f"norm, division and product stay in the graph: more than {_FOLDED_BY_ONNX} elements"
+    return _Verdict("bloats", why)
+
+
+def _quantized_by_ort(site: Site) -> _Verdict | None:
+    module = site.module
+    if _folds(site):
+        return None
+    if isinstance(module, _ConvTransposeNd | nn.RNNBase):
+        return _Verdict("bloats", f"{site.node.base.__name__} is not quantized; the norm stays")
+    if isinstance(module, _ConvNd):
+        return _Verdict("breaks", "quantize_dynamic raises: a convolution's weight is computed")
+    return _Verdict("unquantized", "quantize_dynamic passes over weights that are computed")
+
+
+def _quantized_by_torch(site: Site) -> _Verdict | None:
+    name = site.node.base.__name__
+    if site.node.base in _QUANTIZED_BY_TORCH:
+        if site.layout == "legacy":
+            return _Verdict("breaks", f"the hook runs in a {name} that has no g and v any more")
+        return _Verdict("breaks", f"quantize_dynamic refuses the class of a weight-normed {name}")
+    if site.layout == "legacy" and _has_graph(site):
+        return _Verdict("breaks", "it deep-copies, which a weight with a graph refuses")
+    return None
+
+
+def _quantized_by_torchao(site: Site) -> _Verdict | None:
+    module = site.module
+    if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
+        return None
+    return _Verdict("breaks", "quantize_ cannot assign a quantized weight where one is computed")
+
+
+def _has_graph(site: Site) -> bool:
+    weight = site.module.__dict__.get(site.param)
+    return isinstance(weight, Tensor) and not weight.is_leaf
+
+
+_JUDGES: dict[Target, Callable[[Site], _Verdict | None]] = {
+    "onnx": _onnx,
+    "torch.export": _exported,
+    "torchscript-trace": _traced,
+    "torchscript-script": _scripted,
+    "aotinductor": _compiled,
+    "ort-quantize": _quantized_by_ort,
+    "torch-quantize": _quantized_by_torch,
+    "torchao": _quantized_by_torchao,
+}
