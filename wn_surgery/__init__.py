@@ -1,5 +1,6 @@
 """Apply, remove and migrate weight norm on any PyTorch module tree, by rules."""
 
+from . import export
 from .contexts import folded, writable
 from .errors import (
     CallbackError,
@@ -7,6 +8,7 @@ from .errors import (
     ConflictingNamesError,
     DimensionError,
     ExistingSiteError,
+    ExportError,
     FoldedModelError,
     FusionError,
     InferenceModeError,
@@ -39,6 +41,7 @@ __all__ = [
     "ConflictingNamesError",
     "DimensionError",
     "ExistingSiteError",
+    "ExportError",
     "FoldedModelError",
     "Fusion",
     "FusionError",
@@ -66,6 +69,7 @@ __all__ = [
     "WrappedModuleError",
     "ZeroNormError",
     "apply",
+    "export",
     "folded",
     "fuse",
     "initialize_from_batch",
