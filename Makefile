@@ -44,8 +44,9 @@ hifigan: $(STAMP) ## a small HiFi-GAN: train, resume, strip, export (HIFIGAN_ARG
 test: $(STAMP) ## all tests and doctests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TEST_ARGS)
 
-test-long: $(STAMP) ## the property tests, with many more cases
+test-long: $(STAMP) ## the property tests, with many more cases, and AOTInductor
 	$(ONE_THREAD) WN_SURGERY_CASES=20000 $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS) tests/test_properties.py
+	$(ONE_THREAD) WN_SURGERY_LONG=1 $(BIN)/python -m pytest $(TEST_ARGS) tests/test_export_verify.py
 
 lint: $(STAMP) ## ruff, mypy --strict, pyright
 	$(BIN)/ruff check .
