@@ -220,8 +220,16 @@ def _quantized_by_ort(site: Site) -> _Verdict | None:
     if isinstance(module, _ConvTransposeNd | nn.RNNBase):
         return _Verdict("bloats", f"{site.node.base.__name__} is not quantized; the norm stays")
     if isinstance(module, _ConvNd):
-        return _Verdict("breaks", "quantize_dynamic raises: a convolution's weight is computed")
+        if _has_bias(module):
+            return _Verdict("breaks", "quantize_dynamic raises: weight beside a bias is computed")
+        return _Verdict("unquantized", "stored in floating point and quantized at each call")
     return _Verdict("unquantized", "quantize_dynamic passes over weights that are computed")
+
+
+def _has_bias(module: _ConvNd) -> bool:
+    # The exporter leaves out a bias of zeros, with which many vocoders are initialized.
+    bias = module._parameters.get("bias")
+    return bias is not None and (bias.is_meta or bool(bias.any()))
 
 
 def _quantized_by_torch(site: Site) -> _Verdict | None:
