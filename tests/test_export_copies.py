@@ -221,6 +221,8 @@ def test_what_a_forward_left_behind_is_copied() -> None:
     model = Remembering()
     wn.apply(model, "linears")
     out = model(torch.ones(1, 2))
+    model.itself = {"loop": []}  # type: ignore[assignment]
+    model.itself["loop"].append(model.itself)  # type: ignore[operator, index]
     with pytest.raises(RuntimeError, match="graph leaves"):
         copy.deepcopy(model)
     plain = stripped_copy(model)

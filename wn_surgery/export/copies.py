@@ -86,6 +86,7 @@ def _refuse_wrapped(model: nn.Module) -> None:
 def _replaced(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     """The tensors that ``deepcopy`` must not copy in its own way, and what stands for them."""
     aliases: dict[int, nn.Parameter] = {}
+    seen: set[int] = set()
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
@@ -96,7 +97,7 @@ def _replaced(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         # What is computed is dropped when weight norm goes: its bits are not worth a copy.
         computed = FOLDED.get(module, {}).keys() | carried(module).keys()
         for name, value in vars(module).items():
-            for tensor in _with_graph(value):
+            for tensor in _with_graph(value, seen):
                 detached = tensor.detach()
                 yield tensor, detached if name in computed else detached.clone()
 
@@ -111,17 +112,15 @@ def _alias(parameter: nn.Parameter) -> nn.Parameter:
     return alias
 
 
-def _with_graph(value: Any) -> Iterator[Tensor]:
+def _with_graph(value: Any, seen: set[int]) -> Iterator[Tensor]:
     """Tensors that are no leaves, which ``deepcopy`` refuses: what a forward has left behind."""
     if isinstance(value, Tensor):
         if not value.is_leaf:
             yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _with_graph(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _with_graph(item)
+    elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+        seen.add(id(value))
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _with_graph(item, seen)
 
 
 def _culprit(model: nn.Module, memo: dict[int, Tensor]) -> str:
