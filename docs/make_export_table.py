@@ -291,8 +291,8 @@ def listed(page: str) -> dict[tuple[str, str], str]:
     """The lines of the page's table."""
     _, _, rest = page.partition(BEGIN)
     table, _, _ = rest.partition(END)
-    lines = table.splitlines(keepends=True)[2:]
-    return {(cells[1], cells[2]): line for line in lines if len(cells := _cells(line)) > 2}
+    split = [(_cells(line), line) for line in table.splitlines(keepends=True)]
+    return {(cells[1], cells[2]): line for cells, line in split if set(cells) & TARGETS.keys()}
 
 
 def _cells(line: str) -> list[str]:

@@ -29,8 +29,6 @@ def script() -> Iterator[ModuleType]:
     "rows",
     [
         ("TCN", "torch.export", "torchscript-trace", "torchscript-script", "torch-quantize"),
-        ("Llama", "torch-quantize"),
-        ("Wav2Vec2", "torch.export"),
         ("TCN", "ort-quantize"),
     ],
     ids="-".join,
