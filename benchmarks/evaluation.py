@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lp
+import lightning.pytorch.callbacks as lc
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -51,16 +52,16 @@ class Module(lp.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-6)
 
 
-class Clock(lp.Callback):
+class Clock(lc.Callback):
     """Process CPU time of the last validation."""
 
     spent = 0.0
 
-    def on_validation_start(self, *args: Any) -> None:
+    def on_validation_start(self, *args: Any, **kwargs: Any) -> None:
         gc.collect()
         self._start = time.process_time()
 
-    def on_validation_end(self, *args: Any) -> None:
+    def on_validation_end(self, *args: Any, **kwargs: Any) -> None:
         self.spent = time.process_time() - self._start
 
 
@@ -97,7 +98,7 @@ def alternatives() -> dict[str, Callable[[], list[Any]]]:
     """The callbacks of each row; a clock that ends after the others is measured with them."""
 
     def average() -> Any:
-        return lp.callbacks.EMAWeightAveraging(decay=0.9)
+        return lc.EMAWeightAveraging(decay=0.9)
 
     return {
         "plain": list,

@@ -48,10 +48,11 @@ def merge_and_unload(model: Any, **kwargs: Any) -> nn.Module:
 
     Example:
         >>> import peft, torch, wn_surgery as wn
+        >>> from collections import OrderedDict
         >>> from wn_surgery.huggingface import merge_and_unload
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8))
+        >>> model = torch.nn.Sequential(OrderedDict(proj=torch.nn.Linear(4, 8)))
         >>> _ = wn.apply(model, "linears")
-        >>> tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
+        >>> tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["proj"]))
         >>> merged = merge_and_unload(tuned)
         >>> wn.sites(merged)[0].layout
         'parametrized'

@@ -147,7 +147,7 @@ def unpatch_model(model: nn.Module, *, optimizers: Any = ()) -> wn.Report:
         save_as_built(model, weights)
         ties.unfollow(model)
         if isinstance(getattr(model.config, "quantization_config", None), WeightNormConfig):
-            del model.config.quantization_config
+            vars(model.config).pop("quantization_config")
     return report
 
 

@@ -60,7 +60,7 @@ class WeightNormQuantizer(HfQuantizer):
         """Let plain weights be read, too; transformers itself reads weight_g and weight_v."""
         return weight_conversions + reading_plain(model)
 
-    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:  # noqa: ARG002
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> Any:  # noqa: ARG002
         """Leave a model that is not quantized, with the config that says where weight norm is."""
         model.config.quantization_config = self.quantization_config
         conversions = getattr(model, "_weight_conversions", None)
@@ -71,12 +71,12 @@ class WeightNormQuantizer(HfQuantizer):
         if "hf_quantizer" in vars(model):
             del model.hf_quantizer
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> Any:
         """Yes."""
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> Any:
         """Yes."""
         return True
 

@@ -56,7 +56,7 @@ def save_pretrained(
     ours = isinstance(held, WeightNormConfig)
     state = plain_state_dict(model, maker="wn_surgery")
     if ours:
-        del model.config.quantization_config
+        vars(model.config).pop("quantization_config")
     try:
         model.save_pretrained(folder, state_dict=state, **kwargs)
     finally:
