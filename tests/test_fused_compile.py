@@ -8,6 +8,7 @@ from fused_models import X, fused, gradients, normed
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import parametrize
 
 import wn_surgery as wn
 
@@ -88,6 +89,18 @@ def test_weights_computed_eagerly_around_a_compiled_model() -> None:
                 b.mul_(1.1)
     torch.testing.assert_close(gradients(model), gradients(other))
     assert counter.frame_count == 1
+
+
+def test_a_parametrization_of_another_layer_stays_its_own() -> None:
+    """torch puts a property on the class, which here is that of every weight-normed Linear."""
+    other, layer = (nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+    wn.apply(other, "linears")
+    wn.apply(layer, "linears")
+    parametrize.register_parametrization(other[0], "bias", nn.ReLU())
+    assert layer[0].bias is layer[0]._parameters["bias"] and (other[0].bias >= 0).all()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.ones(1, 4)
+    torch.testing.assert_close(compiled(x), layer(x))
 
 
 @pytest.mark.parametrize("strict", [True, False])

@@ -102,12 +102,16 @@ def _computed(name: str) -> _Computed:
             if weight is not None:
                 return cast(Tensor, weight)
         # Torch may have given the shared class this name for another of its modules: here it
-        # is then folded, or a plain attribute, or a Parameter, which __getattr__ finds.
+        # is then folded, or a plain attribute, or a Parameter.
         if name in self.__dict__:
             return cast(Tensor, self.__dict__[name])
         lists = self.__dict__["_modules"].get("parametrizations")
         if lists is not None and (plist := lists._modules.get(name)) is not None:
             return cast(Tensor, plist())
+        # nn.Module.__getattr__ would find it as well, but torch.compile does not ask it after
+        # a property has raised.
+        if name in self.__dict__["_parameters"]:
+            return cast(Tensor, self.__dict__["_parameters"][name])
         raise AttributeError(name)
 
     def put(self: Any, value: object) -> None:
