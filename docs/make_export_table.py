@@ -300,14 +300,20 @@ def _cells(line: str) -> list[str]:
 
 
 def same(line: str, other: str) -> bool:
-    """Whether two lines say the same: sizes within 2 %, differences of a like magnitude."""
+    """Whether two lines say the same: sizes within 5 %, differences of a like magnitude.
+
+    TorchScript's files hold the paths of the source, and their sizes depend on the checkout's.
+    """
     one, two = _cells(line), _cells(other)
     if one[:7] != two[:7]:
         return False
-    for cell, tolerance in ((7, 1.02), (8, 100.0)):
+    for cell, tolerance in ((7, 1.05), (8, 100.0)):
         numbers = [
             [float(n) for n in re.findall(r"\d[\d.]*(?:e-?\d+)?", x[cell])] for x in (one, two)
         ]
+        # One number stands for two that are alike once rounded.
+        most = max(map(len, numbers))
+        numbers = [each * most if len(each) == 1 else each for each in numbers]
         if len(numbers[0]) != len(numbers[1]):
             return False
         for a, b in zip(*numbers, strict=True):

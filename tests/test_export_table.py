@@ -71,6 +71,8 @@ def test_what_counts_as_the_same(script: ModuleType) -> None:
         ("4e-07", "4e-02", False),
         ("37", "36", False),
         ("yes", "no", False),
-        ("4e-07 → 2e-07", "3e-07", False),
+        ("4e-07 → 2e-07", "3e-07", True),
+        ("4e-07 → 2e-07", "–", False),
+        ("0.54 MB → 0.52 MB", "0.53 MB", True),
     ]:
         assert script.same(line, line.replace(old, new) if old else line) is same, (old, new)
