@@ -1,9 +1,10 @@
 """Apply, remove and migrate weight norm on any PyTorch module tree, by rules."""
 
-from . import export
+from . import checkpoints, export
 from .contexts import folded, writable
 from .errors import (
     CallbackError,
+    CheckpointError,
     CheckpointMismatchError,
     ConflictingNamesError,
     DimensionError,
@@ -37,6 +38,7 @@ from .surgery import Report, apply, migrate, remove
 
 __all__ = [
     "CallbackError",
+    "CheckpointError",
     "CheckpointMismatchError",
     "ConflictingNamesError",
     "DimensionError",
@@ -69,6 +71,7 @@ __all__ = [
     "WrappedModuleError",
     "ZeroNormError",
     "apply",
+    "checkpoints",
     "export",
     "folded",
     "fuse",

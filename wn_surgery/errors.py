@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = [
     "CallbackError",
+    "CheckpointError",
     "CheckpointMismatchError",
     "ConflictingNamesError",
     "DimensionError",
@@ -103,6 +104,10 @@ class StackedParametrizationError(WeightNormError):
 
 class FoldedModelError(WeightNormError):
     """Surgery was asked for inside ``folded`` or ``writable``."""
+
+
+class CheckpointError(WeightNormError, ValueError):
+    """A checkpoint file or state dict is damaged, ambiguous, unsafe, or holds what does not fit."""
 
 
 class FusionError(WeightNormError):
