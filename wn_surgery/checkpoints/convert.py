@@ -33,12 +33,17 @@ def fold(g: Tensor, v: Tensor, dim: Dim) -> Tensor:
     Returns:
         The weight, in v's shape and dtype: for g and v of one dtype what torch's kernel gives.
 
+    Raises:
+        CheckpointError: one of them is not floating-point.
+
     Example:
         >>> import torch
         >>> from wn_surgery.checkpoints import fold
         >>> fold(torch.tensor([10.0]), torch.tensor([[3.0, 4.0]]), 0)
         tensor([[6., 8.]])
     """
+    if g.is_complex() or not (v.is_floating_point() or v.is_complex()) or not g.is_floating_point():
+        raise CheckpointError(f"g and v are {g.dtype} and {v.dtype}: expected floating-point ones")
     if dim is None:
         g = g.reshape(())
     elif g.ndim != v.ndim and isinstance(dim, int):
@@ -51,11 +56,10 @@ def fold(g: Tensor, v: Tensor, dim: Dim) -> Tensor:
             or (v.dtype in KERNEL_DTYPES and dim in (0, v.ndim - 1))
         ):
             return weight_norm(v, g, dim)
-        wide = torch.promote_types(torch.float32, g.dtype)
-        wide_v = v.to(torch.promote_types(wide, v.dtype))
-        return weight_norm(
-            wide_v, g.to(wide_v.abs().dtype if v.is_complex() else wide_v.dtype), dim
-        ).to(v.dtype)
+        double = torch.float64 in (real, g.dtype)
+        wide = torch.float64 if double else torch.float32
+        wide_v = v.to(wide.to_complex() if v.is_complex() else wide)
+        return weight_norm(wide_v, g.to(wide), dim).to(v.dtype)
 
 
 def _tensors(state: Mapping[Any, Any]) -> dict[str, Tensor]:
@@ -253,5 +257,5 @@ def _empty_like(state: Mapping[Any, Any]) -> Any:
     result = copy.copy(state)
     if not hasattr(result, "clear"):
         return {}
-    result.clear()  # type: ignore[attr-defined]
+    result.clear()
     return result
