@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -254,8 +254,8 @@ def _empty_like(state: Mapping[Any, Any]) -> Any:
     """An empty mapping of the same class that keeps attributes such as ``_metadata``."""
     if type(state) is dict:
         return {}
-    result = copy.copy(state)
-    if not hasattr(result, "clear"):
+    if not isinstance(state, MutableMapping):
         return {}
+    result = copy.copy(state)
     result.clear()
     return result
