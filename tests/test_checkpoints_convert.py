@@ -7,18 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import wn_surgery as wn
-from wn_surgery.checkpoints.pairs import find_orphans, find_pairs
+from wn_surgery.checkpoints.folding import PART
+from wn_surgery.checkpoints.recorded import KEY
+from wn_surgery.records import record
 
+convert = wn.checkpoints.convert
 DIMS: list[Any] = [0, 1, 2, None, (0, 2)]
 
 
-def normed(dim: Any, layout: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def normed(dim: Any, layout: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(6, 8, 3), nn.ReLU(), nn.ConvTranspose1d(8, 4, 5)).to(dtype)
-    wn.apply(model, {"types": ["Conv1d", "ConvTranspose1d"], "dim": dim})
+    wn.apply(model, {"types": ["Conv1d", "ConvTranspose1d"], "dim": dim, **options})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(torch.rand_like(parameter) + 0.5)
@@ -28,7 +31,7 @@ def normed(dim: Any, layout: str, dtype: torch.dtype = torch.float32) -> nn.Modu
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return a.keys() == b.keys() and all(
+    return list(a) == list(b) and all(
         torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a
     )
 
@@ -43,91 +46,221 @@ def test_stripping_the_state_dict_is_stripping_the_model(
         layout = "parametrized"
     model = normed(dim, layout, dtype)
     state = model.state_dict()
-    assert {pair.layout for pair in wn.checkpoints.layout_of(state).values()} == {layout}
-    plain = wn.checkpoints.convert(state, "plain")
+    assert wn.checkpoints.layout_of(state) == layout
+    plain = convert(state, "plain")
     wn.remove(model)
-    assert same(plain, dict(model.state_dict()))
+    live = model.state_dict()
+    assert plain.keys() == live.keys() and same(plain, {key: live[key] for key in plain})
+    assert wn.checkpoints.layout_of(plain) == "plain"
 
 
 @pytest.mark.parametrize("dim", [0, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_the_kernels(dim: int, dtype: torch.dtype) -> None:
     model = normed(dim, "parametrized", dtype)
-    plain = wn.checkpoints.convert(model.state_dict())
+    plain = convert(model.state_dict())
     wn.remove(model)
-    assert same(plain, dict(model.state_dict()))
+    live = model.state_dict()
+    assert same(plain, {key: live[key] for key in plain})
 
 
 def test_half_precision_off_the_kernel_and_mixed_dtypes_round_once() -> None:
     v, g = torch.randn(4, 6, 3).bfloat16(), torch.rand(1, 6, 1).bfloat16()
-    wide = wn.checkpoints.fold(g.float(), v.float(), 1)
-    assert torch.equal(wn.checkpoints.fold(g, v, 1), wide.bfloat16())
-    assert torch.equal(wn.checkpoints.fold(g.float(), v, 1), wide.bfloat16())
+    options = wn.checkpoints.Options(dim=1)
+    wide = wn.checkpoints.fold(g.float(), v.float(), options)
+    assert torch.equal(wn.checkpoints.fold(g, v, options), wide.bfloat16())
+    assert torch.equal(wn.checkpoints.fold(g.float(), v, options), wide.bfloat16())
+    double = wn.checkpoints.fold(g.double(), v, options)
+    assert torch.equal(double, wn.checkpoints.fold(g.double(), v.double(), options).bfloat16())
+
+
+@pytest.mark.parametrize("dim", [0, 1, (0, 1), (1, 2)])
+def test_large_tensors_are_widened_in_parts(dim: Any) -> None:
+    v = torch.randn(40, 70, PART // 2000).bfloat16()
+    assert v.numel() > PART
+    g = (
+        torch.rand(
+            [
+                size if axis in ((dim,) if isinstance(dim, int) else dim) else 1
+                for axis, size in enumerate(v.shape)
+            ]
+        )
+        + 0.5
+    )
+    options = wn.checkpoints.Options(dim=dim)
+    assert torch.equal(
+        wn.checkpoints.fold(g, v, options), wn.checkpoints.fold(g, v.float(), options).bfloat16()
+    )
 
 
 def test_there_and_back_renames_and_copies_nothing() -> None:
     state = normed(0, "parametrized").state_dict()
-    legacy = wn.checkpoints.convert(state, "legacy")
-    assert type(legacy) is OrderedDict and legacy._metadata == state._metadata  # type: ignore[attr-defined]
+    legacy = convert(state, "legacy")
+    assert type(legacy) is OrderedDict
+    assert legacy._metadata == state._metadata  # type: ignore[attr-defined]
     assert [k.replace("_g", "") for k in legacy if k.endswith("_g")] == ["0.weight", "2.weight"]
-    back = wn.checkpoints.convert(legacy, "parametrized")
+    back = convert(legacy, "parametrized")
     assert list(back) == list(state) and all(back[k] is state[k] for k in state)
 
 
-def test_rules_on_names_put_weight_norm_on() -> None:
-    plain = nn.Sequential(nn.Conv1d(6, 8, 3), nn.Conv1d(8, 2, 1)).state_dict()
-    made = wn.checkpoints.convert(plain, "legacy", names="0.weight")
-    assert list(made) == ["0.weight_g", "0.weight_v", "0.bias", "1.weight", "1.bias"]
-    assert same(wn.checkpoints.convert(made), dict(plain))
-    with pytest.raises(wn.CheckpointError, match="no plain tensor"):
-        wn.checkpoints.convert(plain, "legacy", names="conv.weight")
-    with pytest.raises(wn.ZeroNormError, match=r"0\.weight"):
-        wn.checkpoints.convert({"0.weight": torch.zeros(2, 2)}, "legacy", names="**")
+def test_rules_on_names_and_ranks_put_weight_norm_on() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(6, 8, 3), nn.Linear(8, 2), nn.LayerNorm(2))
+    plain = model.state_dict()
+    made = convert(plain, "legacy", rules={"names": "**"}, ranks=[3])
+    assert list(made)[:4] == ["0.weight_g", "0.weight_v", "0.bias", "1.weight"]
+    assert same(convert(made), dict(plain))
+    # The last rule wins, and vectors have to be named, as on a model.
+    rules = [{"names": "**", "dim": 1}, {"names": "1", "action": "skip"}]
+    made = convert(plain, "parametrized", rules=rules)
+    assert {pair.weight: pair.dim for pair in wn.checkpoints.pairs_of(made).values()} == {
+        "0.weight": 1
+    }
+    wn.apply(model, rules)
+    assert same(made, {key: model.state_dict()[key] for key in made})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"to": "plan"}, wn.CheckpointError, "unknown layout 'plan'"),
+        ({"to": "plain", "rules": [{"names": "**"}]}, wn.CheckpointError, "to='parametrized'"),
+        ({"to": "legacy", "ranks": [2]}, wn.CheckpointError, "narrows rules="),
+        ({"to": "legacy", "also": "spectral_norm"}, wn.CheckpointError, "for to='plain'"),
+        ({"to": "plain", "also": ["batch_norm"]}, wn.CheckpointError, "only 'spectral_norm'"),
+        ({"to": "plain", "orphans": "drop"}, wn.CheckpointError, "'error' or 'keep'"),
+        ({"to": "legacy", "rules": [{"types": "Linear"}]}, wn.RuleError, "types needs modules"),
+        ({"to": "legacy", "rules": [{"dim": "out"}]}, wn.RuleError, "dim='out' needs modules"),
+        ({"to": "legacy", "rules": [{"action": "remove"}]}, wn.RuleError, "'plain' without rules"),
+        ({"to": "legacy", "rules": [{"g_init": 1.0}]}, wn.RuleError, "about training"),
+        ({"to": "legacy", "rules": [{"names": "conv"}]}, wn.UnmatchedRuleError, "no plain tensor"),
+        ({"to": "legacy", "rules": [{"dim": 2}]}, wn.DimensionError, "has no axis 2"),
+    ],
+)
+def test_requests_that_cannot_be(arguments: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        convert({"0.weight": torch.ones(2, 2)}, **arguments)
+
+
+def test_a_slice_without_a_direction_gets_no_weight_norm() -> None:
+    state = {"0.weight": torch.tensor([[1.0, 2.0], [0.0, 0.0]])}
+    with pytest.raises(wn.ZeroNormError, match=r"'0\.weight' has 1 slices"):
+        convert(state, "legacy", rules=[{"names": "**"}])
+    made = convert(state, "legacy", rules=[{"names": "**", "eps": 1e-6}])
+    assert made["0.weight_g"].flatten().tolist() == pytest.approx([5**0.5, 1e-6])
 
 
 def test_nested_containers_and_shared_modules() -> None:
     state = normed(0, "legacy").state_dict()
     shared = {f"again.{key}": value for key, value in state.items()}
     nested = {"epoch": 3, "generator": {**state, **shared}, "ema": [state]}
-    plain = wn.checkpoints.convert(nested)
+    plain = convert(nested)
     assert plain["epoch"] == 3
     assert plain["generator"]["again.0.weight"] is plain["generator"]["0.weight"]
     assert plain["ema"][0]["0.weight"] is plain["generator"]["0.weight"]
-    assert "generator/0.weight" in wn.checkpoints.layout_of(nested)
+    assert "generator/0.weight" in wn.checkpoints.pairs_of(nested)
     nested["self"] = nested
     with pytest.raises(wn.CheckpointError, match="holds itself"):
-        wn.checkpoints.convert(nested)
+        convert(nested)
 
 
-def test_spectral_norm_is_no_weight_norm() -> None:
-    model = nn.utils.spectral_norm(nn.Linear(3, 4))
-    assert not wn.checkpoints.layout_of(model.state_dict())
-    assert not find_orphans({k: tuple(t.shape) for k, t in model.state_dict().items()})
+def test_both_layouts_in_one_container() -> None:
+    both = {"a": normed(0, "legacy").state_dict(), "b": normed(0, "parametrized").state_dict()}
+    assert wn.checkpoints.layout_of(both) == "mixed"
+    assert wn.checkpoints.layout_of(convert(both, "legacy")) == "legacy"
+
+
+# What stands beside the tensors -------------------------------------------------------------
+
+
+def lightning(model: nn.Module, **more: Any) -> dict[str, Any]:
+    sites = record(model)
+    return {
+        "state_dict": model.state_dict(),
+        KEY: {"version": 1, "layout": "parametrized", "sites": sites, "rules": [], **more},
+    }
+
+
+@pytest.mark.parametrize("options", [{"eps": 1e-6}, {"norm_dtype": "float64"}])
+def test_a_recorded_eps_and_norm_dtype_give_the_bits_of_the_live_model(options: Any) -> None:
+    model = normed(1, "parametrized", **options)
+    with torch.no_grad():
+        model[0].parametrizations["weight"].original1.mul_(1e-7)  # type: ignore[index, union-attr]
+    plain = convert(lightning(model))
+    assert KEY not in plain  # nothing is weight-normed any more
+    state = model.state_dict()
+    assert not same(convert(state), plain["state_dict"])  # names and shapes alone do not tell
+    wn.remove(model)
+    assert same(plain["state_dict"], {k: model.state_dict()[k] for k in plain["state_dict"]})
+
+
+def test_the_callbacks_record_follows_the_layout() -> None:
+    model = normed(0, "parametrized")
+    legacy = convert(lightning(model), "legacy")
+    assert legacy[KEY]["layout"] == "legacy" and "0.weight_g" in legacy["state_dict"]
+    # save_layout="plain" has plain weights, and the exact g and v beside them.
+    state = dict(model.state_dict())
+    exact = {key: value for key, value in state.items() if "parametrizations" in key}
+    wn.remove(model)
+    saved = {
+        **lightning(model, layout="plain", exact={"state_dict": exact}),
+        "state_dict": model.state_dict(),
+    }
+    back = convert(saved, "parametrized")
+    assert back["state_dict"].keys() == state.keys() and "exact" not in back[KEY]
+    assert all(torch.equal(back["state_dict"][key], state[key]) for key in state)
+    assert convert(saved).keys() == {"state_dict"}
 
 
 @pytest.mark.parametrize(
-    ("shapes", "message"),
+    "site",
     [
-        ({"weight_g": (3, 1), "weight_v": (4, 2)}, "not a magnitude"),
-        ({"weight_g": (4,), "weight_v": (4, 4)}, "fits several axes"),
-        ({"weight_g": (4, 1), "weight_v": (4, 2), "weight": (4, 2)}, "stale"),
-        (
-            {
-                "parametrizations.weight.original0": (4, 1),
-                "parametrizations.weight.original1": (4, 2),
-                "parametrizations.weight.1._u": (4,),
-            },
-            "another parametrization",
-        ),
+        {"name": "weight", "dim": "out", "eps": 0.0, "norm_dtype": None},
+        {"name": "weight", "dim": 0, "eps": -1, "norm_dtype": None},
+        {"name": "weight", "dim": 0, "eps": 0.0, "norm_dtype": "__class__"},
+        {"name": "weight"},
+        3,
     ],
 )
-def test_what_cannot_be_read_is_refused(shapes: dict[str, tuple[int, ...]], message: str) -> None:
-    with pytest.raises(wn.CheckpointError, match=message):
-        find_pairs(shapes)
+def test_a_hostile_record(site: Any) -> None:
+    state = {"weight_g": torch.ones(2, 1), "weight_v": torch.ones(2, 2)}
+    with pytest.raises(wn.CheckpointError, match="record of weight norm"):
+        convert({"state_dict": state, KEY: {"version": 1, "sites": [site]}})
 
 
-def test_ambiguity_is_settled_by_siblings_or_asked_for() -> None:
-    shapes = {"a.weight_g": (4,), "a.weight_v": (4, 4)}
-    assert find_pairs(shapes, dim=1)[0].dim == 1
-    siblings = {**shapes, "b.weight_g": (1, 5), "b.weight_v": (4, 5)}
-    assert [pair.dim for pair in find_pairs(siblings)] == [1, 1]
+def test_a_record_of_another_checkpoint() -> None:
+    state = {"weight_g": torch.ones(2, 1), "weight_v": torch.ones(2, 2)}
+    sites = [{"name": "weight", "dim": 1, "eps": 0.0, "norm_dtype": None}]
+    with pytest.raises(wn.CheckpointError, match="the record is of another checkpoint"):
+        convert({"state_dict": state, KEY: {"version": 1, "sites": sites}})
+
+
+def test_optimizer_states_by_name() -> None:
+    state = normed(0, "legacy").state_dict()
+    moments = {
+        key: {"step": torch.tensor(3.0), "exp_avg": torch.ones_like(value)}
+        for key, value in state.items()
+    }
+    groups = [{"lr": 0.1, "params": list(state), "param_names": list(state)}]
+    saved = {"model": state, "optimizer": {"state": moments, "param_groups": groups}}
+    made = convert(saved, "parametrized")
+    assert list(made["optimizer"]["state"]) == list(made["model"])
+    assert made["optimizer"]["param_groups"][0]["params"] == list(made["model"])
+    key = "0.parametrizations.weight.original0"
+    assert made["optimizer"]["state"][key] is moments["0.weight_g"]
+    with pytest.warns(UserWarning, match="state of 4 tensors is left out"):
+        plain = convert(saved)
+    assert list(plain["optimizer"]["state"]) == ["0.bias", "2.bias"]
+    assert plain["optimizer"]["param_groups"] == [
+        {"lr": 0.1, "params": ["0.bias", "2.bias"], "param_names": ["0.bias", "2.bias"]}
+    ]
+    assert saved["optimizer"]["param_groups"][0]["params"] == list(state)  # type: ignore[index]
+
+
+def test_integers_are_no_weights() -> None:
+    state: dict[str, Tensor] = {
+        "weight_g": torch.ones(2, 1, dtype=torch.int8),
+        "weight_v": torch.ones(2, 2, dtype=torch.int8),
+    }
+    with pytest.raises(wn.CheckpointError, match="expected floating-point"):
+        convert(state)

@@ -5,6 +5,7 @@ from .contexts import folded, writable
 from .errors import (
     CallbackError,
     CheckpointError,
+    CheckpointFileError,
     CheckpointMismatchError,
     ConflictingNamesError,
     DimensionError,
@@ -39,6 +40,7 @@ from .surgery import Report, apply, migrate, remove
 __all__ = [
     "CallbackError",
     "CheckpointError",
+    "CheckpointFileError",
     "CheckpointMismatchError",
     "ConflictingNamesError",
     "DimensionError",

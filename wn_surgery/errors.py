@@ -10,6 +10,7 @@ from __future__ import annotations
 __all__ = [
     "CallbackError",
     "CheckpointError",
+    "CheckpointFileError",
     "CheckpointMismatchError",
     "ConflictingNamesError",
     "DimensionError",
@@ -108,6 +109,10 @@ class FoldedModelError(WeightNormError):
 
 class CheckpointError(WeightNormError, ValueError):
     """A checkpoint file or state dict is damaged, ambiguous, unsafe, or holds what does not fit."""
+
+
+class CheckpointFileError(CheckpointError):
+    """A checkpoint file cannot be read or written: not there, not allowed, no space."""
 
 
 class FusionError(WeightNormError):

@@ -1,21 +1,25 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from wn_surgery.errors import CheckpointError
+from wn_surgery.errors import CheckpointError, CheckpointFileError
 
-__all__ = ["atomic", "refuse_overwriting_input"]
+__all__ = ["atomic", "atomic_folder", "is_same", "refuse_overwriting_input"]
+
+PREFIX, SUFFIX = ".wn-surgery-", ".tmp"
 
 
 @contextlib.contextmanager
-def atomic(path: Path, *, like: Path | None = None) -> Iterator[int]:
+def atomic(path: Path, *, like: Path | None = None) -> Iterator[io.FileIO]:
     """Write a file beside ``path`` and rename it to ``path`` if nothing raises.
 
     Args:
@@ -23,55 +27,103 @@ def atomic(path: Path, *, like: Path | None = None) -> Iterator[int]:
         like: a file whose permissions the new one gets.
 
     Yields:
-        A descriptor open for writing, closed afterwards.
+        A file open for writing, unbuffered, closed afterwards.
 
     Raises:
-        CheckpointError: the system refuses (no space, no permission); nothing is left behind.
+        CheckpointFileError: the system refuses (no space, no permission); nothing is left behind.
 
     Example:
-        >>> import os, tempfile
+        >>> import tempfile
         >>> from pathlib import Path
         >>> from wn_surgery.checkpoints.atomic import atomic
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with atomic(Path(folder) / "a") as file:
-        ...         _ = os.write(file, b"whole")
+        ...         _ = file.write(b"whole")
         ...     (Path(folder) / "a").read_text()
         'whole'
     """
     name: str | None = None
-    file = -1
-    try:
-        # The name's end is lost to no limit of length, and hidden from `*.safetensors`.
-        file, name = tempfile.mkstemp(dir=path.parent, prefix=".wn-surgery-", suffix=".tmp")
-        yield file
-        if like is not None:
-            os.fchmod(file, stat.S_IMODE(like.stat().st_mode))
-        os.fsync(file)
-        os.replace(name, path)  # noqa: PTH105
-        name = None
-        folder = os.open(path.parent, os.O_RDONLY)
+    with _refusing(path):
+        # Not the target's name with an ending: that may be too long, or match `*.safetensors`.
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=PREFIX, suffix=SUFFIX)
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write {str(path)!r}: {error.strerror or error}; no file was changed"
-        ) from error
-    finally:
-        if file >= 0:
-            os.close(file)
-        if name is not None:
+            with io.FileIO(descriptor, "w") as file:
+                yield file
+                if like is not None:
+                    Path(name).chmod(stat.S_IMODE(like.stat().st_mode))
+                os.fsync(file.fileno())
+            Path(name).replace(path)
+        except BaseException:
             Path(name).unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, *, like: Path | None = None) -> Iterator[Path]:
+    """Fill a folder beside ``path`` and rename it to ``path`` if nothing raises.
+
+    Args:
+        path: the folder to make: not there yet, or empty.
+        like: a folder whose permissions the new one gets.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        CheckpointFileError: it is there and not empty, or the system refuses; nothing is left
+            behind.
+    """
+    with _refusing(path):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise CheckpointFileError(f"{str(path)!r} is there already; name a new folder")
+        made = Path(tempfile.mkdtemp(dir=path.parent, prefix=PREFIX, suffix=SUFFIX))
+        try:
+            yield made
+            if like is not None:
+                made.chmod(stat.S_IMODE(like.stat().st_mode))
+            _sync(made)
+            made.rename(path)
+        except BaseException:
+            shutil.rmtree(made, ignore_errors=True)
+            raise
+        _sync(path.parent)
+
+
+@contextlib.contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointFileError(
+            f"cannot write {str(path)!r}: {error.strerror or error}; nothing was changed"
+        ) from error
+
+
+def _sync(folder: Path) -> None:
+    """Let a rename reach the disk, where folders can be opened."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def is_same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file or folder."""
+    return one.exists() and other.exists() and one.samefile(other)
 
 
 def refuse_overwriting_input(source: Path, target: Path, in_place: bool) -> None:
     """Raise if the output is the input, under any name, and that was not asked for.
 
     Raises:
-        CheckpointError: they are one file.
+        CheckpointError: they are one file, or the target is a folder.
     """
-    if not in_place and target.exists() and source.samefile(target):
+    if target.is_dir():
+        raise CheckpointFileError(f"{str(target)!r} is a folder; name a file in it")
+    if not in_place and is_same(source, target):
         raise CheckpointError(
             f"{str(target)!r} is the input itself; write elsewhere, or pass in_place=True "
             "(--in-place)"

@@ -3,142 +3,62 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, MutableMapping
-from typing import Any, Literal, TypeAlias
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from wn_surgery.errors import CheckpointError, ZeroNormError
-from wn_surgery.norm import KERNEL_DTYPES, Dim, magnitude, weight_norm, zero_slices
-from wn_surgery.patterns import PatternSet
+from wn_surgery.errors import CheckpointError, UnmatchedRuleError
+from wn_surgery.norm import g_shape
+from wn_surgery.rules import RulesLike
 
-from .pairs import Pair, find_pairs, keys_for
+from .contents import bound, shapes_of
+from .folding import fold, magnitude_of
+from .optimizer_names import moments_of, renamed_lists
+from .pairs import Axes, Options, Pair, Shape, find_pairs, keys_for
+from .recorded import KEY, is_record, options_of, unpacked
+from .request import Also, Layout, Request, request, unmatched
+from .selection import select
+from .spectral import Spectral, find_spectral, spectral_weight
 
-__all__ = ["Layout", "convert", "fold", "layout_of"]
-
-Layout: TypeAlias = Literal["plain", "parametrized", "legacy"]
-LAYOUTS = ("plain", "parametrized", "legacy")
-MAX_DEPTH = 64
-
-
-def fold(g: Tensor, v: Tensor, dim: Dim) -> Tensor:
-    """The weight of g and v, computed in float32 or better and rounded once.
-
-    Args:
-        g: the magnitude, in any shape that ``find_pairs`` accepts.
-        v: the direction, floating or complex.
-        dim: the axes that keep a norm of their own.
-
-    Returns:
-        The weight, in v's shape and dtype: for g and v of one dtype what torch's kernel gives.
-
-    Raises:
-        CheckpointError: one of them is not floating-point.
-
-    Example:
-        >>> import torch
-        >>> from wn_surgery.checkpoints import fold
-        >>> fold(torch.tensor([10.0]), torch.tensor([[3.0, 4.0]]), 0)
-        tensor([[6., 8.]])
-    """
-    if g.is_complex() or not (v.is_floating_point() or v.is_complex()) or not g.is_floating_point():
-        raise CheckpointError(f"g and v are {g.dtype} and {v.dtype}: expected floating-point ones")
-    if dim is None:
-        g = g.reshape(())
-    elif g.ndim != v.ndim and isinstance(dim, int):
-        g = g.reshape([-1 if axis == dim else 1 for axis in range(v.ndim)])
-    with torch.no_grad():
-        real = v.dtype.to_real() if v.dtype.is_complex else v.dtype
-        if g.dtype == real and (
-            real in (torch.float32, torch.float64)
-            # The kernel itself widens these, and rounds once.
-            or (v.dtype in KERNEL_DTYPES and dim in (0, v.ndim - 1))
-        ):
-            return weight_norm(v, g, dim)
-        double = torch.float64 in (real, g.dtype)
-        wide = torch.float64 if double else torch.float32
-        wide_v = v.to(wide.to_complex() if v.is_complex() else wide)
-        return weight_norm(wide_v, g.to(wide), dim).to(v.dtype)
-
-
-def _tensors(state: Mapping[Any, Any]) -> dict[str, Tensor]:
-    return {k: t for k, t in state.items() if isinstance(k, str) and isinstance(t, Tensor)}
-
-
-def _shapes(state: Mapping[Any, Any]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in _tensors(state).items()}
-
-
-def layout_of(state: Mapping[str, Any], *, dim: Dim | str = "auto") -> dict[str, Pair]:
-    """Where weight norm is in a state dict, by names and shapes alone.
-
-    Args:
-        state: tensors by key; containers of state dicts are walked, and the keys of what is in
-            them are joined with ``/``.
-        dim: see :func:`wn_surgery.checkpoints.pairs.find_pairs`.
-
-    Returns:
-        The pair for each weight-normed key (its plain name); empty for a plain state dict.
-
-    Raises:
-        CheckpointError: a pair does not fit, or is ambiguous.
-
-    Example:
-        >>> import torch
-        >>> from wn_surgery.checkpoints import layout_of
-        >>> state = {"weight_g": torch.ones(3, 1), "weight_v": torch.ones(3, 2)}
-        >>> layout_of({"generator": state})["generator/weight"].layout
-        'legacy'
-    """
-    found: dict[str, Pair] = {}
-    _look(state, "", dim, found, 0)
-    return found
-
-
-def _look(value: Any, path: str, dim: Dim | str, found: dict[str, Pair], depth: int) -> None:
-    _bound(depth)
-    if isinstance(value, Mapping):
-        for pair in find_pairs(_shapes(value), dim=dim):
-            found[path + pair.weight] = pair
-        for key, child in value.items():
-            _look(child, f"{path}{key}/", dim, found, depth + 1)
-    elif isinstance(value, (list, tuple)):
-        for number, child in enumerate(value):
-            _look(child, f"{path}{number}/", dim, found, depth + 1)
-
-
-def _bound(depth: int) -> None:
-    if depth > MAX_DEPTH:
-        raise CheckpointError(
-            f"the checkpoint nests containers more than {MAX_DEPTH} deep, or holds itself; "
-            "pass the state dict that is in it"
-        )
+__all__ = ["Conversion", "convert", "converted", "written_shape"]
 
 
 def convert(
     state: Mapping[str, Any],
     to: Layout = "plain",
     *,
-    names: str | Iterable[str] | None = None,
-    dim: Dim | str = "auto",
+    rules: RulesLike | None = None,
+    ranks: Iterable[int] | None = None,
+    dim: Axes = "auto",
+    also: Also | Iterable[Also] = (),
+    orphans: Literal["error", "keep"] = "error",
 ) -> Any:
     """A state dict, or a container of some, in another layout.
 
     Args:
         state: tensors by key; dicts, lists and tuples in it are walked. It is not changed.
         to: ``"plain"``, ``"parametrized"`` or ``"legacy"``.
-        names: patterns (docs/rules.md) over the keys of plain weights that get weight norm;
-            by default none do.
-        dim: the axes where g's shape is ambiguous, and of new weight norm (``"auto"`` is 0).
+        rules: for plain tensors that get weight norm (docs/rules.md): names, params, dim, eps
+            and norm_dtype. A checkpoint has no classes, so ``types`` are refused.
+        ranks: how many axes those tensors may have; None for any number from two on.
+        dim: the axes where g's shape fits several; ``"auto"`` takes those of its siblings, and
+            raises if they do not tell.
+        also: ``("spectral_norm",)`` strips torch's spectral norm too.
+        orphans: ``"keep"`` carries a g without its v over, and a v without its g.
 
     Returns:
         A container of the same types, key order and ``_metadata``. What has nothing to do with
-        weight norm is the same object; a pair that is there twice stays one tensor.
+        weight norm is the same object; a pair that is there twice stays one tensor. Optimizer
+        states by name are renamed; what they hold of g and v is left out of plain ones, with a
+        warning. The record of the Lightning callback is brought up to date.
 
     Raises:
-        CheckpointError: a pair does not fit or is ambiguous, a key is taken, or ``names``
-            matches nothing.
+        CheckpointError: a pair does not fit or is ambiguous, or a key is taken.
+        RuleError: a rule needs modules.
+        UnmatchedRuleError: the rules match nothing.
         ZeroNormError: a weight that gets weight norm has a slice of zero or non-finite norm.
 
     Example:
@@ -148,104 +68,193 @@ def convert(
         >>> convert(state, "plain")
         {'weight': tensor([[6., 8.]])}
     """
-    if to not in LAYOUTS:
-        raise CheckpointError(f"unknown layout {to!r}: expected one of {', '.join(LAYOUTS)}")
-    patterns = (
-        None
-        if names is None or to == "plain"
-        else PatternSet.of((names,) if isinstance(names, str) else tuple(names))
-    )
-    work = _Conversion(to, patterns, dim)
+    return converted(state, request(to, rules, ranks, dim, also, orphans)).result
+
+
+def converted(
+    state: Any, asked: Request, hold: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> Conversion:
+    """Carry a request out on a container; ``hold`` may put new tensors elsewhere."""
+    work = Conversion(asked, hold)
     with torch.no_grad():
-        result = work.walk(state, 0)
-    if patterns is not None and not work.matched:
-        raise CheckpointError(
-            f"no plain tensor of 2 or more axes matches {names!r}; patterns are over whole keys, "
-            "such as '**.weight'"
+        work.result = work.walk(state, dict(asked.known), 0)
+    if asked.rules is not None and not work.weights:
+        raise UnmatchedRuleError(unmatched(asked))
+    if work.forgotten:
+        warnings.warn(
+            f"the optimizer's state of {len(work.forgotten)} tensors is left out, such as that of "
+            f"{work.forgotten[0]!r}: g and v have moments of their own, a weight would need others",
+            stacklevel=3,
         )
-    return result
+    return work
 
 
-class _Conversion:
-    """What one call knows: the folded pairs, so that shared ones stay shared."""
+class Conversion:
+    """One conversion: what came out, and what is shared on the way.
 
-    def __init__(self, to: Layout, patterns: PatternSet | None, dim: Dim | str) -> None:
-        self.to, self.patterns, self.dim = to, patterns, dim
-        self.made: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
-        self.alive: list[Tensor] = []
-        self.matched = False
+    Attributes:
+        result: the new container.
+        weights: the plain keys of what was converted.
+        spectral: those of spectral-normed tensors that are plain now.
+        kept_spectral: those of spectral-normed tensors that are as they were.
+        forgotten: the keys of optimizer states that were left out.
+    """
 
-    def walk(self, value: Any, depth: int) -> Any:
-        _bound(depth)
+    def __init__(self, asked: Request, hold: Callable[[Tensor], Tensor]) -> None:
+        self.asked, self.hold = asked, hold
+        self.result: Any = None
+        self.weights: list[str] = []
+        self.spectral: list[str] = []
+        self.kept_spectral: list[str] = []
+        self.forgotten: list[str] = []
+        self._made: dict[tuple[object, ...], Tensor] = {}
+        self._alive: list[Tensor] = []
+
+    def walk(self, value: Any, known: Mapping[str, Options], depth: int) -> Any:
+        """The counterpart of a value."""
+        bound(depth)
         if isinstance(value, Mapping):
-            return self.state(value, depth)
+            return self._mapping(value, known, depth)
         if type(value) in (list, tuple):
-            return type(value)(self.walk(child, depth + 1) for child in value)
+            return type(value)(self.walk(child, known, depth + 1) for child in value)
         return value
 
-    def state(self, state: Mapping[Any, Any], depth: int) -> Any:
-        pairs = find_pairs(_shapes(state), dim=self.dim)
-        by_g = {pair.g: pair for pair in pairs}
-        by_v = {pair.v: pair for pair in pairs}
+    def _mapping(self, state: Mapping[Any, Any], known: Mapping[str, Options], depth: int) -> Any:
+        record = state.get(KEY)
+        inner = known
+        if is_record(record):
+            inner = {**known, **options_of(record["sites"], repr(KEY))}
+            state = unpacked(state, self.asked.to)
+        one = _OneState(self, state, known)
         items: list[tuple[Any, Any]] = []
         for key, value in state.items():
-            if key in by_g:
-                items += self.pair(by_g[key], value, state[by_g[key].v])
-            elif key in by_v:
-                if self.to != "plain":
-                    items.append((keys_for(by_v[key].weight, self.to)[1], value))
-            elif isinstance(value, Tensor):
-                items += self.plain(key, value)
-            else:
-                items.append((key, self.walk(value, depth + 1)))
+            items += one.items(key, value, lambda child: self.walk(child, inner, depth + 1))
         result = _empty_like(state)
         for key, value in items:
             if key in result:
                 raise CheckpointError(f"two tensors would be called {key!r}; rename one of them")
             result[key] = value
+        if one.renames and "param_groups" in result:
+            result["param_groups"] = renamed_lists(
+                result["param_groups"], lambda name: one.renames.get(name, name)
+            )
         return result
 
-    def pair(self, pair: Pair, g: Tensor, v: Tensor) -> list[tuple[str, Tensor]]:
-        if self.to != "plain":
-            return [(keys_for(pair.weight, self.to)[0], g)]
-        key = (*_identity(g), *_identity(v), pair.dim)
-        if key not in self.made:
-            self.made[key] = (fold(g, v, pair.dim),)
-            self.alive += [g, v]
-        return [(pair.weight, self.made[key][0])]
+    def once(self, make: Callable[[], Tensor], *sources: Tensor, extra: object) -> Tensor:
+        """A tensor made of others, or what was made of the same memory before."""
+        key = (*(part for source in sources for part in _identity(source)), extra)
+        if key not in self._made:
+            self._made[key] = self.hold(make())
+            self._alive += sources  # their addresses must not be given to others
+        return self._made[key]
 
-    def plain(self, key: Any, value: Tensor) -> list[tuple[Any, Tensor]]:
-        wanted = (
-            self.patterns is not None
-            and isinstance(key, str)
-            and value.ndim >= 2
-            and (value.is_floating_point() or value.is_complex())
+
+class _OneState:
+    """One mapping on its way."""
+
+    def __init__(self, work: Conversion, state: Mapping[Any, Any], known: Any) -> None:
+        self.work, self.state = work, state
+        asked = work.asked
+        shapes = shapes_of(state)
+        self.pairs = _by_part(find_pairs(shapes, dim=asked.dim, known=known, orphans=asked.orphans))
+        self.spectral = {part: one for one in find_spectral(shapes) for part in _parts(one)}
+        self.chosen = self._chosen(shapes)
+        # {"state": {name: moments}, "param_groups": [...]}: a mapping of the state dicts of names
+        self.renames: dict[str, str | None] = {}
+        moments = moments_of(state)
+        for pair in find_pairs(moments, dim=asked.dim, orphans="keep"):
+            new = (None, None) if asked.to == "plain" else keys_for(pair.weight, asked.to)
+            self.renames |= dict(zip((pair.g, pair.v), new, strict=True))
+        inner = state.get("state")
+        if isinstance(inner, Mapping) and "param_groups" in state:
+            for pair in find_pairs(moments_of(inner), dim=asked.dim, orphans="keep"):
+                new = (None, None) if asked.to == "plain" else keys_for(pair.weight, asked.to)
+                self.renames |= dict(zip((pair.g, pair.v), new, strict=True))
+
+    def _chosen(self, shapes: dict[str, Shape]) -> dict[str, Options]:
+        asked = self.work.asked
+        if asked.rules is None:
+            return {}
+        free = {
+            key: shape
+            for key, shape in shapes.items()
+            if key not in self.pairs
+            and key not in self.spectral
             and ".parametrizations." not in f".{key}"
-            and self.patterns.matches(key)
-        )
-        if not wanted or self.to == "plain":
+            and (self.state[key].is_floating_point() or self.state[key].is_complex())
+        }
+        return select(free, asked.rules, asked.ranks)
+
+    def items(self, key: Any, value: Any, walk: Callable[[Any], Any]) -> list[tuple[Any, Any]]:
+        """What stands in the new mapping for one entry of the old one."""
+        if key in self.pairs:
+            return self._of_pair(self.pairs[key], key, value)
+        if key in self.spectral:
+            return self._of_spectral(self.spectral[key], key, value)
+        if key in self.chosen:
+            return self._split(key, value, self.chosen[key])
+        if isinstance(value, Tensor):
             return [(key, value)]
-        self.matched = True
-        dim: Any = 0 if self.dim == "auto" else self.dim
-        axes = () if dim is None else (dim,) if isinstance(dim, int) else dim
-        if any(not 0 <= axis < value.ndim for axis in axes):
-            raise CheckpointError(f"{key!r} {tuple(value.shape)} has no axis {dim}")
-        if count := zero_slices(value, dim):
-            raise ZeroNormError(
-                f"{key!r} has {count} slices of zero or non-finite norm along dim {dim}: "
-                "weight norm would make them NaN; leave it out of names"
-            )
-        made = (*_identity(value), dim, "g")
-        if made not in self.made:
-            self.made[made] = (magnitude(value, dim),)
-            self.alive.append(value)
-        g_key, v_key = keys_for(key, self.to)
-        return [(g_key, self.made[made][0]), (v_key, value)]
+        if key in self.renames and isinstance(value, Mapping):
+            new = self.renames[key]
+            if new is None:
+                self.work.forgotten.append(key)
+            return [] if new is None else [(new, value)]
+        return [(key, walk(value))]
+
+    def _of_pair(self, pair: Pair, key: str, value: Tensor) -> list[tuple[str, Tensor]]:
+        to = self.work.asked.to
+        v = self.state[pair.v]
+        if to != "plain":
+            number = int(key == pair.v)
+            if number == 0:
+                self.work.weights.append(pair.weight)
+                shape = written_shape(tuple(value.shape), tuple(v.shape), pair)
+                value = value if tuple(value.shape) == shape else value.reshape(shape)
+            return [(keys_for(pair.weight, to)[number], value)]
+        if key == pair.v:
+            return []
+        self.work.weights.append(pair.weight)
+        w = self.work.once(lambda: fold(value, v, pair.options), value, v, extra=pair.options)
+        return [(pair.weight, w)]
+
+    def _of_spectral(self, one: Spectral, key: str, value: Tensor) -> list[tuple[str, Tensor]]:
+        if "spectral_norm" not in self.work.asked.also:
+            if key == one.original:
+                self.work.kept_spectral.append(one.weight)
+            return [(key, value)]
+        if key != one.original:
+            return []
+        self.work.spectral.append(one.weight)
+        u, v, dim = self.state[one.u], self.state[one.v], self.work.asked.dim
+        w = self.work.once(
+            lambda: spectral_weight(value, u, v, one.original, dim), value, u, v, extra="spectral"
+        )
+        return [(one.weight, w)]
+
+    def _split(self, key: str, value: Tensor, options: Options) -> list[tuple[str, Tensor]]:
+        self.work.weights.append(key)
+        g = self.work.once(lambda: magnitude_of(value, key, options), value, extra=options)
+        g_key, v_key = keys_for(key, self.work.asked.to)
+        return [(g_key, g), (v_key, value)]
+
+
+def written_shape(g: Shape, v: Shape, pair: Pair) -> Shape:
+    """G's shape in a layout that torch reads: it knows no g of one axis beside a v of several."""
+    return g_shape(v, pair.dim) if len(g) == 1 and len(v) > 1 else g
+
+
+def _by_part(pairs: Iterable[Pair]) -> dict[str, Pair]:
+    return {part: pair for pair in pairs for part in (pair.g, pair.v)}
+
+
+def _parts(one: Spectral) -> Collection[str]:
+    return (one.original, one.u, one.v)
 
 
 def _identity(tensor: Tensor) -> tuple[object, ...]:
     # Views of one storage are made anew at each state_dict(); their place is what they share.
-    if tensor.is_meta:
+    if tensor.is_meta or tensor.numel() == 0:
         return (id(tensor),)
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
 

@@ -1,0 +1,180 @@
+"""Folders that hold a checkpoint: which files belong to it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wn_surgery.errors import CheckpointError, CheckpointFileError
+
+from .pairs import Options
+from .recorded import options_of
+from .safetensors_file import unreadable
+from .torch_file import SUFFIXES
+
+__all__ = ["Source", "copy_companions", "find", "read_json"]
+
+INDEX = "model.safetensors.index.json"
+_IN_FOLDERS = (INDEX, "model.safetensors", "pytorch_model.bin")
+# What a transformers folder has beside weights: configs, tokenizers, templates, code, cards.
+_COMPANIONS = (".json", ".txt", ".model", ".md", ".py", ".jinja", ".yaml", ".yml", ".tiktoken")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint on the disk.
+
+    Attributes:
+        path: what the user named.
+        main: the file, or the index of the shards.
+        files: the files with tensors, in the order of the index.
+        index: the content of the index; None for a single file.
+        config: the content of the folder's ``config.json``; None for a file.
+    """
+
+    path: Path
+    main: Path
+    files: tuple[Path, ...]
+    index: dict[str, Any] | None
+    config: dict[str, Any] | None
+
+    @property
+    def is_torch(self) -> bool:
+        """Whether it is a PyTorch file."""
+        return self.main.suffix in SUFFIXES
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the user named a folder, or an index, which stands for its folder."""
+        return self.path.is_dir() or self.index is not None
+
+    @property
+    def patched(self) -> Mapping[str, Any] | None:
+        """What the folder's config says about weight norm of this library."""
+        said = (self.config or {}).get("quantization_config")
+        ours = isinstance(said, dict) and "weight_norm" in str(said.get("quant_method"))
+        return said if ours else None
+
+    @property
+    def known(self) -> dict[str, Options]:
+        """The options that the config has recorded.
+
+        Raises:
+            CheckpointError: the record cannot be read.
+        """
+        sites = (self.patched or {}).get("sites")
+        return {} if sites is None else options_of(sites, f"{str(self.path / 'config.json')!r}")
+
+
+def find(path: Path) -> Source:
+    """Find the files of a checkpoint.
+
+    Args:
+        path: a file, an index of shards, or a folder that has one of them under the name that
+            transformers gives it.
+
+    Returns:
+        The files. Their content has not been looked at, but for the index.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or its index is damaged or names files outside
+            its folder.
+    """
+    if path.is_dir():
+        main = next((path / name for name in _IN_FOLDERS if (path / name).is_file()), None)
+        if main is None:
+            raise CheckpointFileError(
+                f"{str(path)!r} has none of {', '.join(_IN_FOLDERS)}; name the file itself"
+            )
+    elif path.is_file():
+        main = path
+    else:
+        raise CheckpointFileError(f"{str(path)!r} is no file and no folder")
+    if main.suffix not in (*SUFFIXES, ".safetensors", ".json"):
+        raise CheckpointError(
+            f"{str(path)!r}: the ending {main.suffix!r} is none of .safetensors, .index.json, "
+            f"{', '.join(SUFFIXES)}"
+        )
+    config = path / "config.json"
+    content = read_json(config) if path.is_dir() and config.is_file() else None
+    if main.suffix != ".json":
+        return Source(path, main, (main,), None, content)
+    index = read_json(main)
+    return Source(path, main, _shards(main, index), index, content)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{str(path)!r} is not JSON: {str(error)[:200]}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{str(path)!r} holds a {type(found).__name__}, not an object")
+    return found
+
+
+def _shards(main: Path, index: dict[str, Any]) -> tuple[Path, ...]:
+    shards = index.get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise CheckpointError(f"{str(main)!r} has no weight_map of tensors to file names")
+    # The hub's cache links both the index and the shards to one other folder.
+    roots = {main.parent.resolve(), main.resolve().parent}
+    for name in set(shards.values()):
+        plain = name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+        if not plain or (main.parent / name).resolve().parent not in roots:
+            raise CheckpointError(
+                f"{str(main)!r} names the shard {name!r}, which is not a file of its own folder"
+            )
+        if not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{str(main)!r} has the shard {name!r}: only sharded safetensors are read; load "
+                "the model and save it again"
+            )
+    return tuple(main.parent / name for name in dict.fromkeys(shards.values()))
+
+
+def copy_companions(source: Source, target: Path, plain: bool) -> list[Path]:
+    """Copy what makes a folder of weights a model: config, tokenizer, and the like.
+
+    Args:
+        source: a folder.
+        target: the new folder.
+        plain: whether the weights in it are plain, so that the config must not ask for weight
+            norm.
+
+    Returns:
+        The new files.
+
+    Raises:
+        OSError: one cannot be copied.
+    """
+    written: list[Path] = []
+    if not source.path.is_dir():
+        return written
+    for path in sorted(source.path.iterdir()):
+        if (
+            path.suffix not in _COMPANIONS
+            or not path.is_file()
+            or path.name.endswith(".index.json")
+        ):
+            continue
+        new = target / path.name
+        if path.name == "config.json" and plain and source.patched is not None:
+            config = {k: v for k, v in (source.config or {}).items() if k != "quantization_config"}
+            new.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            shutil.copymode(path, new)
+        else:
+            shutil.copy(path, new)
+        written.append(new)
+    return written

@@ -1,0 +1,69 @@
+"""Optimizer states whose keys are parameter names, as distributed checkpoints have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .pairs import Shape
+
+__all__ = ["moments_of", "renamed_lists"]
+
+
+def moments_of(state: Mapping[Any, Any]) -> dict[str, Shape]:
+    """The parameters of which a mapping holds an optimizer's state, and their shapes.
+
+    Args:
+        state: perhaps ``{"fc.weight_g": {"exp_avg": ..., "step": ...}, ...}``.
+
+    Returns:
+        For each key whose value is a mapping with tensors: the shape of the largest of them,
+        which is a moment and so of the parameter's shape.
+
+    Example:
+        >>> import torch
+        >>> from wn_surgery.checkpoints.optimizer_names import moments_of
+        >>> moments_of({"weight": {"step": torch.tensor(3.0), "exp_avg": torch.ones(3, 2)}})
+        {'weight': (3, 2)}
+    """
+    found: dict[str, Shape] = {}
+    for key, value in state.items():
+        if isinstance(key, str) and isinstance(value, Mapping):
+            tensors = [each for each in value.values() if isinstance(each, Tensor)]
+            if tensors:
+                largest = max(tensors, key=lambda each: (each.numel(), each.ndim))
+                found[key] = tuple(largest.shape)
+    return found
+
+
+def renamed_lists(groups: Any, rename: Callable[[str], str | None]) -> Any:
+    """An optimizer's ``param_groups`` with other parameter names.
+
+    Args:
+        groups: a list of dicts; anything else comes back as it is.
+        rename: the new name of a parameter; None leaves it out.
+
+    Returns:
+        New lists of the names under ``params`` and ``param_names``; the rest is the same.
+
+    Example:
+        >>> from wn_surgery.checkpoints.optimizer_names import renamed_lists
+        >>> renamed_lists([{"lr": 0.1, "params": ["a", "b"]}], {"a": "c", "b": None}.get)
+        [{'lr': 0.1, 'params': ['c']}]
+    """
+    if not isinstance(groups, list):
+        return groups
+
+    def of(value: Any) -> Any:
+        if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
+            return [new for name in value if (new := rename(name)) is not None]
+        return value
+
+    return [
+        {key: of(value) if key in ("params", "param_names") else value for key, value in g.items()}
+        if isinstance(g, dict)
+        else g
+        for g in groups
+    ]

@@ -1,0 +1,242 @@
+"""Converting safetensors files by streaming: a tensor at a time, in the order of the file."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from wn_surgery.errors import CheckpointError, UnmatchedRuleError
+from wn_surgery.norm import g_shape
+
+from .atomic import atomic
+from .convert import written_shape
+from .folding import fold, magnitude_of
+from .header import BITS, TORCH, name_of, written
+from .pairs import Options, Pair, Shape, find_pairs, keys_for
+from .request import Request, unmatched
+from .safetensors_file import File
+from .selection import select
+from .spectral import Spectral, find_spectral, spectral_weight
+
+__all__ = ["Progress", "Stream"]
+
+Progress = Callable[[int], object]
+"""Called with the bytes written since the last call."""
+
+Maker = Callable[[io.FileIO], None]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One tensor of the output: its line in the header, and what writes its bytes."""
+
+    key: str
+    dtype: str
+    shape: Shape
+    size: int
+    write: Maker
+
+
+class Stream:
+    """The files of one checkpoint, to be written in another layout.
+
+    Args:
+        files: open; a single one, or the shards.
+        asked: what to do.
+
+    Attributes:
+        weights: the plain keys of what is converted.
+        spectral: those of spectral-normed tensors that become plain.
+        kept_spectral: those of spectral-normed tensors that stay as they are.
+        kept: those of weight-normed tensors that stay as they are because ``asked.keep`` says so.
+
+    Raises:
+        CheckpointError: what is in the files cannot be read for certain.
+        UnmatchedRuleError: the rules match nothing.
+    """
+
+    def __init__(self, files: Sequence[File], asked: Request) -> None:
+        self._asked = asked
+        self._owners: dict[str, File] = {}
+        for file in files:
+            for name in file.entries:
+                if name in self._owners:
+                    raise CheckpointError(
+                        f"{name!r} is in {str(self._owners[name].path)!r} and in {str(file.path)!r}"
+                    )
+                self._owners[name] = file
+        entries = {name: file.entries[name] for name, file in self._owners.items()}
+        shapes = {name: entry.shape for name, entry in entries.items()}
+        pairs = find_pairs(shapes, dim=asked.dim, known=asked.known, orphans=asked.orphans)
+        self.kept = [pair.weight for pair in pairs if pair.weight in asked.keep]
+        changed = [pair for pair in pairs if pair.weight not in asked.keep]
+        for pair in changed:
+            for part in (pair.g, pair.v):
+                if not _computable(entries[part].dtype, complex_too=part == pair.v):
+                    raise CheckpointError(
+                        f"{part!r} is {entries[part].dtype}: expected floating-point; was the "
+                        "checkpoint quantized before its weight norm was stripped?"
+                    )
+        self._pairs = {part: pair for pair in changed for part in (pair.g, pair.v)}
+        spectral = find_spectral(shapes)
+        strip = "spectral_norm" in asked.also
+        self._spectral = (
+            {part: one for one in spectral for part in (one.original, one.u, one.v)}
+            if strip
+            else {}
+        )
+        paired = {part for pair in pairs for part in (pair.g, pair.v)}
+        taken = paired | {part for one in spectral for part in (one.original, one.u, one.v)}
+        self._chosen: dict[str, Options] = {}
+        if asked.rules is not None:
+            free = {
+                key: entry.shape
+                for key, entry in entries.items()
+                if key not in taken
+                and ".parametrizations." not in f".{key}"
+                and _computable(entry.dtype, complex_too=True)
+            }
+            self._chosen = select(free, asked.rules, asked.ranks)
+        self.weights = [pair.weight for pair in changed] + list(self._chosen)
+        self.spectral = [one.weight for one in spectral] if strip else []
+        self.kept_spectral = [] if strip else [one.weight for one in spectral]
+        if asked.rules is not None and not self.weights:
+            raise UnmatchedRuleError(unmatched(asked))
+        self._plans = {file: _aligned(self._lines(file)) for file in files}
+        _refuse_doubles([line.key for plan in self._plans.values() for line in plan])
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors of the output."""
+        return sum(line.size for plan in self._plans.values() for line in plan)
+
+    def keys(self, file: File) -> list[str]:
+        """The keys that the counterpart of a file will have."""
+        return [line.key for line in self._plans[file]]
+
+    def write(self, file: File, target: Path, progress: Progress | None = None) -> None:
+        """Write the counterpart of a file; see :func:`wn_surgery.checkpoints.atomic.atomic`.
+
+        Raises:
+            CheckpointError: the source is not what its header says, or the target cannot be
+                written.
+            ZeroNormError: a weight that gets weight norm has a slice without a direction.
+        """
+        plan = self._plans[file]
+        head = {line.key: (line.dtype, line.shape, line.size) for line in plan}
+        with atomic(target, like=file.path) as out:
+            _write(out, memoryview(written(head, file.header.metadata)))
+            for line in plan:
+                line.write(out)
+                if progress is not None:
+                    progress(line.size)
+
+    def _lines(self, file: File) -> Iterator[_Line]:
+        for name in file.entries:
+            if name in self._pairs:
+                yield from self._of_pair(self._pairs[name], name, file)
+            elif name in self._spectral:
+                yield from self._of_spectral(self._spectral[name], name, file)
+            elif name in self._chosen:
+                yield from self._split(name, file, self._chosen[name])
+            else:
+                yield _copied(name, name, file)
+
+    def _of_pair(self, pair: Pair, name: str, file: File) -> Iterator[_Line]:
+        if self._asked.to == "plain":
+            # The weight takes v's place: of the same size, while g may lie in another file.
+            if name == pair.v:
+                g_file = self._owners[pair.g]
+                yield _computed(
+                    pair.weight,
+                    _copied(name, name, file),
+                    lambda: fold(g_file.tensor(pair.g), file.tensor(pair.v), pair.options),
+                )
+            return
+        line = _copied(name, keys_for(pair.weight, self._asked.to)[name == pair.v], file)
+        if name == pair.g:
+            v = self._owners[pair.v].entries[pair.v].shape
+            line = replace(line, shape=written_shape(line.shape, v, pair))
+        yield line
+
+    def _of_spectral(self, one: Spectral, name: str, file: File) -> Iterator[_Line]:
+        if name != one.original:
+            return
+
+        def weight() -> Tensor:
+            u, v = (self._owners[part].tensor(part) for part in (one.u, one.v))
+            return spectral_weight(file.tensor(name), u, v, name, self._asked.dim)
+
+        yield _computed(one.weight, _copied(name, name, file), weight)
+
+    def _split(self, name: str, file: File, options: Options) -> Iterator[_Line]:
+        entry = file.entries[name]
+        g, v = keys_for(name, self._asked.to)
+        dtype = name_of(TORCH[entry.dtype].to_real())
+        shape = g_shape(entry.shape, options.dim)
+        size = BITS[dtype] // 8
+        for length in shape:
+            size *= length
+        yield _computed(
+            g,
+            _Line(g, dtype, shape, size, _nothing),
+            lambda: magnitude_of(file.tensor(name), name, options),
+        )
+        yield _copied(name, v, file)
+
+
+def _computable(dtype: str, complex_too: bool) -> bool:
+    found = TORCH.get(dtype)
+    if found is None:
+        return False
+    # 8 bits of floating point are storage: torch has no arithmetic for them.
+    return (found.is_floating_point and found.itemsize > 1) or (complex_too and found.is_complex)
+
+
+def _copied(name: str, key: str, file: File) -> _Line:
+    entry = file.entries[name]
+    return _Line(key, entry.dtype, entry.shape, entry.size, lambda out: file.copy(name, out))
+
+
+def _computed(key: str, like: _Line, make: Callable[[], Tensor]) -> _Line:
+    def write(out: io.FileIO) -> None:
+        tensor = make().contiguous()
+        assert tensor.nbytes == like.size
+        if tensor.nbytes:
+            # torch gives bytes only through numpy, which the core does without.
+            array = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+            _write(out, memoryview(array).cast("B"))
+
+    return replace(like, key=key, write=write)
+
+
+def _nothing(out: io.FileIO) -> None:
+    """Stands in a line that gets its bytes from elsewhere."""
+
+
+def _write(out: io.FileIO, data: memoryview) -> None:
+    while data:
+        data = data[out.write(data) :]
+
+
+def _aligned(lines: Iterator[_Line]) -> list[_Line]:
+    """The lines in their order if each then begins at a multiple of its item, or by item size."""
+    plan, place = list(lines), 0
+    for line in plan:
+        if place % max(1, BITS[line.dtype] // 8):
+            return sorted(plan, key=lambda each: -BITS[each.dtype])
+        place += line.size
+    return plan
+
+
+def _refuse_doubles(keys: list[str]) -> None:
+    seen: set[str] = set()
+    for key in keys:
+        if key in seen:
+            raise CheckpointError(f"two tensors would be called {key!r}; rename one of them")
+        seen.add(key)

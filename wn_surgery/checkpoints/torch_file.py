@@ -1,0 +1,129 @@
+"""PyTorch files: read as plain data, written with memory for one tensor at a time."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import sys
+import tempfile
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wn_surgery.errors import CheckpointError
+
+from .atomic import PREFIX, SUFFIX, atomic
+from .convert import Conversion, converted
+from .request import Request
+from .safetensors_file import unreadable
+
+__all__ = ["SUFFIXES", "convert_torch_file", "load"]
+
+SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+_TRIM = 1 << 24
+
+
+def load(path: Path, *, full_pickle: bool = False) -> Any:
+    """Read a PyTorch file; its tensors stay on the disk until they are needed.
+
+    Files in the format from before torch 1.6 are read into memory.
+
+    Args:
+        path: the file.
+        full_pickle: unpickle whatever it holds. **It can then run any code.**
+
+    Returns:
+        What was saved, on the CPU.
+
+    Raises:
+        CheckpointError: it cannot be read, is damaged, or holds more than plain data.
+    """
+    try:
+        # What is mapped is mapped privately: nothing that happens to a tensor reaches the file.
+        mapped = zipfile.is_zipfile(path)
+        with warnings.catch_warnings():
+            # That the storage class is deprecated, which is the file's doing.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=not full_pickle, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{str(path)!r} is damaged, or holds more than tensors and plain data, and loading "
+            "that could run code; if you trust where it is from, load it by full_pickle=True "
+            "(--full-pickle)"
+        ) from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except MemoryError as error:
+        raise CheckpointError(f"{str(path)!r} asks for more memory than there is") from error
+    except Exception as error:
+        # torch has no error of its own for this: a damaged pickle raises whatever its last
+        # instruction happened to call.
+        said = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{str(path)!r} is no sound PyTorch file: {type(error).__name__}: {said}"
+        ) from error
+
+
+def convert_torch_file(
+    source: Path, target: Path, asked: Request, *, full_pickle: bool = False
+) -> Conversion:
+    """Write a PyTorch file in another layout.
+
+    Args:
+        source: the file.
+        target: the file to write.
+        asked: what to do.
+        full_pickle: as in :func:`load`.
+
+    Returns:
+        What was converted.
+
+    Raises:
+        CheckpointError: the source is damaged, unsafe or ambiguous, or the target cannot be
+            written.
+    """
+    content = load(source, full_pickle=full_pickle)
+    with atomic(target, like=source) as out:
+        # New weights wait in files that have no name, and so never pile up in memory.
+        work = converted(content, asked, _Parking(target.parent))
+        torch.save(work.result, out)
+    return work
+
+
+class _Parking:
+    """Keeps tensors in the pages of files that have no name."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._since = 0
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if not tensor.nbytes:
+            return tensor
+        with tempfile.NamedTemporaryFile(dir=self._folder, prefix=PREFIX, suffix=SUFFIX) as file:
+            if sys.platform == "linux":
+                # Touching a page that a full disk has no room for would end the process.
+                os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
+            else:
+                file.write(bytes(tensor.nbytes))
+                file.flush()
+            parked = torch.from_file(
+                file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype
+            ).view(tensor.shape)
+        self._since += tensor.nbytes
+        if self._since > _TRIM:
+            self._since = 0
+            _give_back()
+        return parked.copy_(tensor)
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: glibc's heap keeps what lies under a small live piece."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -1,0 +1,81 @@
+"""Folders of transformers models, without their weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from wn_surgery.errors import CheckpointError
+from wn_surgery.state_keys import keys_of
+
+from . import reload
+from .bases import PreTrainedModel
+from .config import WeightNormConfig
+
+__all__ = ["built_in_keys", "model_on_meta"]
+
+
+def model_on_meta(folder: str | os.PathLike[str]) -> PreTrainedModel:
+    """The model of a folder, of its class, on the meta device: no weight is read.
+
+    Code that a folder brings along is not run.
+
+    Args:
+        folder: with a ``config.json``.
+
+    Returns:
+        The model as its class builds it; weight norm that :func:`patch_model` put on is not there.
+
+    Raises:
+        CheckpointError: there is no such config, or transformers does not know the class.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import BertConfig, BertModel
+        >>> from wn_surgery.huggingface.folders import model_on_meta
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     BertConfig(architectures=["BertModel"]).save_pretrained(folder)
+        ...     model_on_meta(folder).embeddings.word_embeddings.weight.device
+        device(type='meta')
+    """
+    reload.register()
+    try:
+        config = transformers.AutoConfig.from_pretrained(Path(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{str(folder)!r} has no config that transformers reads: {said}"
+        ) from error
+    name = (config.architectures or [""])[0]
+    cls: Any = getattr(transformers, str(name), None)
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        raise CheckpointError(
+            f"{str(folder)!r}: transformers {transformers.__version__} has no class {name!r}; "
+            "load the model in Python and call wn_surgery.huggingface.patch_model"
+        )
+    if isinstance(getattr(config, "quantization_config", None), (WeightNormConfig, dict)):
+        vars(config).pop("quantization_config")
+    with torch.device("meta"):
+        model: PreTrainedModel = cls(config)
+    return model
+
+
+def built_in_keys(folder: str | os.PathLike[str]) -> frozenset[str]:
+    """The plain keys of the weights on which the class of a model puts weight norm itself.
+
+    A checkpoint of such a class has to hold g and v: it has no place for a plain weight.
+
+    Args:
+        folder: with a ``config.json``.
+
+    Returns:
+        The keys; none for a class that transformers does not know.
+    """
+    try:
+        return frozenset(key.weight for key in keys_of(model_on_meta(folder)))
+    except CheckpointError:
+        return frozenset()
