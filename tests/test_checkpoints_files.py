@@ -196,7 +196,8 @@ def test_torch_files(tmp_path: Path, old: bool) -> None:
     shared = loaded["ema"]["a.weight"], loaded["state_dict"]["a.weight"]
     assert shared[0].data_ptr() == shared[1].data_ptr()
     assert target.stat().st_mode & 0o777 == 0o604
-    assert target.stat().st_size < 1.2 * source.stat().st_size  # nothing is there twice
+    if not old:
+        assert target.stat().st_size <= source.stat().st_size  # nothing is there twice
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt", "b.ckpt"]
 
 
@@ -212,7 +213,7 @@ def test_pickles_that_would_run_code(tmp_path: Path) -> None:
     source, target = tmp_path / "a.pt", tmp_path / "b.pt"
     torch.save({"x": Evil(tmp_path / "ran")}, source)
     target.write_bytes(b"earlier")
-    with pytest.raises(wn.CheckpointError, match=r"could run code.*full_pickle=True"):
+    with pytest.raises(wn.CheckpointError, match=r"holds posix\.mkdir, and .*full_pickle=True"):
         convert_file(source, target)
     assert not (tmp_path / "ran").exists() and target.read_bytes() == b"earlier"
     convert_file(source, target, full_pickle=True)

@@ -1,55 +1,304 @@
-"""The command line, through its entry point's function."""
+"""The command line: what it prints, its exit codes, and what it leaves behind."""
 
 from __future__ import annotations
 
 import json
+import os
+import pty
+import signal
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from checkpoint_files import listing, same, shards, tensors
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+import wn_surgery as wn
 from wn_surgery.cli import main
 
+ROOT = Path(__file__).parents[1]
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["wn-surgery", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return int(ended.value.code or 0)
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    monkeypatch.chdir(tmp_path)
+
+    def ran(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["wn-surgery", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return Ran(int(ended.value.code or 0), *capfd.readouterr())
+
+    return ran
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "a.safetensors"
-    state = {"a.weight_g": torch.tensor([[10.0]]), "a.weight_v": torch.tensor([[3.0, 4.0]])}
-    save_file({**state, "b.weight_v": torch.ones(2)}, path)
+    save_file(tensors(), path)
     return path
 
 
-def test_inspect(
-    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_inspect(run: Run, file: Path) -> None:
+    ran = run("inspect", file)
+    assert ran.code == 0 and ran.err == ""
+    assert "a.weight  legacy  8×4×3  float32  0 " in ran.out
+    assert ran.out.endswith("2 weight-normed, 4 others\n")
+    told = run("inspect", file, "--json").json
+    assert told["tensors"][0]["layout"] == "legacy" and told["plain"] == 4
+
+
+def test_doctor(run: Run, file: Path) -> None:
+    assert run("doctor", file) == Ran(0, "2 normed tensors, 0 errors, 0 warnings\n", "")
+    state = tensors()
+    state["a.weight_v"][0] = float("nan")
+    del state["b.weight_v"]
+    torch.save(state, "bad.pt")
+    ran = run("doctor", "bad.pt")
+    assert ran.code == 1 and ran.out.count("error: ") == 2
+    assert run("inspect", "bad.pt").out.endswith("2 findings: see wn-surgery doctor bad.pt\n")
+    ran = run("doctor", "bad.pt", "--json")
+    assert ran.code == 1 and not ran.json["sound"]
+    assert {each["kind"] for each in ran.json["findings"]} == {"orphan", "non-finite"}
+    told = run("inspect", "bad.pt", "--json").json["tensors"][0]
+    assert told["g"][0] == pytest.approx(float(state["a.weight_g"].min()))
+
+
+def test_strip_convert_diff_and_apply(run: Run, file: Path) -> None:
+    assert run("strip", file, "b.safetensors") == Ran(0, "2 weights → plain: b.safetensors\n", "")
+    assert same(load_file("b.safetensors"), wn.checkpoints.convert(tensors()))
+    ran = run("convert", file, "c.safetensors", "--to", "parametrized", "--json")
+    assert ran.json["files"] == ["c.safetensors"]
+    assert ran.json["weights"] == ["a.weight", "b.weight"]
+    assert run("diff", "b.safetensors", "c.safetensors").out == "6 the same, 0 differing\n"
+    rules = '{"names": "a", "dim": 1}'
+    assert run("apply", "b.safetensors", "d.safetensors", rules, "--to", "legacy").code == 0
+    assert load_file("d.safetensors")["a.weight_g"].shape == (1, 4, 1)
+    ran = run("diff", "b.safetensors", "d.safetensors", "--json")
+    assert ran.code == int(not ran.json["equal"])
+    assert run("diff", "b.safetensors", "d.safetensors", "--atol", "1e-5").code == 0
+    assert run("strip", "b.safetensors", "e.safetensors").out.endswith("the tensors are the same\n")
+    assert run("strip", file, file, "--in-place").code == 0
+    assert same(load_file(file), load_file("b.safetensors"))
+
+
+def test_diff_tells_by_its_code(run: Run, file: Path) -> None:
+    save_file({**tensors(), "steps": torch.tensor([4])}, "b.safetensors")
+    ran = run("diff", file, "b.safetensors")
+    assert ran.code == 1 and "steps" in ran.out and ran.err == ""
+    assert run("diff", file, "b.safetensors", "--json").json["equal"] is False
+
+
+def test_spectral_norm_and_axes(run: Run) -> None:
+    norm = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3))
+    torch.save(
+        {**norm.state_dict(), "a.weight_g": torch.ones(4), "a.weight_v": torch.ones(4, 4)}, "a.pt"
+    )
+    ran = run("strip", "a.pt", "b.pt")
+    assert ran.code == 3 and "dim=0 or 1 (--dim)" in ran.err
+    assert run("strip", "a.pt", "b.pt", "--dim", "one").code == 2
+    ran = run("strip", "a.pt", "b.pt", "--dim", 1)
+    assert ran.code == 0 and "--also spectral_norm strips them" in ran.out
+    ran = run("strip", "a.pt", "b.pt", "--dim", 1, "--also", "spectral_norm")
+    assert "1 spectral-normed weights → plain" in ran.out
+    assert torch.load("b.pt").keys() == {"weight", "bias", "a.weight"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["strip", "a.safetensors", "a.safetensors"], 3, "--in-place"),
+        (["strip", "gone.pt", "b.pt"], 4, "no file and no folder"),
+        (["strip", "a.safetensors", "gone/b.safetensors"], 4, "No such file"),
+        (["strip", "damaged.safetensors", "b.safetensors"], 3, "no sound safetensors file"),
+        (["inspect", "damaged.pt"], 3, "is damaged, or holds more"),
+        (["apply", "a.safetensors", "b.safetensors", '{"types": "Conv1d"}'], 3, "needs modules"),
+        (["apply", "a.safetensors", "b.safetensors", "{"], 3, "is not JSON"),
+        (["plan", "folder", "linears"], 3, "no config that transformers reads"),
+    ],
+)
+def test_refusals_are_one_line_and_change_nothing(
+    run: Run, tmp_path: Path, file: Path, arguments: list[str], code: int, message: str
 ) -> None:
-    assert run(monkeypatch, "inspect", file) == 0
-    out = capsys.readouterr().out
-    assert "a.weight  legacy  0" in out and "b.weight_v: its other half is missing" in out
-    assert run(monkeypatch, "inspect", file, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["pairs"][0]["layout"] == "legacy"
+    (tmp_path / "damaged.safetensors").write_bytes(b"\x01")
+    (tmp_path / "damaged.pt").write_bytes(b"\x01")
+    (tmp_path / "folder").mkdir()
+    before = listing(tmp_path)
+    ran = run(*arguments)
+    assert (ran.code, ran.out) == (code, "")
+    assert ran.err.startswith("error: ") and ran.err.count("\n") == 1 and message in ran.err
+    assert listing(tmp_path) == before
+    ran = run(*arguments, "--json")
+    assert ran.code == code and message in ran.json["error"]["message"]
 
 
-def test_strip_and_convert(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = file.with_name("b.safetensors")
-    assert run(monkeypatch, "strip", file, out) == 0
-    assert torch.equal(load_file(out)["a.weight"], torch.tensor([[6.0, 8.0]]))
-    assert run(monkeypatch, "convert", file, out, "--to", "parametrized") == 0
-    assert "a.parametrizations.weight.original0" in load_file(out)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["strip", "a"],
+        ["frob"],
+        ["convert", "a", "b", "--to", "x"],
+        ["diff", "a", "b", "--at"],
+    ],
+)
+def test_wrong_usage(run: Run, arguments: list[str]) -> None:
+    ran = run(*arguments)
+    assert ran.code == 2 and "Usage: wn-surgery" in ran.err
 
 
-def test_refusals_are_one_line_and_codes(
-    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, "strip", file, file) == 1
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1 and "--in-place" in err
-    assert run(monkeypatch, "strip", file) == 2
+@pytest.mark.parametrize(
+    "command", ["inspect", "doctor", "strip", "convert", "apply", "plan", "diff"]
+)
+def test_help_has_examples(run: Run, command: str) -> None:
+    ran = run(command, "--help")
+    assert ran.code == 0 and f"wn-surgery {command} " in ran.out.partition("Examples:")[2]
+    assert command in run("--help").out
+
+
+def test_version_and_completion(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("--version").out.startswith("wn-surgery 0.")
+    monkeypatch.setenv("_WN_SURGERY_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "wn-surgery str")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert run().out.split() == ["strip"]
+
+
+def test_colours_and_bars_only_on_a_terminal(file: Path) -> None:
+    command = [sys.executable, "-m", "wn_surgery.cli", "strip", str(file), f"{file}.safetensors"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    environment.pop("NO_COLOR", None)
+    mine, its = pty.openpty()
+    subprocess.run(command, check=True, env=environment, stdout=its, stderr=its)
+    os.close(its)
+    shown = os.read(mine, 100_000)
+    os.close(mine)
+    assert b"plain:" in shown and b"\x1b[" in shown
+    piped = subprocess.run(command, check=True, env=environment, capture_output=True)
+    assert b"\x1b[" not in piped.stdout + piped.stderr and piped.stderr == b""
+
+
+def test_an_interrupt_has_its_code_and_leaves_nothing(tmp_path: Path) -> None:
+    state = {
+        f"{i}.weight_{p}": torch.ones(1024, 1024 if p == "v" else 1)
+        for i in range(30)
+        for p in "gv"
+    }
+    save_file(state, tmp_path / "a.safetensors")
+    # The signal comes when the output is there and not whole.
+    code = (
+        "import os, signal, sys, threading, time, pathlib\n"
+        "def interrupt():\n"
+        "    while not list(pathlib.Path().glob('.wn-surgery-*')): time.sleep(0.001)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "threading.Thread(target=interrupt, daemon=True).start()\n"
+        "from wn_surgery.cli import main\n"
+        "main()\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, "strip", "a.safetensors", "b.safetensors"],
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+    )
+    assert ran.returncode == 128 + signal.SIGINT and ran.stdout == b""
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+# Folders of transformers ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        vocab_size=20,
+        max_position_embeddings=8,
+    )
+    folder = tmp_path / "bert"
+    BertModel(config).save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text("{}")
+    return folder
+
+
+def test_plan_reads_no_weight(run: Run, bert: Path) -> None:
+    (bert / "model.safetensors").write_bytes(b"not read")
+    before = listing(bert)
+    ran = run("plan", bert, '{"types": "Linear"}')
+    assert ran.code == 0 and "encoder.layer.0.attention.self.query.weight" in ran.out
+    told = run("plan", bert, '{"types": "Linear"}', "--json").json
+    assert len(told["steps"]) == 7
+    ran = run("plan", bert, '{"types": "Conv1d"}')
+    assert ran.code == 3 and "decides nothing" in ran.err
+    assert listing(bert) == before
+
+
+def test_apply_and_strip_a_folder(run: Run, bert: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    assert run("apply", bert, "normed", '{"types": "Linear"}').code == 0
+    config = json.loads((tmp_path / "normed" / "config.json").read_text())
+    assert "weight_norm" in config["quantization_config"]["quant_method"]
+    assert (tmp_path / "normed" / "tokenizer_config.json").is_file()
+    assert run("diff", bert, "normed").code == 0
+    assert len(run("inspect", "normed", "--json").json["tensors"]) == 7
+    assert run("strip", "normed", "plain").code == 0
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    before, after = AutoModel.from_pretrained(bert), AutoModel.from_pretrained("plain")
+    assert same(before.state_dict(), after.state_dict())
+    ran = run("apply", "normed", "twice", '{"types": "Linear"}')
+    assert ran.code == 3 and "already" in ran.err and not (tmp_path / "twice").exists()
+
+
+def test_a_class_that_norms_itself_keeps_its_g_and_v(run: Run, tmp_path: Path) -> None:
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    torch.manual_seed(0)
+    small = Wav2Vec2Config(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        conv_dim=[8, 8],
+        conv_stride=[5, 2],
+        conv_kernel=[10, 3],
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2,
+        num_feat_extract_layers=2,
+    )
+    model = Wav2Vec2Model(small)
+    model.save_pretrained(tmp_path / "a")
+    ran = run("strip", "a", "b")
+    assert ran.code == 0 and "1 kept, since the model's class looks for their g and v" in ran.out
+    again = Wav2Vec2Model.from_pretrained(tmp_path / "b")
+    assert same(dict(again.state_dict()), dict(model.state_dict()))
+
+
+def test_shards_on_the_command_line(run: Run, tmp_path: Path) -> None:
+    shards(tmp_path / "a")
+    assert run("strip", "a", "b").code == 0
+    assert run("diff", "a", "b").code == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +15,11 @@ from wn_surgery.norm import g_shape
 from wn_surgery.rules import RulesLike
 
 from .contents import bound, shapes_of
-from .folding import fold, magnitude_of
+from .folding import fold, magnitude_of, refuse_non_finite
 from .optimizer_names import moments_of, renamed_lists
 from .pairs import Axes, Options, Pair, Shape, find_pairs, keys_for
 from .recorded import KEY, is_record, options_of, unpacked
-from .request import Also, Layout, Request, request, unmatched
+from .request import Also, Choice, Layout, Request, request, unmatched
 from .selection import select
 from .spectral import Spectral, find_spectral, spectral_weight
 
@@ -34,7 +34,8 @@ def convert(
     ranks: Iterable[int] | None = None,
     dim: Axes = "auto",
     also: Also | Iterable[Also] = (),
-    orphans: Literal["error", "keep"] = "error",
+    orphans: Choice = "error",
+    non_finite: Choice = "error",
 ) -> Any:
     """A state dict, or a container of some, in another layout.
 
@@ -48,6 +49,8 @@ def convert(
             raises if they do not tell.
         also: ``("spectral_norm",)`` strips torch's spectral norm too.
         orphans: ``"keep"`` carries a g without its v over, and a v without its g.
+        non_finite: ``"keep"`` lets stripped weights be NaN or infinite, as where a slice of v has
+            zero norm; a live model computes them so, too.
 
     Returns:
         A container of the same types, key order and ``_metadata``. What has nothing to do with
@@ -59,7 +62,7 @@ def convert(
         CheckpointError: a pair does not fit or is ambiguous, or a key is taken.
         RuleError: a rule needs modules.
         UnmatchedRuleError: the rules match nothing.
-        ZeroNormError: a weight that gets weight norm has a slice of zero or non-finite norm.
+        ZeroNormError: a weight would not be a finite number: a slice has zero or non-finite norm.
 
     Example:
         >>> import torch
@@ -68,7 +71,7 @@ def convert(
         >>> convert(state, "plain")
         {'weight': tensor([[6., 8.]])}
     """
-    return converted(state, request(to, rules, ranks, dim, also, orphans)).result
+    return converted(state, request(to, rules, ranks, dim, also, orphans, non_finite)).result
 
 
 def converted(
@@ -215,8 +218,16 @@ class _OneState:
         if key == pair.v:
             return []
         self.work.weights.append(pair.weight)
-        w = self.work.once(lambda: fold(value, v, pair.options), value, v, extra=pair.options)
-        return [(pair.weight, w)]
+        return [
+            (pair.weight, self.work.once(lambda: self._folded(pair), value, v, extra=pair.options))
+        ]
+
+    def _folded(self, pair: Pair) -> Tensor:
+        g, v = self.state[pair.g], self.state[pair.v]
+        w = fold(g, v, pair.options)
+        if self.work.asked.non_finite == "error":
+            refuse_non_finite(w, g, v, pair)
+        return w
 
     def _of_spectral(self, one: Spectral, key: str, value: Tensor) -> list[tuple[str, Tensor]]:
         if "spectral_norm" not in self.work.asked.also:

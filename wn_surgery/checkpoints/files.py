@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from wn_surgery.errors import CheckpointError
 from wn_surgery.rules import RulesLike
@@ -17,7 +18,7 @@ from wn_surgery.rules import RulesLike
 from .atomic import atomic_folder, is_same, refuse_overwriting_input
 from .folders import Source, copy_companions, find
 from .pairs import Axes
-from .request import Also, Layout, Request, request
+from .request import Also, Choice, Layout, Request, request
 from .safetensors_file import File
 from .streaming import Progress, Stream
 from .torch_file import convert_torch_file
@@ -54,7 +55,8 @@ def convert_file(
     ranks: Iterable[int] | None = None,
     dim: Axes = "auto",
     also: Also | Iterable[Also] = (),
-    orphans: Literal["error", "keep"] = "error",
+    orphans: Choice = "error",
+    non_finite: Choice = "error",
     in_place: bool = False,
     full_pickle: bool = False,
     progress: Progress | None = None,
@@ -73,6 +75,7 @@ def convert_file(
         dim: as in :func:`wn_surgery.checkpoints.convert`.
         also: as in :func:`wn_surgery.checkpoints.convert`.
         orphans: as in :func:`wn_surgery.checkpoints.convert`.
+        non_finite: as in :func:`wn_surgery.checkpoints.convert`.
         in_place: allow ``target`` to be ``source``, which is then replaced by a rename.
         full_pickle: read PyTorch files that hold more than plain data. **They can run any code.**
         progress: called with the bytes written since the last call (safetensors).
@@ -95,7 +98,7 @@ def convert_file(
         ...     torch.load(f"{folder}/b.pt")
         {'weight': tensor([[6., 8.]])}
     """
-    asked = request(to, rules, ranks, dim, also, orphans)
+    asked = request(to, rules, ranks, dim, also, orphans, non_finite)
     found, goal = find(Path(source)), Path(target)
     asked = replace(asked, known=found.known, keep=_built_in(found, asked))
     if found.is_folder:
@@ -159,13 +162,16 @@ def _shards(found: Source, made: Path, asked: Request, progress: Progress | None
         written: list[Path] = []
         for file in files:
             written.append(made / file.path.name)
-            stream.write(file, written[-1], progress)
+            with written[-1].open("xb", buffering=0) as out:
+                stream.write_to(out, file, progress)
+            shutil.copymode(file.path, written[-1])
             places |= dict.fromkeys(stream.keys(file), file.path.name)
     given = found.index.get("metadata")
     metadata = {**(given if isinstance(given, dict) else {}), "total_size": stream.size}
     index = made / found.main.name
     content = {**found.index, "metadata": metadata, "weight_map": places}
     index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    shutil.copymode(found.main, index)
     return _summary([*written, index], stream)
 
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from wn_surgery.errors import CheckpointError, ZeroNormError
 from wn_surgery.norm import KERNEL_DTYPES, g_shape, magnitude, weight_norm, zero_slices
 
-from .pairs import Options
+from .pairs import Options, Pair
 
-__all__ = ["fold", "magnitude_of"]
+__all__ = ["all_finite", "fold", "magnitude_of", "refuse_non_finite"]
 
 PART = 1 << 22
 """Elements that are widened at a time: 16 MB in float32."""
@@ -73,6 +73,49 @@ def _rounded_once(g: Tensor, v: Tensor, options: Options, wide: torch.dtype) -> 
             weight_norm(part, g.narrow(axis, start, count), dim, eps)
         )
     return w
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no number of a floating or complex tensor is NaN or infinite.
+
+    Example:
+        >>> import torch
+        >>> from wn_surgery.checkpoints.folding import all_finite
+        >>> all_finite(torch.tensor([3e38, 3e38])), all_finite(torch.tensor([float("nan")]))
+        (True, False)
+    """
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    # In one pass, without a mask: a sum has whatever is not finite in it.
+    wide = torch.promote_types(real.dtype, torch.float32)
+    # Or it is too large itself.
+    return bool(real.sum(dtype=wide).isfinite()) or bool(real.isfinite().all())
+
+
+def refuse_non_finite(w: Tensor, g: Tensor, v: Tensor, pair: Pair) -> None:
+    """Raise where a weight is NaN or infinite.
+
+    Args:
+        w: the weight.
+        g: what it was computed from.
+        v: the same.
+        pair: its names.
+
+    Raises:
+        ZeroNormError: it is; the message says whether a slice of v has no direction.
+    """
+    if all_finite(w):
+        return
+    count = int((~w.isfinite()).sum())
+    zero = zero_slices(v.float() if v.itemsize < 4 else v, pair.dim)
+    cause = (
+        f"v has {zero} slices of zero or non-finite norm along dim={pair.dim}"
+        if zero
+        else f"g has {int((~g.isfinite()).sum())} numbers that are not finite"
+    )
+    raise ZeroNormError(
+        f"{pair.weight!r} would hold {count} numbers that are NaN or infinite: {cause}; repair the "
+        "checkpoint, or write them by non_finite='keep' (--keep-non-finite)"
+    )
 
 
 def magnitude_of(weight: Tensor, key: str, options: Options) -> Tensor:

@@ -13,10 +13,11 @@ from wn_surgery.rules import RulesLike
 from .pairs import Axes, Options
 from .selection import checked_rules
 
-__all__ = ["LAYOUTS", "Also", "Layout", "Request", "request", "unmatched"]
+__all__ = ["LAYOUTS", "Also", "Choice", "Layout", "Request", "request", "unmatched"]
 
 Layout: TypeAlias = Literal["plain", "parametrized", "legacy"]
 Also: TypeAlias = Literal["spectral_norm"]
+Choice: TypeAlias = Literal["error", "keep"]
 LAYOUTS = ("plain", "parametrized", "legacy")
 
 
@@ -31,6 +32,7 @@ class Request:
         dim: the axes where g's shape is ambiguous.
         also: other norms to strip.
         orphans: ``"error"``, or ``"keep"`` for halves of pairs.
+        non_finite: ``"error"``, or ``"keep"`` for weights that are not numbers.
         known: options by plain key, from beside the checkpoint.
         keep: plain keys that stay weight-normed.
     """
@@ -40,7 +42,8 @@ class Request:
     ranks: frozenset[int] | None = None
     dim: Axes = "auto"
     also: frozenset[Also] = frozenset()
-    orphans: Literal["error", "keep"] = "error"
+    orphans: Choice = "error"
+    non_finite: Choice = "error"
     known: Mapping[str, Options] = field(default_factory=dict)
     keep: frozenset[str] = frozenset()
 
@@ -51,7 +54,8 @@ def request(
     ranks: Iterable[int] | None = None,
     dim: Axes = "auto",
     also: Also | Iterable[Also] = (),
-    orphans: Literal["error", "keep"] = "error",
+    orphans: Choice = "error",
+    non_finite: Choice = "error",
 ) -> Request:
     """Check the arguments of :func:`convert`, which has the documentation.
 
@@ -66,8 +70,9 @@ def request(
         raise CheckpointError(f"also={sorted(others)}: only 'spectral_norm' is known")
     if others and to != "plain":
         raise CheckpointError(f"also={sorted(others)} is for to='plain', not {to!r}")
-    if orphans not in ("error", "keep"):
-        raise CheckpointError(f"orphans={orphans!r}: expected 'error' or 'keep'")
+    for name, choice in (("orphans", orphans), ("non_finite", non_finite)):
+        if choice not in ("error", "keep"):
+            raise CheckpointError(f"{name}={choice!r}: expected 'error' or 'keep'")
     if rules is not None and to == "plain":
         raise CheckpointError("rules put weight norm on: say to='parametrized' or to='legacy'")
     if ranks is not None and rules is None:
@@ -79,6 +84,7 @@ def request(
         dim,
         others,
         orphans,
+        non_finite,
     )
 
 

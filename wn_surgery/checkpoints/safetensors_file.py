@@ -75,9 +75,17 @@ class File:
         if not entry.size:
             return torch.empty(entry.shape, dtype=dtype)
         memory = bytearray(entry.size)
-        view = memoryview(memory)
+        self.read_into(memoryview(memory), entry.start)
+        return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).reshape(entry.shape)
+
+    def read_into(self, view: memoryview, place: int) -> None:
+        """Fill a buffer with the bytes from ``place`` on.
+
+        Raises:
+            CheckpointError: they cannot be read, or the file has become shorter.
+        """
         try:
-            self._file.seek(entry.start)
+            self._file.seek(place)
             while view:
                 count = self._file.readinto(view)  # at most 2 GB at a time
                 if not count:
@@ -85,7 +93,6 @@ class File:
                 view = view[count:]
         except OSError as error:
             raise unreadable(self.path, error) from error
-        return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).reshape(entry.shape)
 
     def copy(self, name: str, out: io.FileIO) -> None:
         """Write the bytes of the tensor ``name`` to an unbuffered file.

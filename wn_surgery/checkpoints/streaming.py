@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from wn_surgery.errors import CheckpointError, UnmatchedRuleError
 from wn_surgery.norm import g_shape
 
-from .atomic import atomic
+from .atomic import atomic, start_writeback
 from .convert import written_shape
-from .folding import fold, magnitude_of
+from .folding import all_finite, fold, magnitude_of, refuse_non_finite
 from .header import BITS, TORCH, name_of, written
 from .pairs import Options, Pair, Shape, find_pairs, keys_for
 from .request import Request, unmatched
@@ -27,6 +28,9 @@ __all__ = ["Progress", "Stream"]
 
 Progress = Callable[[int], object]
 """Called with the bytes written since the last call."""
+
+CHUNK = 1 << 21
+"""Bytes of rows that are folded at a time."""
 
 Maker = Callable[[io.FileIO], None]
 
@@ -107,6 +111,7 @@ class Stream:
         self.kept_spectral = [] if strip else [one.weight for one in spectral]
         if asked.rules is not None and not self.weights:
             raise UnmatchedRuleError(unmatched(asked))
+        self._buffer = bytearray()
         self._plans = {file: _aligned(self._lines(file)) for file in files}
         _refuse_doubles([line.key for plan in self._plans.values() for line in plan])
 
@@ -127,14 +132,25 @@ class Stream:
                 written.
             ZeroNormError: a weight that gets weight norm has a slice without a direction.
         """
+        with atomic(target, like=file.path) as out:
+            self.write_to(out, file, progress)
+
+    def write_to(self, out: io.FileIO, file: File, progress: Progress | None = None) -> None:
+        """Write the counterpart of a file to an open one.
+
+        Raises:
+            CheckpointError: the source is not what its header says.
+            OSError: the output cannot be written.
+            ZeroNormError: a weight would not be a number.
+        """
         plan = self._plans[file]
         head = {line.key: (line.dtype, line.shape, line.size) for line in plan}
-        with atomic(target, like=file.path) as out:
-            _write(out, memoryview(written(head, file.header.metadata)))
-            for line in plan:
-                line.write(out)
-                if progress is not None:
-                    progress(line.size)
+        _write(out, memoryview(written(head, file.header.metadata)))
+        for line in plan:
+            line.write(out)
+            start_writeback(out)
+            if progress is not None:
+                progress(line.size)
 
     def _lines(self, file: File) -> Iterator[_Line]:
         for name in file.entries:
@@ -151,18 +167,44 @@ class Stream:
         if self._asked.to == "plain":
             # The weight takes v's place: of the same size, while g may lie in another file.
             if name == pair.v:
-                g_file = self._owners[pair.g]
-                yield _computed(
-                    pair.weight,
-                    _copied(name, name, file),
-                    lambda: fold(g_file.tensor(pair.g), file.tensor(pair.v), pair.options),
-                )
+                line = replace(_copied(name, name, file), key=pair.weight)
+                if pair.dim == 0 and line.size:
+                    yield replace(line, write=lambda out: self._fold_rows(pair, file, out))
+                else:
+                    yield _computed(pair.weight, line, lambda: self._folded(pair))
             return
         line = _copied(name, keys_for(pair.weight, self._asked.to)[name == pair.v], file)
         if name == pair.g:
             v = self._owners[pair.v].entries[pair.v].shape
             line = replace(line, shape=written_shape(line.shape, v, pair))
         yield line
+
+    def _fold_rows(self, pair: Pair, file: File, out: io.FileIO) -> None:
+        """Fold some rows at a time: they have norms of their own, and stay in the cache."""
+        entry = file.entries[pair.v]
+        dtype, shape = TORCH[entry.dtype], entry.shape
+        g = self._owners[pair.g].tensor(pair.g).reshape(g_shape(shape, 0))
+        row = entry.size // shape[0]
+        step = max(1, CHUNK // row)
+        if len(self._buffer) < step * row:
+            self._buffer = bytearray(step * row)
+        for start in range(0, shape[0], step):
+            count = min(step, shape[0] - start)
+            view = memoryview(self._buffer)[: count * row]
+            file.read_into(view, entry.start + start * row)
+            v = torch.frombuffer(view, dtype=torch.uint8).view(dtype).reshape(count, *shape[1:])
+            part = g[start : start + count]
+            w = fold(part, v, pair.options)
+            if self._asked.non_finite == "error" and not all_finite(w):
+                self._folded(pair)  # which raises, and counts them all
+            _write_tensor(out, w)
+
+    def _folded(self, pair: Pair) -> Tensor:
+        g, v = (self._owners[part].tensor(part) for part in (pair.g, pair.v))
+        w = fold(g, v, pair.options)
+        if self._asked.non_finite == "error":
+            refuse_non_finite(w, g, v, pair)
+        return w
 
     def _of_spectral(self, one: Spectral, name: str, file: File) -> Iterator[_Line]:
         if name != one.original:
@@ -204,19 +246,19 @@ def _copied(name: str, key: str, file: File) -> _Line:
 
 
 def _computed(key: str, like: _Line, make: Callable[[], Tensor]) -> _Line:
-    def write(out: io.FileIO) -> None:
-        tensor = make().contiguous()
-        assert tensor.nbytes == like.size
-        if tensor.nbytes:
-            # torch gives bytes only through numpy, which the core does without.
-            array = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-            _write(out, memoryview(array).cast("B"))
-
-    return replace(like, key=key, write=write)
+    return replace(like, key=key, write=lambda out: _write_tensor(out, make()))
 
 
 def _nothing(out: io.FileIO) -> None:
     """Stands in a line that gets its bytes from elsewhere."""
+
+
+def _write_tensor(out: io.FileIO, tensor: Tensor) -> None:
+    tensor = tensor.contiguous()
+    if tensor.nbytes:
+        # torch gives bytes only through numpy, which the core does without.
+        array = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+        _write(out, memoryview(array).cast("B"))
 
 
 def _write(out: io.FileIO, data: memoryview) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import pickle
+import re
 import sys
 import tempfile
 import warnings
@@ -26,6 +27,8 @@ __all__ = ["SUFFIXES", "convert_torch_file", "load"]
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 _TRIM = 1 << 24
+# As torch's weights_only unpickler names what it refuses.
+_GLOBAL = re.compile(r"nsupported (?:global: )?GLOBAL ([\w.]+)")
 
 
 def load(path: Path, *, full_pickle: bool = False) -> Any:
@@ -51,10 +54,11 @@ def load(path: Path, *, full_pickle: bool = False) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=not full_pickle, mmap=mapped)
     except pickle.UnpicklingError as error:
+        what = _GLOBAL.search(str(error))
+        said = f"holds {what[1]}" if what else "is damaged, or holds more than plain data"
         raise CheckpointError(
-            f"{str(path)!r} is damaged, or holds more than tensors and plain data, and loading "
-            "that could run code; if you trust where it is from, load it by full_pickle=True "
-            "(--full-pickle)"
+            f"{str(path)!r} {said}, and loading that could run code; if you trust where the file "
+            "is from, load it by full_pickle=True (--full-pickle)"
         ) from error
     except OSError as error:
         raise unreadable(path, error) from error

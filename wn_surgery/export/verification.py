@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,39 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..differences import Difference, difference
 from ..errors import ExportError
 from ..tables import render
 from .runners import Exported, Inputs, copied, runner
 
 __all__ = ["Difference", "Verification", "verify"]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One output tensor of the model against the one that was exported.
-
-    Attributes:
-        name: its key or position in the model's output.
-        shape: its shape.
-        dtype: its dtype, and after an arrow that of the export where they differ.
-        largest: the largest magnitude of the model's output, which ``max_abs`` is to be read by.
-        max_abs: the largest absolute difference; infinite where one is NaN and the other is not.
-        max_ulp: the same in units in the last place of the coarser of the two dtypes: how many
-            numbers of it lie between. For integers the difference itself.
-        differing: how many elements are not equal; two NaN are.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    largest: float
-    max_abs: float
-    max_ulp: float
-    differing: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """The difference as plain data; JSON knows no infinity, so check ``max_abs`` first."""
-        return {**dataclasses.asdict(self), "shape": list(self.shape)}
 
 
 @dataclass(frozen=True)
@@ -149,9 +121,15 @@ def verify(model: nn.Module, exported: Exported, inputs: Inputs) -> Verification
             f"({', '.join(name for name, _ in expected)}) and the export {len(actual)}; expected "
             "at least one, and as many; export the model with the outputs it has"
         )
+    for (name, one), (_, other) in zip(expected, actual, strict=True):
+        if one.shape != other.shape:
+            raise ExportError(
+                f"output {name} has shape {tuple(other.shape)} in the export; expected "
+                f"{tuple(one.shape)}, as the model gives for these inputs"
+            )
     return Verification(
         tuple(
-            _difference(name, one, other)
+            difference(name, one, other)
             for (name, one), (_, other) in zip(expected, actual, strict=True)
         )
     )
@@ -183,67 +161,3 @@ def _items(output: Any) -> Iterator[tuple[Any, Any]]:
     elif dataclasses.is_dataclass(output):
         for entry in dataclasses.fields(output):
             yield entry.name, getattr(output, entry.name)
-
-
-def _difference(name: str, expected: Tensor, actual: Tensor) -> Difference:
-    if expected.shape != actual.shape:
-        raise ExportError(
-            f"output {name} has shape {tuple(actual.shape)} in the export; expected "
-            f"{tuple(expected.shape)}, as the model gives for these inputs"
-        )
-    kinds = [str(each.dtype).removeprefix("torch.") for each in (expected, actual)]
-    dtype = kinds[0] if kinds[0] == kinds[1] else " -> ".join(kinds)
-    one, other = _comparable(expected, actual)
-    if one.numel() == 0:
-        return Difference(name, tuple(expected.shape), dtype, 0.0, 0.0, 0, 0)
-    same = (one == other) | (one.isnan() & other.isnan())
-    distance = (one.double() - other.double()).abs()
-    distance = distance.masked_fill(distance.isnan(), math.inf).masked_fill(same, 0.0)
-    ulps = _ulps(one, other).masked_fill(one.isnan() | other.isnan(), math.inf)
-    finite = one.double().abs()
-    return Difference(
-        name,
-        tuple(expected.shape),
-        dtype,
-        float(finite[finite.isfinite()].max()) if bool(finite.isfinite().any()) else math.nan,
-        float(distance.max()),
-        float(ulps.masked_fill(same, 0.0).max()),
-        int((~same).sum()),
-    )
-
-
-def _comparable(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as real tensors of one dtype: the coarser where they differ."""
-    if one.is_complex() and other.is_complex():
-        one, other = (
-            torch.view_as_real(one.resolve_conj()),
-            torch.view_as_real(other.resolve_conj()),
-        )
-    if one.is_floating_point() and other.is_floating_point():
-        coarser = max((one.dtype, other.dtype), key=lambda dtype: torch.finfo(dtype).eps)
-        # Numbers of one byte are few: as float32 they are compared well enough.
-        coarser = torch.float32 if coarser.itemsize == 1 else coarser
-        return one.to(coarser), other.to(coarser)
-    if one.is_floating_point() or other.is_floating_point():
-        return one.double(), other.double()
-    return one.long(), other.long()
-
-
-_AS_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _ulps(one: Tensor, other: Tensor) -> Tensor:
-    """How many steps from number to number lead from ``one`` to ``other``, as float64."""
-    if not one.is_floating_point():
-        return (one - other).abs().double()
-    first, second = _ordered(one), _ordered(other)
-    # Exact in integers where it cannot overflow, which is where it can be small.
-    apart = first.double().abs() + second.double().abs()
-    return torch.where((first < 0) == (second < 0), (first - second).abs().double(), apart)
-
-
-def _ordered(tensor: Tensor) -> Tensor:
-    """Integers in the order of the floating-point numbers; both zeros are 0."""
-    integer = _AS_INTEGER[tensor.dtype.itemsize]
-    bits = tensor.contiguous().view(integer).long()
-    return torch.where(bits < 0, torch.iinfo(integer).min - bits, bits)

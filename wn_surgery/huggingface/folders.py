@@ -9,14 +9,19 @@ from typing import Any
 import torch
 import transformers
 
+import wn_surgery as wn
+from wn_surgery.checkpoints.atomic import atomic_folder
+from wn_surgery.checkpoints.folders import copy_companions, find
 from wn_surgery.errors import CheckpointError
+from wn_surgery.rules import RulesLike, as_rules
 from wn_surgery.state_keys import keys_of
 
 from . import reload
 from .bases import PreTrainedModel
 from .config import WeightNormConfig
+from .patching import patch_model
 
-__all__ = ["built_in_keys", "model_on_meta"]
+__all__ = ["apply_folder", "built_in_keys", "model_on_meta"]
 
 
 def model_on_meta(folder: str | os.PathLike[str]) -> PreTrainedModel:
@@ -79,3 +84,45 @@ def built_in_keys(folder: str | os.PathLike[str]) -> frozenset[str]:
         return frozenset(key.weight for key in keys_of(model_on_meta(folder)))
     except CheckpointError:
         return frozenset()
+
+
+def apply_folder(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], rules: RulesLike | None
+) -> wn.Report:
+    """Load a model, put weight norm on it, and save it with what its folder has beside weights.
+
+    Args:
+        source: a folder that ``from_pretrained`` reads.
+        target: a folder that is not there yet, or empty; it appears whole or not at all.
+        rules: for :func:`patch_model`; None for those of the model's type.
+
+    Returns:
+        What was done.
+
+    Raises:
+        CheckpointError: there is no such model.
+        WeightNormError: the rules do not fit the model.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
+        >>> from wn_surgery.huggingface.folders import apply_folder
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model = SpeechT5HifiGan(SpeechT5HifiGanConfig(upsample_initial_channel=32))
+        ...     model.save_pretrained(f"{folder}/plain")
+        ...     report = apply_folder(f"{folder}/plain", f"{folder}/normed", "convolutions")
+        ...     len(report.changed)
+        78
+    """
+    folder, goal = Path(source), Path(target)
+    cls = type(model_on_meta(folder))
+    found = find(folder)
+    if found.patched is not None:
+        raise CheckpointError(f"{str(folder)!r} is weight-normed already; strip it first")
+    model = cls.from_pretrained(folder, local_files_only=True, dtype="auto")
+    report = patch_model(model, WeightNormConfig(None if rules is None else as_rules(rules)))
+    with atomic_folder(goal, like=folder) as made:
+        copy_companions(found, made, plain=False)
+        model.save_pretrained(made)
+    return report

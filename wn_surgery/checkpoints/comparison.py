@@ -1,0 +1,195 @@
+"""Whether two checkpoints hold the same weights, whatever their layouts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wn_surgery.differences import Difference, difference
+from wn_surgery.tables import render
+
+from .folding import fold
+from .pairs import Axes, Pair, find_pairs
+from .reading import State, opened
+from .spectral import Spectral, find_spectral, spectral_weight
+
+__all__ = ["Comparison", "compare"]
+
+Reader = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How two checkpoints differ; ``print`` it.
+
+    Attributes:
+        same: how many weights have the same bits.
+        differing: those that have not.
+        shapes: those of other shapes: name, the one, the other.
+        only_first: names that the second does not have.
+        only_second: names that the first does not have.
+    """
+
+    same: int
+    differing: tuple[Difference, ...]
+    shapes: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    only_first: tuple[str, ...]
+    only_second: tuple[str, ...]
+
+    def equal(self, atol: float = 0.0) -> bool:
+        """Whether both hold the same weights.
+
+        Args:
+            atol: the absolute difference that is none; with 0 every bit counts.
+        """
+        return not (self.shapes or self.only_first or self.only_second) and all(
+            each.max_abs <= atol and atol > 0 for each in self.differing
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return {
+            "same": self.same,
+            "differing": [each.to_dict() for each in self.differing],
+            "shapes": [[name, list(one), list(other)] for name, one, other in self.shapes],
+            "only_first": list(self.only_first),
+            "only_second": list(self.only_second),
+        }
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                each.name,
+                "×".join(map(str, each.shape)),
+                each.dtype,
+                f"{each.max_abs:.3g}",
+                f"{each.max_ulp:.3g}",
+                str(each.differing),
+            )
+            for each in self.differing
+        ]
+        lines = []
+        if rows:
+            headers = ["tensor", "shape", "dtype", "max abs", "max ulp", "differing"]
+            lines.append(render(headers, rows))
+        lines += [
+            f"{name}: {one} in the first, {other} in the second" for name, one, other in self.shapes
+        ]
+        lines += [f"{name}: only in the first" for name in self.only_first]
+        lines += [f"{name}: only in the second" for name in self.only_second]
+        lines.append(f"{self.same} the same, {len(self.differing)} differing")
+        return "\n".join(lines)
+
+
+def compare(
+    first: str | os.PathLike[str],
+    second: str | os.PathLike[str],
+    *,
+    dim: Axes = "auto",
+    full_pickle: bool = False,
+) -> Comparison:
+    """Compare the weights of two checkpoints, bit by bit.
+
+    g and v are folded, spectral norm is taken off, and the names are those of plain weights. Of
+    containers, the state dicts of models are compared: where each side has but one, whatever it
+    is called there; otherwise by their names in the container.
+
+    Args:
+        first: as in :func:`wn_surgery.checkpoints.convert_file`.
+        second: the same.
+        dim: the axes to take where g's shape fits several.
+        full_pickle: as in :func:`wn_surgery.checkpoints.convert_file`.
+
+    Returns:
+        What differs, and by how much.
+
+    Raises:
+        CheckpointError: one of them cannot be read.
+
+    Example:
+        >>> import tempfile, torch
+        >>> import wn_surgery as wn
+        >>> state = {"weight_g": torch.tensor([[10.0]]), "weight_v": torch.tensor([[3.0, 4.0]])}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({"state_dict": state}, f"{folder}/a.ckpt")
+        ...     torch.save({"weight": torch.tensor([[6.0, 8.0]])}, f"{folder}/b.pt")
+        ...     print(wn.checkpoints.compare(f"{folder}/a.ckpt", f"{folder}/b.pt"))
+        1 the same, 0 differing
+    """
+    with contextlib.ExitStack() as stack:
+        both = [
+            stack.enter_context(opened(Path(path), full_pickle=full_pickle))
+            for path in (first, second)
+        ]
+        alone = all(sum(state.is_model for state in states) == 1 for states in both)
+        one, other = (_readers(states, alone, dim) for states in both)
+        same = 0
+        differing: list[Difference] = []
+        shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+        for name in one:
+            if name not in other:
+                continue
+            a, b = one[name](), other[name]()
+            if a.shape != b.shape:
+                shapes.append((name, tuple(a.shape), tuple(b.shape)))
+            elif _identical(a, b):
+                same += 1
+            else:
+                differing.append(difference(name, a, b))
+        return Comparison(
+            same,
+            tuple(differing),
+            tuple(shapes),
+            tuple(name for name in one if name not in other),
+            tuple(name for name in other if name not in one),
+        )
+
+
+def _readers(states: list[State], alone: bool, dim: Axes) -> dict[str, Reader]:
+    found: dict[str, Reader] = {}
+    for state in states:
+        if state.is_model or not any(each.is_model for each in states):
+            found |= {
+                ("" if alone else state.path) + name: reader
+                for name, reader in _of_state(state, dim).items()
+            }
+    return found
+
+
+def _of_state(state: State, dim: Axes) -> dict[str, Reader]:
+    readers: dict[str, Reader] = {}
+    hidden: set[str] = set()
+    for pair in find_pairs(state.shapes, dim=dim, known=state.known, orphans="keep"):
+        readers[pair.weight] = partial(_folded, state, pair)
+        hidden |= {pair.g, pair.v}
+    for one in find_spectral(state.shapes):
+        readers[one.weight] = partial(_despectralized, state, one, dim)
+        hidden |= {one.original, one.u, one.v}
+    plain = {name: partial(state.read, name) for name in state.shapes if name not in hidden}
+    return {**readers, **plain}
+
+
+def _folded(state: State, pair: Pair) -> Tensor:
+    return fold(state.read(pair.g), state.read(pair.v), pair.options)
+
+
+def _despectralized(state: State, one: Spectral, dim: Axes) -> Tensor:
+    w, u, v = (state.read(part) for part in (one.original, one.u, one.v))
+    return spectral_weight(w, u, v, one.original, dim)
+
+
+def _identical(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype:
+        return False
+    # As bytes: NaN is itself then, and 0 is not -0.
+    return torch.equal(
+        a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8)
+    )

@@ -1,0 +1,257 @@
+"""What is in a checkpoint, and what would go wrong with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from wn_surgery.errors import CheckpointError
+from wn_surgery.norm import norm_except
+from wn_surgery.tables import render
+
+from .pairs import Axes, Pair, examine
+from .reading import State, opened
+from .spectral import axes_of_spectral, find_spectral, spectral_weight
+
+__all__ = ["Finding", "Inspection", "NormedTensor", "inspect"]
+
+
+@dataclass(frozen=True)
+class NormedTensor:
+    """One weight-normed or spectral-normed tensor.
+
+    Attributes:
+        name: its plain key; before it, where there are several state dicts, which one.
+        norm: ``"weight"`` or ``"spectral"``.
+        layout: ``"legacy"`` or ``"parametrized"``.
+        dtype: v's, without ``torch.``.
+        shape: the weight's.
+        dim: the axes that keep a norm of their own; for spectral norm the axis of the rows, or
+            None where shapes do not tell.
+        g: least, mean and greatest magnitude; None for spectral norm and without elements.
+        zero_slices: slices of v with no direction.
+        non_finite: NaN and infinite numbers in g and v.
+    """
+
+    name: str
+    norm: Literal["weight", "spectral"]
+    layout: str
+    dtype: str
+    shape: tuple[int, ...]
+    dim: Any
+    g: tuple[float, float, float] | None = None
+    zero_slices: int = 0
+    non_finite: int = 0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that goes wrong, or may.
+
+    Attributes:
+        severity: ``"error"`` where stripping is refused or gives NaN, else ``"warning"``.
+        kind: ``"orphan"``, ``"shape"``, ``"ambiguous"``, ``"stacked"``, ``"twice"``,
+            ``"record"``, ``"zero"``, ``"non-finite"``, ``"dtype"``, ``"layouts"`` or
+            ``"spectral"``.
+        name: the tensor.
+        message: a sentence.
+    """
+
+    severity: Literal["error", "warning"]
+    kind: str
+    name: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is in a checkpoint; ``print`` it.
+
+    Attributes:
+        tensors: the normed ones.
+        plain: how many other tensors there are.
+        findings: what goes wrong, or may.
+    """
+
+    tensors: tuple[NormedTensor, ...]
+    plain: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing is an error."""
+        return all(each.severity != "error" for each in self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                each.name,
+                each.norm if each.norm != "weight" else "",
+                each.layout,
+                "×".join(map(str, each.shape)) or "scalar",
+                each.dtype,
+                str(each.dim),
+                *("" if each.g is None else f"{part:.4g}" for part in each.g or (0, 0, 0)),
+                str(each.zero_slices or ""),
+                str(each.non_finite or ""),
+            )
+            for each in self.tensors
+        ]
+        headers = ["tensor", "norm", "layout", "shape", "dtype", "dim"]
+        headers += ["g min", "g mean", "g max", "zero slices", "non-finite"]
+        table = [render(headers, rows)] if rows else []
+        counts = {
+            norm: sum(e.norm == norm for e in self.tensors) for norm in ("weight", "spectral")
+        }
+        more = f", {counts['spectral']} spectral-normed" if counts["spectral"] else ""
+        return "\n".join([*table, f"{counts['weight']} weight-normed{more}, {self.plain} others"])
+
+
+def inspect(
+    path: str | os.PathLike[str], *, dim: Axes = "auto", full_pickle: bool = False
+) -> Inspection:
+    """Look at every tensor that has weight norm, and at what stands against reading them.
+
+    Args:
+        path: as in :func:`wn_surgery.checkpoints.convert_file`.
+        dim: the axes to take where g's shape fits several.
+        full_pickle: as in :func:`wn_surgery.checkpoints.convert_file`.
+
+    Returns:
+        What is there. Pairs that cannot be read are findings, and do not raise.
+
+    Raises:
+        CheckpointError: the file itself cannot be read, or is not sound.
+
+    Example:
+        >>> import tempfile, torch
+        >>> import wn_surgery as wn
+        >>> state = {"weight_g": torch.tensor([[5.0]]), "weight_v": torch.tensor([[3.0, 4.0]])}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(state, f"{folder}/a.pt")
+        ...     print(wn.checkpoints.inspect(f"{folder}/a.pt"))
+        tensor  layout  shape  dtype    dim  g min  g mean  g max
+        ------  ------  -----  -------  ---  -----  ------  -----
+        weight  legacy  1×2    float32  0    5      5       5
+        1 weight-normed, 0 others
+    """
+    tensors: list[NormedTensor] = []
+    findings: list[Finding] = []
+    plain = 0
+    with opened(Path(path), full_pickle=full_pickle) as states:
+        for state in states:
+            pairs, problems = examine(state.shapes, dim=dim, known=state.known)
+            findings += [
+                Finding("error", each.kind, state.path + each.key, each.message)
+                for each in problems
+            ]
+            findings += _of_state(state, pairs)
+            for pair in pairs:
+                row, said = _look(state, pair)
+                tensors.append(row)
+                findings += said
+            spectral, said = _spectral(state, dim)
+            tensors += spectral
+            findings += said
+            plain += len(state.shapes) - 2 * len(pairs) - 3 * len(spectral)
+    return Inspection(tuple(tensors), plain, tuple(findings))
+
+
+def _of_state(state: State, pairs: list[Pair]) -> Iterator[Finding]:
+    layouts = {pair.layout: pair for pair in pairs}
+    if len(layouts) > 1:
+        one, other = layouts.values()
+        yield Finding(
+            "warning",
+            "layouts",
+            state.path + other.weight,
+            f"{one.weight!r} is {one.layout}, {other.weight!r} is {other.layout}: no model saves "
+            "both unless it was migrated half way; convert it to one of them",
+        )
+    there = {pair.weight for pair in pairs}
+    for weight in state.known:
+        if weight not in there and weight not in state.shapes and state.is_model:
+            yield Finding(
+                "error",
+                "record",
+                state.path + weight,
+                f"the record says that {weight!r} is weight-normed, and neither its g and v nor "
+                "the weight are there; the checkpoint is not whole",
+            )
+
+
+def _look(state: State, pair: Pair) -> tuple[NormedTensor, list[Finding]]:
+    name = state.path + pair.weight
+    shape = tuple(state.shapes[pair.v])
+    kinds = [state.dtypes[part] for part in (pair.g, pair.v)]
+    texts = [str(kind).removeprefix("torch.") for kind in kinds]
+    row = NormedTensor(name, "weight", pair.layout, texts[1], shape, pair.dim)
+    if not all(
+        isinstance(kind, torch.dtype) and (kind.is_floating_point or kind.is_complex)
+        for kind in kinds
+    ):
+        message = f"g and v of {name!r} are {' and '.join(texts)}: expected floating-point ones"
+        return row, [Finding("error", "dtype", name, message)]
+    said: list[Finding] = []
+    g, v = state.read(pair.g), state.read(pair.v)
+    real = v.dtype.to_real() if v.dtype.is_complex else v.dtype
+    if g.dtype != real:
+        message = (
+            f"g of {name!r} is {texts[0]}, v is {texts[1]}: a live model promotes or raises, "
+            "stripping computes in the wider one and rounds once"
+        )
+        said.append(Finding("warning", "dtype", name, message))
+    count = int((~torch.isfinite(g.double())).sum()) + _not_finite(v)
+    if count:
+        message = f"{name!r} has {count} numbers that are NaN or infinite, and would keep them"
+        said.append(Finding("error", "non-finite", name, message))
+    wide = v if v.dtype in (torch.float32, torch.float64) or v.is_complex() else v.float()
+    zero = int((norm_except(wide, pair.dim) == 0).sum()) if v.numel() else 0
+    if zero and pair.options.eps == 0.0:
+        message = (
+            f"{name!r} has {zero} slices of v without a direction along dim={pair.dim}: v/‖v‖ is "
+            "not a number there"
+        )
+        said.append(Finding("error", "zero", name, message))
+    three = (float(g.min()), float(g.double().mean()), float(g.max())) if g.numel() else None
+    return dataclasses.replace(row, g=three, zero_slices=zero, non_finite=count), said
+
+
+def _not_finite(tensor: Tensor) -> int:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    # Eight bits have no isfinite.
+    return int((~torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor)).sum())
+
+
+def _spectral(state: State, dim: Axes) -> tuple[list[NormedTensor], list[Finding]]:
+    try:
+        found = find_spectral(state.shapes)
+    except CheckpointError as error:
+        return [], [Finding("error", "spectral", state.path, str(error))]
+    rows: list[NormedTensor] = []
+    said: list[Finding] = []
+    for one in found:
+        shape = tuple(state.shapes[one.original])
+        axes = axes_of_spectral(shape, state.shapes[one.u], state.shapes[one.v])
+        kind = str(state.dtypes[one.original]).removeprefix("torch.")
+        name = state.path + one.weight
+        only = axes[0] if len(axes) == 1 else None
+        rows.append(NormedTensor(name, "spectral", one.form, kind, shape, only))
+        try:
+            weight, u, v = (state.read(part) for part in (one.original, one.u, one.v))
+            spectral_weight(weight, u, v, one.original, dim)
+        except CheckpointError as error:
+            said.append(Finding("error", "spectral", name, str(error)))
+    return rows, said
