@@ -15,7 +15,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo hifigan minilm test test-long lint format bench gpu clean
+.PHONY: help install demo hifigan minilm test test-long fuzz lint format bench gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ test: $(STAMP) ## all tests and doctests
 test-long: $(STAMP) ## the property tests, with many more cases, and AOTInductor
 	$(ONE_THREAD) WN_SURGERY_CASES=20000 $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS) tests/test_properties.py
 	$(ONE_THREAD) WN_SURGERY_LONG=1 $(BIN)/python -m pytest $(TEST_ARGS) tests/test_export_verify.py
+
+fuzz: $(STAMP) ## hostile checkpoint files, many more of them
+	$(ONE_THREAD) WN_SURGERY_FUZZ=20000 $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS) tests/test_checkpoints_hostile.py
 
 lint: $(STAMP) ## ruff, mypy --strict, pyright
 	$(BIN)/ruff check .

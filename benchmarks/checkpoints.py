@@ -47,7 +47,7 @@ def make(folder: Path, gigabytes: float) -> None:
     names = list(state)
     sharded = folder / "sharded"
     sharded.mkdir()
-    places = {}
+    places: dict[str, str] = {}
     for part in range(4):
         mine = names[part * len(names) // 4 : (part + 1) * len(names) // 4]
         file = f"model-{part + 1:05}-of-00004.safetensors"

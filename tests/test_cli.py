@@ -296,6 +296,10 @@ def test_a_class_that_norms_itself_keeps_its_g_and_v(run: Run, tmp_path: Path) -
     assert ran.code == 0 and "1 kept, since the model's class looks for their g and v" in ran.out
     again = Wav2Vec2Model.from_pretrained(tmp_path / "b")
     assert same(dict(again.state_dict()), dict(model.state_dict()))
+    with pytest.raises(wn.CheckpointError, match=r"keep=wn_surgery\.huggingface\.built_in_keys"):
+        wn.checkpoints.convert_file(tmp_path / "a", tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+    assert run("strip", "a", "c", "--all").out.startswith("1 weights → plain")
 
 
 def test_shards_on_the_command_line(run: Run, tmp_path: Path) -> None:

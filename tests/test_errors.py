@@ -220,6 +220,8 @@ def test_every_exception_has_a_case() -> None:
     raised = {case[2] for case in CASES}
     elsewhere = {
         wn.CallbackError,
+        wn.CheckpointError,
+        wn.CheckpointFileError,
         wn.CheckpointMismatchError,
         wn.ExportError,
         wn.InitializationError,

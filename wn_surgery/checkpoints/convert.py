@@ -100,6 +100,7 @@ class Conversion:
         weights: the plain keys of what was converted.
         spectral: those of spectral-normed tensors that are plain now.
         kept_spectral: those of spectral-normed tensors that are as they were.
+        kept: those of weight-normed tensors that stay as they are.
         forgotten: the keys of optimizer states that were left out.
     """
 
@@ -109,6 +110,7 @@ class Conversion:
         self.weights: list[str] = []
         self.spectral: list[str] = []
         self.kept_spectral: list[str] = []
+        self.kept: list[str] = []
         self.forgotten: list[str] = []
         self._made: dict[tuple[object, ...], Tensor] = {}
         self._alive: list[Tensor] = []
@@ -159,7 +161,9 @@ class _OneState:
         self.work, self.state = work, state
         asked = work.asked
         shapes = shapes_of(state)
-        self.pairs = _by_part(find_pairs(shapes, dim=asked.dim, known=known, orphans=asked.orphans))
+        found = find_pairs(shapes, dim=asked.dim, known=known, orphans=asked.orphans)
+        work.kept += [pair.weight for pair in found if pair.weight in asked.keep]
+        self.pairs = _by_part(pair for pair in found if pair.weight not in asked.keep)
         self.spectral = {part: one for one in find_spectral(shapes) for part in _parts(one)}
         self.chosen = self._chosen(shapes)
         # {"state": {name: moments}, "param_groups": [...]}: a mapping of the state dicts of names

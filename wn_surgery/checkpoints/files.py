@@ -6,16 +6,15 @@ import contextlib
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from wn_surgery.errors import CheckpointError
 from wn_surgery.rules import RulesLike
 
 from .atomic import atomic_folder, is_same, refuse_overwriting_input
+from .convert import Conversion
 from .folders import Source, copy_companions, find
 from .pairs import Axes
 from .request import Also, Choice, Layout, Request, request
@@ -57,6 +56,7 @@ def convert_file(
     also: Also | Iterable[Also] = (),
     orphans: Choice = "error",
     non_finite: Choice = "error",
+    keep: Iterable[str] | None = None,
     in_place: bool = False,
     full_pickle: bool = False,
     progress: Progress | None = None,
@@ -76,6 +76,9 @@ def convert_file(
         also: as in :func:`wn_surgery.checkpoints.convert`.
         orphans: as in :func:`wn_surgery.checkpoints.convert`.
         non_finite: as in :func:`wn_surgery.checkpoints.convert`.
+        keep: plain keys that stay weight-normed. For a folder of transformers whose class puts
+            weight norm on itself, :func:`wn_surgery.huggingface.built_in_keys` gives them; without
+            them such a folder is refused.
         in_place: allow ``target`` to be ``source``, which is then replaced by a rename.
         full_pickle: read PyTorch files that hold more than plain data. **They can run any code.**
         progress: called with the bytes written since the last call (safetensors).
@@ -100,9 +103,9 @@ def convert_file(
     """
     asked = request(to, rules, ranks, dim, also, orphans, non_finite)
     found, goal = find(Path(source)), Path(target)
-    asked = replace(asked, known=found.known, keep=_built_in(found, asked))
+    asked = replace(asked, known=found.known, keep=frozenset(keep or ()))
     if found.is_folder:
-        return _folder(found, goal, asked, full_pickle, in_place, progress)
+        return _folder(found, goal, asked, full_pickle, in_place, progress, keep is None)
     if goal.suffix != found.main.suffix and not (found.is_torch and _is_torch(goal)):
         raise CheckpointError(
             f"{str(goal)!r} has another ending than {str(found.main)!r}: the kind of file stays, "
@@ -121,9 +124,7 @@ def _file(
 ) -> Converted:
     if found.is_torch:
         work = convert_torch_file(found.main, goal, asked, full_pickle=full_pickle)
-        return Converted(
-            (goal,), tuple(work.weights), tuple(work.spectral), tuple(work.kept_spectral)
-        )
+        return _summary([goal], work)
     with File(found.main) as file:
         stream = Stream([file], asked)
         stream.write(file, goal, progress)
@@ -137,6 +138,7 @@ def _folder(
     full_pickle: bool,
     in_place: bool,
     progress: Progress | None,
+    check: bool,
 ) -> Converted:
     folder = found.main.parent
     if in_place or is_same(folder, goal):
@@ -148,6 +150,8 @@ def _folder(
             done = _file(found, made / found.main.name, asked, full_pickle, progress)
         else:
             done = _shards(found, made, asked, progress)
+        if asked.to == "plain" and check:
+            _refuse_unrecorded(found, done)
     return replace(done, files=tuple(goal / path.name for path in (*written, *done.files)))
 
 
@@ -185,29 +189,23 @@ def _compare(file: File, found: Source) -> None:
         )
 
 
-def _summary(files: list[Path], stream: Stream) -> Converted:
+def _summary(files: list[Path], work: Stream | Conversion) -> Converted:
     return Converted(
         tuple(files),
-        tuple(stream.weights),
-        tuple(stream.spectral),
-        tuple(stream.kept_spectral),
-        tuple(stream.kept),
+        tuple(work.weights),
+        tuple(work.spectral),
+        tuple(work.kept_spectral),
+        tuple(work.kept),
     )
 
 
-def _built_in(found: Source, asked: Request) -> frozenset[str]:
-    """The weights that a transformers class norms by itself, whatever its checkpoint holds."""
-    config: Any = found.config
-    if asked.to != "plain" or not config or not config.get("architectures"):
-        return frozenset()
-    try:
-        from wn_surgery.huggingface.folders import built_in_keys
-    except ModuleNotFoundError as error:
-        warnings.warn(
-            f"{str(found.path)!r} is a transformers model, and {error.name} is not installed: if "
-            f"{config['architectures'][0]} puts weight norm on itself, it will not find its g and "
-            "v in the new folder",
-            stacklevel=4,
+def _refuse_unrecorded(found: Source, done: Converted) -> None:
+    """Raise where a transformers class may put the weight norm on that was stripped."""
+    unknown = [weight for weight in done.weights if weight not in found.known]
+    if unknown and (found.config or {}).get("architectures"):
+        raise CheckpointError(
+            f"{str(found.path)!r} is a transformers model, and its config does not say who put "
+            f"weight norm on {unknown[0]!r}. If its class does, it has no place for a plain one: "
+            "give keep=wn_surgery.huggingface.built_in_keys(folder), or keep=() to strip it all "
+            "the same (on the command line: install transformers, or --all)"
         )
-        return frozenset()
-    return built_in_keys(found.path)

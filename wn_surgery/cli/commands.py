@@ -43,6 +43,10 @@ InPlace = Annotated[
 Keep = Annotated[
     bool, typer.Option("--keep-orphans", help="Carry a g without its v over, and a v without g.")
 ]
+All = Annotated[
+    bool,
+    typer.Option("--all", help="Strip what the class of a transformers model puts on itself, too."),
+]
 NonFinite = Annotated[
     bool, typer.Option("--keep-non-finite", help="Write weights that hold NaN or infinities.")
 ]
@@ -110,6 +114,7 @@ def doctor(
 def strip(
     source: Source,
     target: Target,
+    everything: All = False,
     also: Annotated[
         list[Norm] | None, typer.Option(help="Another norm to strip.", show_default=False)
     ] = None,
@@ -127,6 +132,7 @@ def strip(
         "plain",
         as_json,
         also=["spectral_norm" for _ in also or ()],
+        keep=() if everything else _kept(source),
         dim=axes(dim),
         orphans="keep" if keep_orphans else "error",
         non_finite="keep" if keep_non_finite else "error",
@@ -153,6 +159,7 @@ def convert(
         target,
         to.value,
         as_json,
+        keep=_kept(source) if to is Form.plain else None,
         dim=axes(dim),
         orphans="keep" if keep_orphans else "error",
         non_finite="keep" if keep_non_finite else "error",
@@ -253,6 +260,17 @@ def _rules(text: str) -> RulesLike:
     except ValueError as error:
         raise RuleError(f"RULES {text!r} is not JSON: {error}") from None
     return rules
+
+
+def _kept(source: Path) -> frozenset[str] | None:
+    """The weights that the class of a model norms by itself; None where that cannot be told."""
+    if not (find(source).config or {}).get("architectures"):
+        return None
+    try:
+        from wn_surgery.huggingface import built_in_keys
+    except ModuleNotFoundError:
+        return None
+    return built_in_keys(source)
 
 
 def _convert(source: Path, target: Path, to: Layout, as_json: bool, **options: Any) -> None:

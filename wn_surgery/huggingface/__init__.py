@@ -6,6 +6,7 @@ speaks of.
 
 from .adapters import merge_adapter, merge_and_unload
 from .config import WeightNormConfig
+from .folders import apply_folder, built_in_keys, model_on_meta
 from .patching import patch_model, repair, unpatch_model
 from .presets import rules_for
 from .reload import register
@@ -13,8 +14,11 @@ from .saving import save_pretrained
 
 __all__ = [
     "WeightNormConfig",
+    "apply_folder",
+    "built_in_keys",
     "merge_adapter",
     "merge_and_unload",
+    "model_on_meta",
     "patch_model",
     "repair",
     "rules_for",
