@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 OPTIONAL = [
     "accelerate",
     "hypothesis",
+    "jsonargparse",
     "lightning",
     "matplotlib",
     "numpy",
@@ -22,6 +25,7 @@ OPTIONAL = [
     "rich",
     "safetensors",
     "sklearn",
+    "tensorboard",
     "transformers",
     "triton",
     "typer",
@@ -43,9 +47,10 @@ warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
 """
 
 WORK = """
-import copy, pickle
+import copy, pathlib, pickle, tempfile
 import torch, wn_surgery as wn
 from torch import nn
+from wn_surgery.checkpoints import header
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Conv1d(4, 2, 1))
@@ -73,6 +78,20 @@ wn.migrate(model, to="legacy")
 assert torch.equal(model(x), out)
 assert len(wn.remove(model).changed) == 2
 assert torch.equal(model(x), out)
+wn.initialize_from_batch(wn.apply(model, "convolutions") and model, x)
+print(wn.statistics(model))
+assert torch.equal(wn.export.stripped_copy(model)(x), model(x))
+with tempfile.TemporaryDirectory() as folder:
+    old, new = f"{folder}/a.pt", f"{folder}/b.pt"
+    torch.save({"net": model.state_dict()}, old)
+    wn.checkpoints.convert_file(old, new)
+    assert len(wn.checkpoints.inspect(old).tensors) == 2
+    assert wn.checkpoints.compare(old, new).equal()
+    lines = {"a.weight_g": ("F32", (1, 1), 4), "a.weight_v": ("F32", (1, 2), 8)}
+    numbers = torch.tensor([10.0, 3.0, 4.0]).view(torch.uint8).tolist()
+    old, new = f"{folder}/a.safetensors", f"{folder}/b.safetensors"
+    pathlib.Path(old).write_bytes(header.written(lines, None) + bytes(numbers))
+    assert wn.checkpoints.convert_file(old, new).weights == ("a.weight",)
 found = sorted({name.partition(".")[0] for name in sys.modules} & BLOCKED)
 assert not found, found
 """
@@ -146,3 +165,35 @@ except ModuleNotFoundError as error:
 """
     )
     assert "pip install 'wn-surgery[lightning]'" in out
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_the_command_line_names_its_extra(missing: str) -> None:
+    out = python(
+        f"BLOCKED = {{{missing!r}}}\n"
+        + BLOCK
+        + """
+from wn_surgery.cli import main
+try:
+    main()
+except SystemExit as error:
+    print(error.code)
+"""
+    )
+    assert out == f"the command line needs {missing}: pip install 'wn-surgery[cli]'\n"
+
+
+def test_plans_without_transformers_name_the_extra() -> None:
+    out = python(
+        'BLOCKED = {"transformers"}\n'
+        + BLOCK
+        + """
+from wn_surgery.cli import main
+sys.argv = ["wn-surgery", "plan", ".", "linears", "--json"]
+try:
+    main()
+except SystemExit as error:
+    assert error.code == 3
+"""
+    )
+    assert "pip install 'wn-surgery[transformers]'" in out
