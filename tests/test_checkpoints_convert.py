@@ -238,7 +238,8 @@ def test_a_record_of_another_checkpoint() -> None:
 def test_optimizer_states_by_name() -> None:
     state = normed(0, "legacy").state_dict()
     moments = {
-        key: {"step": torch.tensor(3.0), "exp_avg": torch.ones_like(value)}
+        # As Adafactor's, of no parameter's shape.
+        key: {"step": torch.tensor(3.0), "exp_avg_sq_row": torch.ones(len(value), 5)}
         for key, value in state.items()
     }
     groups = [{"lr": 0.1, "params": list(state), "param_names": list(state)}]

@@ -100,6 +100,17 @@ def test_strip_convert_diff_and_apply(run: Run, file: Path) -> None:
     assert same(load_file(file), load_file("b.safetensors"))
 
 
+@pytest.mark.usefixtures("file")
+def test_the_page_shows_what_is_printed(run: Run) -> None:
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    session = page.partition("```console\n")[2].partition("```")[0]
+    _, *commands = session.split("$ wn-surgery ")
+    assert len(commands) == 4
+    for text in commands:
+        line, _, expected = text.partition("\n")
+        assert run(*line.split()) == Ran(0, expected, "")
+
+
 def test_diff_tells_by_its_code(run: Run, file: Path) -> None:
     save_file({**tensors(), "steps": torch.tensor([4])}, "b.safetensors")
     ran = run("diff", file, "b.safetensors")
@@ -270,6 +281,7 @@ def test_apply_and_strip_a_folder(run: Run, bert: Path, tmp_path: Path) -> None:
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     before, after = AutoModel.from_pretrained(bert), AutoModel.from_pretrained("plain")
     assert same(before.state_dict(), after.state_dict())
+    assert run("apply", bert, "other", '{"types": "Linear"}', "--rank", 2).code == 2
     ran = run("apply", "normed", "twice", '{"types": "Linear"}')
     assert ran.code == 3 and "already" in ran.err and not (tmp_path / "twice").exists()
 

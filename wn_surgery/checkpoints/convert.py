@@ -168,13 +168,9 @@ class _OneState:
         self.chosen = self._chosen(shapes)
         # {"state": {name: moments}, "param_groups": [...]}: a mapping of the state dicts of names
         self.renames: dict[str, str | None] = {}
-        moments = moments_of(state)
-        for pair in find_pairs(moments, dim=asked.dim, orphans="keep"):
-            new = (None, None) if asked.to == "plain" else keys_for(pair.weight, asked.to)
-            self.renames |= dict(zip((pair.g, pair.v), new, strict=True))
-        inner = state.get("state")
-        if isinstance(inner, Mapping) and "param_groups" in state:
-            for pair in find_pairs(moments_of(inner), dim=asked.dim, orphans="keep"):
+        inner = state.get("state") if "param_groups" in state else None
+        for holder in (state, inner):
+            for pair in moments_of(holder) if isinstance(holder, Mapping) else ():
                 new = (None, None) if asked.to == "plain" else keys_for(pair.weight, asked.to)
                 self.renames |= dict(zip((pair.g, pair.v), new, strict=True))
 

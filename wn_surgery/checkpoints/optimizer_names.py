@@ -7,35 +7,36 @@ from typing import Any
 
 from torch import Tensor
 
-from .pairs import Shape
+from .pairs import Pair, examine
 
 __all__ = ["moments_of", "renamed_lists"]
 
 
-def moments_of(state: Mapping[Any, Any]) -> dict[str, Shape]:
-    """The parameters of which a mapping holds an optimizer's state, and their shapes.
+def moments_of(state: Mapping[Any, Any]) -> list[Pair]:
+    """The pairs whose optimizer state a mapping holds, by names alone.
 
     Args:
         state: perhaps ``{"fc.weight_g": {"exp_avg": ..., "step": ...}, ...}``.
 
     Returns:
-        For each key whose value is a mapping with tensors: the shape of the largest of them,
-        which is a moment and so of the parameter's shape.
+        The pairs of keys whose values are mappings with tensors. Their axes mean nothing: what
+        an optimizer keeps of a tensor need not have its shape.
 
     Example:
         >>> import torch
         >>> from wn_surgery.checkpoints.optimizer_names import moments_of
-        >>> moments_of({"weight": {"step": torch.tensor(3.0), "exp_avg": torch.ones(3, 2)}})
-        {'weight': (3, 2)}
+        >>> moment = {"exp_avg": torch.ones(3)}
+        >>> moments_of({"fc.weight_g": moment, "fc.weight_v": moment, "fc.bias": moment})[0].weight
+        'fc.weight'
     """
-    found: dict[str, Shape] = {}
-    for key, value in state.items():
-        if isinstance(key, str) and isinstance(value, Mapping):
-            tensors = [each for each in value.values() if isinstance(each, Tensor)]
-            if tensors:
-                largest = max(tensors, key=lambda each: (each.numel(), each.ndim))
-                found[key] = tuple(largest.shape)
-    return found
+    names = [
+        key
+        for key, value in state.items()
+        if isinstance(key, str)
+        and isinstance(value, Mapping)
+        and any(isinstance(each, Tensor) for each in value.values())
+    ]
+    return examine(dict.fromkeys(names, ()))[0]
 
 
 def renamed_lists(groups: Any, rename: Callable[[str], str | None]) -> Any:

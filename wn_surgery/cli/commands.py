@@ -192,6 +192,10 @@ def apply(
     that from_pretrained gives it back patched. Its rules may ask for types.
     """
     if find(source).config is not None:
+        if rank or to is not NormedForm.parametrized:
+            raise typer.BadParameter(
+                "--rank and --to are for files: a model has types, and saves g and v as torch does"
+            )
         from wn_surgery.huggingface.folders import apply_folder
 
         report = apply_folder(source, target, _rules(rules))
