@@ -171,10 +171,23 @@ def copy_companions(source: Source, target: Path, plain: bool) -> list[Path]:
             continue
         new = target / path.name
         if path.name == "config.json" and plain and source.patched is not None:
-            config = {k: v for k, v in (source.config or {}).items() if k != "quantization_config"}
+            config = _without_weight_norm(source.config or {})
             new.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             shutil.copymode(path, new)
         else:
             shutil.copy(path, new)
         written.append(new)
     return written
+
+
+def _without_weight_norm(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that asks transformers for nothing of this library."""
+    result = {key: value for key, value in config.items() if key != "quantization_config"}
+    fusions = result.get("fusion_config")
+    if isinstance(fusions, dict):
+        # Where a patched model says what to install; wn_surgery/huggingface/guard.py.
+        kept = {key: value for key, value in fusions.items() if not key.startswith("weight_norm")}
+        result["fusion_config"] = kept
+        if not kept:
+            del result["fusion_config"]
+    return result
