@@ -45,7 +45,8 @@ def replay(records: Iterable[Mapping[str, Any]]) -> list[Rule]:
     Sites with the same options share a rule. Tied parameters stay tied.
 
     Args:
-        records: what :func:`record` returned, or the same read from JSON.
+        records: what :func:`record` returned, or the same read from JSON. ``g_init`` and
+            ``train_g`` are taken from a site that has them, as of a rule.
 
     Returns:
         The rules; none for no records.
@@ -63,11 +64,23 @@ def replay(records: Iterable[Mapping[str, Any]]) -> list[Rule]:
     for site in records:
         path, _, param = site["name"].rpartition(".")
         dim = tuple(site["dim"]) if isinstance(site["dim"], list) else site["dim"]
-        options = (param, dim, site["eps"], site["norm_dtype"])
+        options = (
+            *(param, dim, site["eps"], site["norm_dtype"]),
+            *(site.get("g_init"), site.get("train_g", True)),
+        )
         alike.setdefault(options, []).append(f"re:{re.escape(path)}")
     return [
-        Rule(names=names, params=param, dim=dim, eps=eps, norm_dtype=norm_dtype, tied="together")
-        for (param, dim, eps, norm_dtype), names in alike.items()
+        Rule(
+            names=names,
+            params=param,
+            dim=dim,
+            eps=eps,
+            norm_dtype=norm_dtype,
+            g_init=g_init,
+            train_g=train_g,
+            tied="together",
+        )
+        for (param, dim, eps, norm_dtype, g_init, train_g), names in alike.items()
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,10 +25,11 @@ __all__ = ["built_in", "is_ours", "reading_plain", "save_as_built"]
 
 
 class _Split(ConversionOps):
-    """A weight → its g and v."""
+    """A weight → its g and v; ``g_init`` takes the place of its norm, as in a rule."""
 
-    def __init__(self, norm: WeightNorm) -> None:
+    def __init__(self, norm: WeightNorm, g_init: float | None = None) -> None:
         self.norm = norm
+        self.g_init = g_init
 
     @torch.no_grad()
     def convert(
@@ -40,6 +41,8 @@ class _Split(ConversionOps):
     ) -> dict[str, Any]:
         """One tensor under its name → two under theirs."""
         g, v = self.norm.right_inverse(_only(input_dict.values()))
+        if self.g_init is not None:
+            g = torch.full_like(g, self.g_init)
         return dict(zip(target_patterns, (g, v), strict=True))
 
     @property
@@ -72,10 +75,17 @@ class _Merge(ConversionOps):
         return _Split(self.norm)
 
 
-def reading_plain(model: PreTrainedModel) -> list[Any]:
+def reading_plain(
+    model: PreTrainedModel, sites: Iterable[Mapping[str, Any]] | None = None
+) -> list[Any]:
     """Converters by which a weight-normed model reads a checkpoint of plain weights."""
+    fills = {site["name"]: site.get("g_init") for site in sites or ()}
     return [
-        WeightConverter(f"^{re.escape(key.weight)}$", [key.g, key.v], [_Split(key.site.norm)])
+        WeightConverter(
+            f"^{re.escape(key.weight)}$",
+            [key.g, key.v],
+            [_Split(key.site.norm, fills.get(key.site.name))],
+        )
         for key in keys_of(model)
         if key.site.norm is not None
     ]

@@ -9,17 +9,15 @@ from typing import Any
 from torch import nn
 
 import wn_surgery as wn
-from wn_surgery import records
 from wn_surgery.state_keys import keys_of
 
 from . import ties
-from .adapters import without_adapters
 from .bases import PreTrainedModel
 from .config import WeightNormConfig
 from .conversions import is_ours, save_as_built
-from .presets import rules_for
+from .placing import joined, put
 
-__all__ = ["patch_model", "put_sites", "repair", "unpatch_model"]
+__all__ = ["patch_model", "repair", "unpatch_model"]
 
 
 def patch_model(model: PreTrainedModel, config: WeightNormConfig) -> wn.Report:
@@ -61,58 +59,23 @@ def patch_model(model: PreTrainedModel, config: WeightNormConfig) -> wn.Report:
     _refuse_quantized(model)
     model_type = model.config.model_type
     tied = ties.ties_of(model)
-    if config.sites is not None:
-        if config.model_type not in (None, model_type):
-            raise wn.UnmatchedRuleError(
-                f"the config was made for a {config.model_type} model, this is a {model_type}; "
-                "patch it with WeightNormConfig(rules=[...]) of its own"
-            )
-        report = put_sites(model, config)
-        rules = config.rules
-    else:
-        rules = rules_for(model_type) if config.rules is None else config.rules
-        report = wn.apply(model, without_adapters(model, rules))
+    if config.sites is not None and config.model_type not in (None, model_type):
+        raise wn.UnmatchedRuleError(
+            f"the config was made for a {config.model_type} model, this is a {model_type}; "
+            "patch it with WeightNormConfig(rules=[...]) of its own"
+        )
+    held = getattr(model.config, "quantization_config", None)
+    noted = copy.deepcopy(config)
+    report = put(model, noted)
     ties.follow(model, tied)
     if (conversions := getattr(model, "_weight_conversions", None)) is not None:
         # Left by a checkpoint or by unpatch_model(): saving would undo what has just been done.
         kept: Any = [each for each in conversions if not is_ours(each)]
         model._weight_conversions = kept
-    noted = copy.deepcopy(config)
-    noted.rules, noted.model_type, noted.sites = rules, model_type, records.record(model)
+    if isinstance(held, WeightNormConfig):
+        noted.sites = joined(noted.sites, held.sites)
     model.config.quantization_config = noted
     return report
-
-
-def put_sites(model: PreTrainedModel, config: WeightNormConfig) -> wn.Report:
-    """Put weight norm on the sites that a config names, and on no others.
-
-    A body is loaded from the checkpoint of the whole model, and the other way round: then the
-    names differ by the body's prefix, and what belongs to a head may be lacking.
-
-    Raises:
-        UnmatchedRuleError: the model lacks one of them; nothing has changed.
-    """
-    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    known |= {name for site in wn.sites(model) for name in site.names}
-    body = f"{model.base_model_prefix}."
-    found: list[dict[str, Any]] = []
-    lacking: list[str] = []
-    for site in config.sites or ():
-        name = site["name"]
-        spellings = [name, name.removeprefix(body), f"{body}{name}"]
-        here = next((each for each in spellings if each in known), None)
-        if here is not None:
-            found.append({**site, "name": here})
-        else:
-            lacking.append(name)
-    part = type(model).__name__ not in (getattr(model.config, "architectures", None) or ())
-    if lacking and not (part and found):
-        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-        raise wn.UnmatchedRuleError(
-            f"the weight-norm config names {lacking[0]}{more}, which {type(model).__name__} does "
-            "not have; it is of another model, or of another release of transformers"
-        )
-    return wn.apply(model, records.replay(found))
 
 
 def unpatch_model(model: nn.Module, *, optimizers: Any = ()) -> wn.Report:

@@ -10,9 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import wn_surgery as wn
-from wn_surgery import records
-
 from . import ties
 from .bases import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -22,8 +19,8 @@ from .bases import (
 )
 from .config import METHOD, WeightNormConfig
 from .conversions import is_ours, reading_plain
-from .patching import put_sites
-from .presets import rules_for
+from .missing import draw_missing, forget_missing
+from .placing import freeze, put
 
 __all__ = ["WeightNormQuantizer", "register"]
 
@@ -45,23 +42,19 @@ class WeightNormQuantizer(HfQuantizer):
         Raises:
             WeightNormError: the config does not fit the model.
         """
-        config = self.quantization_config
         tied = ties.ties_of(model)
-        if config.sites is not None:
-            put_sites(model, config)
-        else:
-            rules = config.rules or rules_for(model.config.model_type)
-            wn.apply(model, rules)
-            config.rules = rules
-        config.sites, config.model_type = records.record(model), model.config.model_type
+        put(model, self.quantization_config)
         ties.follow(model, tied)
+        draw_missing(model, self.quantization_config)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Let plain weights be read, too; transformers itself reads weight_g and weight_v."""
-        return weight_conversions + reading_plain(model)
+        return weight_conversions + reading_plain(model, self.quantization_config.sites)
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> Any:  # noqa: ARG002
         """Leave a model that is not quantized, with the config that says where weight norm is."""
+        forget_missing(model)
+        freeze(model, self.quantization_config)
         model.config.quantization_config = self.quantization_config
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is not None:

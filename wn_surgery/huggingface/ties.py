@@ -9,6 +9,7 @@ from torch import nn
 
 import wn_surgery as wn
 from wn_surgery import records
+from wn_surgery.sites import Site
 from wn_surgery.state_keys import keys_of
 
 from .bases import PreTrainedModel
@@ -73,7 +74,12 @@ def _resize(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     ties = ties_of(model)
     embeddings = _embeddings(model)
     paths = {path for path, module in model.named_modules() if module in embeddings}
-    own = [s for s in records.record(model) if s["name"].rpartition(".")[0] in paths]
+    frozen = {site.name for site in wn.sites(model) if _is_g_frozen(site)}
+    own = [
+        {**site, "train_g": site["name"] not in frozen}
+        for site in records.record(model)
+        if site["name"].rpartition(".")[0] in paths
+    ]
     # remove() takes rules that apply for rules that remove.
     wn.remove(model, records.replay(own))
     unfollow(model)
@@ -82,6 +88,13 @@ def _resize(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     finally:
         wn.apply(model, records.replay(own))
         follow(model, ties)
+
+
+def _is_g_frozen(site: Site) -> bool:
+    held = site.held
+    if held is None or held.g is None or held.v is None:
+        return False
+    return held.v.requires_grad and not held.g.requires_grad
 
 
 def _embeddings(model: PreTrainedModel) -> list[nn.Module]:
