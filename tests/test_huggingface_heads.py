@@ -13,7 +13,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import wn_surgery as wn
-from wn_surgery.huggingface import WeightNormConfig, patch_model, save_pretrained
+from wn_surgery.huggingface import WeightNormConfig, patch_model, rules_for, save_pretrained
 
 PIXELS = torch.linspace(-1, 1, 192).reshape(1, 3, 8, 8)
 SIZES: dict[str, Any] = {
@@ -25,7 +25,7 @@ SIZES: dict[str, Any] = {
     "image_size": 8,
     "patch_size": 4,
 }
-RULE = {"names": "classifier", "dim": 0, "g_init": 1.0, "train_g": False}
+RULE = "dino-head"
 
 
 def vit() -> Any:
@@ -143,3 +143,12 @@ def test_resizing_keeps_a_frozen_g_frozen() -> None:
         parts: nn.Module = module.parametrizations.weight
         assert parts.original0.shape == (40, 1) and not parts.original0.requires_grad
         assert parts.original1.requires_grad
+
+
+@CLASSIFIERS
+def test_the_rules_of_the_blocks_and_the_head(build: Callable[[], Any]) -> None:
+    model = build()
+    rules = [*rules_for(model.config.model_type), "dino-head"]
+    report = patch_model(model, WeightNormConfig(rules))
+    assert len(report.changed) == 7 and report.changed[-1] == "classifier.weight"
+    assert_unit(model)

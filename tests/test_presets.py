@@ -151,7 +151,21 @@ def test_dino_head() -> None:
     assert matched("dino-head", Block(backbone=nn.Linear(2, 2), head=head)) == ["head.last_layer"]
     assert matched("dino-head", head) == ["last_layer"]
     (rule,) = preset("dino-head")
-    assert rule == Rule(names="**.last_layer", types="torch.nn.Linear", g_init=1.0, train_g=False)
+    assert rule == Rule(
+        names=["**.last_layer", "**.classifier"],
+        types="torch.nn.Linear",
+        g_init=1.0,
+        train_g=False,
+    )
+
+
+def test_dino_head_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    for family in ("ViT", "Dinov2"):
+        config = getattr(transformers, f"{family}Config")(num_hidden_layers=1)
+        with torch.device("meta"):
+            model = getattr(transformers, f"{family}ForImageClassification")(config)
+        assert matched("dino-head", model) == ["classifier"]
 
 
 def test_tcn() -> None:

@@ -105,9 +105,10 @@ _ALL = (
         "dino-head",
         source="Caron et al. 2021, arXiv:2104.14294; facebookresearch/dino, "
         "vision_transformer.py, DINOHead",
-        summary="The last layer of the head: g is filled with 1 and frozen "
-        "(norm_last_layer=True, DINO's default).",
-        names="**.last_layer",
+        summary="The last layer of DINO's head, or the classifier of an image model of "
+        "transformers (ViT, DINOv2): g is filled with 1 and frozen (norm_last_layer=True, DINO's "
+        "default).",
+        names=["**.last_layer", "**.classifier"],
         types="torch.nn.Linear",
         g_init=1.0,
         train_g=False,

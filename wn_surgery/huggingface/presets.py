@@ -48,7 +48,8 @@ def rules_for(model_type: str) -> tuple[Rule, ...]:
 
     For decoders every attention and MLP projection, for encoders the linear layers of their
     blocks, for vocoders and codecs every convolution, for wav2vec2 and its kin the positional
-    convolution. Embeddings and heads are left as they are.
+    convolution. Embeddings and heads are left as they are; for a classifier of ViT or DINOv2 there
+    is the preset ``"dino-head"``.
 
     Args:
         model_type: as transformers names it.
