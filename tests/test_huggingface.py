@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,6 @@ from wn_surgery.huggingface import (
     save_pretrained,
     unpatch_model,
 )
-from wn_surgery.huggingface.config import METHOD
 
 TOKENS = torch.arange(8)[None]
 DECODER: dict[str, Any] = {
@@ -435,18 +432,6 @@ def test_presets_match_their_models(model_type: str) -> None:
 
 
 # Bad input ----------------------------------------------------------------------------------
-
-
-def test_without_the_import_transformers_says_what_to_install(tmp_path: Path) -> None:
-    model, _, config = build("llama")
-    patch_model(model, config)
-    model.save_pretrained(tmp_path)
-    code = (
-        f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert f"Unknown quantization type, got {METHOD}" in done.stderr
-    assert "pip install wn-surgery" in METHOD and "import wn_surgery.huggingface" in METHOD
 
 
 def test_a_config_that_does_not_fit_changes_nothing() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from typing import Any
+
 try:
     from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -19,10 +22,20 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
+FUSIONS: dict[str, Any] = {}
+Fusion: Any = object
+# An early transformers 5 does not look at a config's fusions.
+with suppress(ImportError):
+    from transformers import fusion_mapping
+
+    FUSIONS, Fusion = fusion_mapping._FUSION_REGISTRY, fusion_mapping.ModuleFusionSpec
+
 __all__ = [
     "AUTO_QUANTIZATION_CONFIG_MAPPING",
     "AUTO_QUANTIZER_MAPPING",
+    "FUSIONS",
     "ConversionOps",
+    "Fusion",
     "HfQuantizer",
     "PreTrainedModel",
     "PrefixChange",

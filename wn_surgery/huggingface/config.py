@@ -18,7 +18,7 @@ __all__ = ["FILE", "METHOD", "WeightNormConfig"]
 VERSION = 1
 FILE = "weight_norm_config.json"
 # What transformers prints where this library has not been imported ("Unknown quantization type,
-# got ..."), so it says what to do. It is the only text of a config that it shows.
+# got ...", and in guard.py "Unknown fusion type: ..."), so it says what to do.
 METHOD = "weight_norm (pip install wn-surgery, and import wn_surgery.huggingface before loading)"
 
 _KNOWN = ("quant_method", "version", "rules", "sites", "model_type")

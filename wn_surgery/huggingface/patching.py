@@ -15,6 +15,7 @@ from . import ties
 from .bases import PreTrainedModel
 from .config import WeightNormConfig
 from .conversions import is_ours, save_as_built
+from .guard import guard, unguard
 from .placing import joined, put
 
 __all__ = ["patch_model", "repair", "unpatch_model"]
@@ -75,6 +76,7 @@ def patch_model(model: PreTrainedModel, config: WeightNormConfig) -> wn.Report:
     if isinstance(held, WeightNormConfig):
         noted.sites = joined(noted.sites, held.sites)
     model.config.quantization_config = noted
+    guard(model.config)
     return report
 
 
@@ -111,6 +113,7 @@ def unpatch_model(model: nn.Module, *, optimizers: Any = ()) -> wn.Report:
         ties.unfollow(model)
         if isinstance(getattr(model.config, "quantization_config", None), WeightNormConfig):
             vars(model.config).pop("quantization_config")
+            unguard(model.config)
     return report
 
 

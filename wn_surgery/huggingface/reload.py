@@ -19,6 +19,7 @@ from .bases import (
 )
 from .config import METHOD, WeightNormConfig
 from .conversions import is_ours, reading_plain
+from .guard import guard, register_guard
 from .missing import draw_missing, forget_missing
 from .placing import freeze, put
 
@@ -56,6 +57,7 @@ class WeightNormQuantizer(HfQuantizer):
         forget_missing(model)
         freeze(model, self.quantization_config)
         model.config.quantization_config = self.quantization_config
+        guard(model.config)
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is not None:
             # Saving reverts what loading converted; g and v are to stay.
@@ -79,3 +81,4 @@ def register() -> None:
     for name in (METHOD, "weight_norm"):
         AUTO_QUANTIZER_MAPPING[name] = WeightNormQuantizer
         AUTO_QUANTIZATION_CONFIG_MAPPING[name] = WeightNormConfig
+    register_guard()

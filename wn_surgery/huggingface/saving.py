@@ -9,6 +9,7 @@ from wn_surgery.state_keys import plain_state_dict
 
 from .bases import PreTrainedModel
 from .config import WeightNormConfig
+from .guard import guard, unguard
 
 __all__ = ["save_pretrained"]
 
@@ -57,8 +58,10 @@ def save_pretrained(
     state = plain_state_dict(model, maker="wn_surgery")
     if ours:
         vars(model.config).pop("quantization_config")
+        unguard(model.config)
     try:
         model.save_pretrained(folder, state_dict=state, **kwargs)
     finally:
         if ours:
             model.config.quantization_config = held
+            guard(model.config)
