@@ -134,6 +134,21 @@ def test_a_program_is_exported(tmp_path: Path) -> None:
     assert len(normed(module)) == 2
 
 
+class Remembering(Exportable):
+    def loss(self, batch: list[torch.Tensor]) -> torch.Tensor:
+        self.last = super().loss(batch)  # with its graph, which copy.deepcopy refuses
+        return self.last
+
+
+def test_a_module_that_keeps_its_loss_is_exported(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt2"
+    module = Remembering()
+    trainer(WeightNorm(RULES, export_to=path)).fit(module, loader())
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(torch.export.load(path).module()(x), module(x))
+    assert not module.last.is_leaf and len(normed(module)) == 2
+
+
 def test_onnx_is_exported(tmp_path: Path) -> None:
     import onnx
     import onnxruntime

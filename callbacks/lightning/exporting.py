@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 import wn_surgery as wn
+from wn_surgery.export import stripped_copy
 from wn_surgery.state_keys import plain_state_dict
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def export(pl_module: LightningModule, path: Path) -> None:
 
     Raises:
         wn_surgery.CallbackError: a program, and the module has no ``example_input_array``.
+        wn_surgery.ExportError: a program, and something in the module cannot be copied.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
@@ -68,8 +69,7 @@ def _write_weights(state: dict[str, Any], path: Path) -> None:
 
 def _write_program(pl_module: LightningModule, path: Path) -> None:
     check(pl_module, path)
-    plain = copy.deepcopy(pl_module).eval()
-    wn.remove(plain)
+    plain = stripped_copy(pl_module).eval()
     inputs: Any = plain.example_input_array
     args = inputs if isinstance(inputs, tuple) else (inputs,)
     if path.suffix == ".pt2":
