@@ -121,6 +121,12 @@ def test_legacy_modules_cannot_be_deep_copied() -> None:
     layer = legacy(linear())
     with pytest.raises(RuntimeError, match="graph leaves"):
         copy.deepcopy(layer)
+    with torch.no_grad():
+        layer(torch.randn(2, 3))
+    copy.deepcopy(layer)  # what this forward has left has no graph
+    layer(torch.randn(2, 3))
+    with pytest.raises(RuntimeError, match="graph leaves"):
+        copy.deepcopy(layer)
     copy.deepcopy(parametrized(linear()))
 
     for layer in (ours(linear()), legacy(linear())):
@@ -159,6 +165,8 @@ def test_stripping_a_copy_breaks_the_original() -> None:
 def test_the_legacy_remover_does_not_know_the_parametrization() -> None:
     with pytest.raises(ValueError, match="weight_norm of 'weight' not found"):
         remove_weight_norm(parametrized(linear()))
+    with pytest.raises(ValueError, match="does not have a parametrization"):
+        parametrize.remove_parametrizations(legacy(linear()), "weight")
 
     for make in EVERY:
         layer = make(linear())
