@@ -31,6 +31,8 @@ Progress = Callable[[int], object]
 
 CHUNK = 1 << 21
 """Bytes of rows that are folded at a time."""
+WRITEBACK = 1 << 25
+"""Bytes after which the disk begins with them."""
 
 Maker = Callable[[io.FileIO], None]
 
@@ -146,9 +148,13 @@ class Stream:
         plan = self._plans[file]
         head = {line.key: (line.dtype, line.shape, line.size) for line in plan}
         _write(out, memoryview(written(head, file.header.metadata)))
+        waiting = 0
         for line in plan:
             line.write(out)
-            start_writeback(out)
+            waiting += line.size
+            if waiting >= WRITEBACK:
+                waiting = 0
+                start_writeback(out)
             if progress is not None:
                 progress(line.size)
 

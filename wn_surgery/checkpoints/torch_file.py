@@ -11,7 +11,7 @@ import tempfile
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ from .safetensors_file import unreadable
 __all__ = ["SUFFIXES", "convert_torch_file", "load"]
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
-_TRIM = 1 << 24
+_BLOCK = 1 << 25
+_ALIGNED = 64
 # As torch's weights_only unpickler names what it refuses.
 _GLOBAL = re.compile(r"nsupported (?:global: )?GLOBAL ([\w.]+)")
 
@@ -94,36 +95,42 @@ def convert_torch_file(
     content = load(source, full_pickle=full_pickle)
     with atomic(target, like=source) as out:
         # New weights wait in files that have no name, and so never pile up in memory.
-        work = converted(content, asked, _Parking(target.parent))
+        work = converted(content, asked, _Parking(target.parent, source.stat().st_size))
         torch.save(work.result, out)
     return work
 
 
 class _Parking:
-    """Keeps tensors in the pages of files that have no name."""
+    """Keeps tensors in the pages of files that have no name, many to a file."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, most: int) -> None:
         self._folder = folder
-        self._since = 0
+        self._size = min(_BLOCK, most)
+        self._block: Any = None  # an UntypedStorage, whose slices torch types as something else
+        self._used = 0
 
     def __call__(self, tensor: Tensor) -> Tensor:
         if not tensor.nbytes:
             return tensor
+        if self._block is None or self._used + tensor.nbytes > self._block.nbytes():
+            self._block, self._used = self._mapped(max(self._size, tensor.nbytes)), 0
+            _give_back()
+        # A storage of its own, or torch.save would write the whole block for each.
+        storage = self._block[self._used : self._used + tensor.nbytes]
+        self._used += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+        parked: Any = torch.empty(0, dtype=tensor.dtype)  # set_ has more forms than are typed
+        parked.set_(storage, 0, tensor.shape).copy_(tensor)
+        return cast(Tensor, parked)
+
+    def _mapped(self, size: int) -> Any:
         with tempfile.NamedTemporaryFile(dir=self._folder, prefix=PREFIX, suffix=SUFFIX) as file:
             if sys.platform == "linux":
                 # Touching a page that a full disk has no room for would end the process.
-                os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
+                os.posix_fallocate(file.fileno(), 0, size)
             else:
-                file.write(bytes(tensor.nbytes))
+                file.write(bytes(size))
                 file.flush()
-            parked = torch.from_file(
-                file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype
-            ).view(tensor.shape)
-        self._since += tensor.nbytes
-        if self._since > _TRIM:
-            self._since = 0
-            _give_back()
-        return parked.copy_(tensor)
+            return torch.UntypedStorage.from_file(file.name, shared=True, nbytes=size)
 
 
 def _give_back() -> None:
