@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -258,10 +259,68 @@ def test_optimizer_states_by_name() -> None:
     assert saved["optimizer"]["param_groups"][0]["params"] == list(state)  # type: ignore[index]
 
 
-def test_integers_are_no_weights() -> None:
-    state: dict[str, Tensor] = {
-        "weight_g": torch.ones(2, 1, dtype=torch.int8),
-        "weight_v": torch.ones(2, 2, dtype=torch.int8),
+QUANTIZED = "ignore:torch.quantize_per_tensor:UserWarning"
+
+
+@pytest.mark.filterwarnings(QUANTIZED)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda g, v: (g.to(torch.int8), v.to(torch.int8)), "expected floating-point"),
+        (lambda g, v: (g, v.to(torch.float8_e4m3fn)), "16 bits or more"),
+        (lambda g, v: (g.to(torch.complex64), v), "expected floating-point"),
+        (lambda g, v: (g, torch.quantize_per_tensor(v, 0.1, 0, torch.qint8)), "was the checkpoint"),
+        (lambda g, v: (g, v.to_sparse()), "expected dense tensors"),
+    ],
+)
+def test_what_is_no_weight(change: Any, message: str, tmp_path: Path) -> None:
+    g, v = change(torch.ones(2, 1), torch.ones(2, 2))
+    with pytest.raises(wn.CheckpointError, match=message):
+        convert({"weight_g": g, "weight_v": v})
+    torch.save({"weight_g": g, "weight_v": v}, tmp_path / "a.pt")
+    (finding,) = wn.checkpoints.inspect(tmp_path / "a.pt").findings
+    assert (finding.severity, finding.kind) == ("error", "dtype")
+
+
+def test_tensors_without_numbers() -> None:
+    state = normed(0, "legacy").to("meta").state_dict()
+    plain = convert(state)
+    assert plain["0.weight"].is_meta and plain["0.weight"].shape == (8, 6, 3)
+
+
+@pytest.mark.filterwarnings(QUANTIZED)
+def test_tensors_of_every_kind_are_carried_over() -> None:
+    state = {
+        "sparse": torch.eye(3).to_sparse(),
+        "quantized": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+        "eight": torch.ones(2).to(torch.float8_e4m3fn),
+        1: torch.ones(2),
+        ("a", None): torch.ones(2, 2),
+        "a.weight_g": torch.ones(2, 1),
+        "a.weight_v": torch.randn(2, 3).t().contiguous().t(),
     }
-    with pytest.raises(wn.CheckpointError, match="expected floating-point"):
-        convert(state)
+    plain = convert(state)
+    assert list(plain) == [*list(state)[:5], "a.weight"]
+    assert all(plain[key] is state[key] for key in list(state)[:5])
+
+
+class Both(NamedTuple):
+    net: dict[str, Tensor]
+    step: int
+
+
+def test_sequences_keep_their_classes() -> None:
+    state = normed(0, "legacy").state_dict()
+    size = torch.Size([2, 3])
+    plain = convert({"both": Both(state, 3), "size": size, "list": [state, 1], "pair": (state, 2)})
+    assert type(plain["both"]) is Both and "0.weight" in plain["both"].net
+    assert plain["size"] is size
+    assert "0.weight" in plain["list"][0] and "0.weight" in plain["pair"][0]
+
+
+def test_a_module_in_a_checkpoint_is_not_passed_over(tmp_path: Path) -> None:
+    torch.save({"net": normed(0, "parametrized")}, tmp_path / "a.pt")
+    with pytest.raises(wn.CheckpointError, match="holds a weight-normed Sequential itself"):
+        wn.checkpoints.convert_file(tmp_path / "a.pt", tmp_path / "b.pt", full_pickle=True)
+    torch.save({"loss": nn.Linear(2, 2)}, tmp_path / "a.pt")
+    wn.checkpoints.convert_file(tmp_path / "a.pt", tmp_path / "b.pt", full_pickle=True)

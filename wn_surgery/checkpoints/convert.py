@@ -8,14 +8,15 @@ from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapp
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wn_surgery.errors import CheckpointError, UnmatchedRuleError
 from wn_surgery.norm import g_shape
 from wn_surgery.rules import RulesLike
+from wn_surgery.sites import sites
 
 from .contents import bound, shapes_of
-from .folding import fold, magnitude_of, refuse_non_finite
+from .folding import computable, fold, magnitude_of, refuse_non_finite
 from .optimizer_names import moments_of, renamed_lists
 from .pairs import Axes, Options, Pair, Shape, find_pairs, keys_for
 from .recorded import KEY, is_record, options_of, unpacked
@@ -120,8 +121,15 @@ class Conversion:
         bound(depth)
         if isinstance(value, Mapping):
             return self._mapping(value, known, depth)
-        if type(value) in (list, tuple):
-            return type(value)(self.walk(child, known, depth + 1) for child in value)
+        if isinstance(value, (list, tuple)):
+            children = [self.walk(child, known, depth + 1) for child in value]
+            changed = any(new is not old for new, old in zip(children, value, strict=True))
+            return _like(value, children) if changed else value
+        if isinstance(value, nn.Module) and any(site.normed for site in sites(value)):
+            raise CheckpointError(
+                f"the checkpoint holds a weight-normed {type(value).__name__} itself, not its "
+                "state dict: load it, call wn_surgery.remove on it, and save it again"
+            )
         return value
 
     def _mapping(self, state: Mapping[Any, Any], known: Mapping[str, Options], depth: int) -> Any:
@@ -184,7 +192,8 @@ class _OneState:
             if key not in self.pairs
             and key not in self.spectral
             and ".parametrizations." not in f".{key}"
-            and (self.state[key].is_floating_point() or self.state[key].is_complex())
+            and self.state[key].layout is torch.strided
+            and computable(self.state[key].dtype, complex_too=True)
         }
         return select(free, asked.rules, asked.ranks)
 
@@ -263,9 +272,16 @@ def _parts(one: Spectral) -> Collection[str]:
     return (one.original, one.u, one.v)
 
 
+def _like(value: Any, children: list[Any]) -> Any:
+    """A list or tuple of the same class, named tuples included."""
+    if hasattr(value, "_fields"):
+        return type(value)(*children)
+    return type(value)(children)
+
+
 def _identity(tensor: Tensor) -> tuple[object, ...]:
     # Views of one storage are made anew at each state_dict(); their place is what they share.
-    if tensor.is_meta or tensor.numel() == 0:
+    if tensor.is_meta or tensor.numel() == 0 or tensor.layout is not torch.strided:
         return (id(tensor),)
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
 

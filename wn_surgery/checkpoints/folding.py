@@ -10,7 +10,7 @@ from wn_surgery.norm import KERNEL_DTYPES, g_shape, magnitude, weight_norm, zero
 
 from .pairs import Options, Pair
 
-__all__ = ["all_finite", "fold", "magnitude_of", "refuse_non_finite"]
+__all__ = ["all_finite", "computable", "fold", "magnitude_of", "refuse_non_finite"]
 
 PART = 1 << 22
 """Elements that are widened at a time: 16 MB in float32."""
@@ -40,8 +40,13 @@ def fold(g: Tensor, v: Tensor, options: Options | None = None) -> Tensor:
     """
     options = options or Options()
     dim = options.dim
-    if not g.is_floating_point() or not (v.is_floating_point() or v.is_complex()):
-        raise CheckpointError(f"g and v are {g.dtype} and {v.dtype}: expected floating-point ones")
+    if not computable(g.dtype, complex_too=False) or not computable(v.dtype, complex_too=True):
+        raise CheckpointError(
+            f"g and v are {g.dtype} and {v.dtype}: expected floating-point ones of 16 bits or "
+            "more; was the checkpoint quantized before its weight norm was stripped?"
+        )
+    if g.layout is not torch.strided or v.layout is not torch.strided:
+        raise CheckpointError(f"g and v are {g.layout} and {v.layout}: expected dense tensors")
     g = g.reshape(g_shape(v.shape, dim))
     real = v.dtype.to_real() if v.dtype.is_complex else v.dtype
     with torch.no_grad():
@@ -55,6 +60,20 @@ def fold(g: Tensor, v: Tensor, options: Options | None = None) -> Tensor:
             return weight_norm(v, g, dim, options.eps)
         wide = torch.float64 if torch.float64 in (real, g.dtype) else torch.float32
         return _rounded_once(g.to(wide), v, options, wide)
+
+
+def computable(dtype: torch.dtype, *, complex_too: bool) -> bool:
+    """Whether g, or v (``complex_too``), may have a dtype.
+
+    8 bits of floating point are storage, with scales elsewhere that this library does not know.
+
+    Example:
+        >>> import torch
+        >>> from wn_surgery.checkpoints.folding import computable
+        >>> computable(torch.bfloat16, complex_too=False), computable(torch.int8, complex_too=True)
+        (True, False)
+    """
+    return (dtype.is_floating_point and dtype.itemsize > 1) or (complex_too and dtype.is_complex)
 
 
 def _rounded_once(g: Tensor, v: Tensor, options: Options, wide: torch.dtype) -> Tensor:
@@ -84,6 +103,8 @@ def all_finite(tensor: Tensor) -> bool:
         >>> all_finite(torch.tensor([3e38, 3e38])), all_finite(torch.tensor([float("nan")]))
         (True, False)
     """
+    if tensor.is_meta:
+        return True  # it has no numbers
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     # In one pass, without a mask: a sum has whatever is not finite in it.
     wide = torch.promote_types(real.dtype, torch.float32)

@@ -16,6 +16,7 @@ from wn_surgery.errors import CheckpointError
 from wn_surgery.norm import norm_except
 from wn_surgery.tables import render
 
+from .folding import computable
 from .pairs import Axes, Pair, examine
 from .reading import State, opened
 from .spectral import axes_of_spectral, find_spectral, spectral_weight
@@ -198,13 +199,19 @@ def _look(state: State, pair: Pair) -> tuple[NormedTensor, list[Finding]]:
     texts = [str(kind).removeprefix("torch.") for kind in kinds]
     row = NormedTensor(name, "weight", pair.layout, texts[1], shape, pair.dim)
     if not all(
-        isinstance(kind, torch.dtype) and (kind.is_floating_point or kind.is_complex)
-        for kind in kinds
+        isinstance(kind, torch.dtype) and computable(kind, complex_too=part == pair.v)
+        for kind, part in zip(kinds, (pair.g, pair.v), strict=True)
     ):
-        message = f"g and v of {name!r} are {' and '.join(texts)}: expected floating-point ones"
+        message = (
+            f"g and v of {name!r} are {' and '.join(texts)}: expected floating-point ones of 16 "
+            "bits or more"
+        )
         return row, [Finding("error", "dtype", name, message)]
     said: list[Finding] = []
     g, v = state.read(pair.g), state.read(pair.v)
+    if g.is_meta or v.is_meta or not (g.layout is v.layout is torch.strided):
+        message = f"g or v of {name!r} holds no numbers, or is not dense: nothing can be said of it"
+        return row, [Finding("error", "dtype", name, message)]
     real = v.dtype.to_real() if v.dtype.is_complex else v.dtype
     if g.dtype != real:
         message = (
@@ -231,8 +238,7 @@ def _look(state: State, pair: Pair) -> tuple[NormedTensor, list[Finding]]:
 def _not_finite(tensor: Tensor) -> int:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-    # Eight bits have no isfinite.
-    return int((~torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor)).sum())
+    return int((~torch.isfinite(tensor)).sum())
 
 
 def _spectral(state: State, dim: Axes) -> tuple[list[NormedTensor], list[Finding]]:

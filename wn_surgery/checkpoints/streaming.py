@@ -16,7 +16,7 @@ from wn_surgery.norm import g_shape
 
 from .atomic import atomic, start_writeback
 from .convert import written_shape
-from .folding import all_finite, fold, magnitude_of, refuse_non_finite
+from .folding import all_finite, computable, fold, magnitude_of, refuse_non_finite
 from .header import BITS, TORCH, name_of, written
 from .pairs import Options, Pair, Shape, find_pairs, keys_for
 from .request import Request, unmatched
@@ -239,11 +239,7 @@ class Stream:
 
 
 def _computable(dtype: str, complex_too: bool) -> bool:
-    found = TORCH.get(dtype)
-    if found is None:
-        return False
-    # 8 bits of floating point are storage: torch has no arithmetic for them.
-    return (found.is_floating_point and found.itemsize > 1) or (complex_too and found.is_complex)
+    return dtype in TORCH and computable(TORCH[dtype], complex_too=complex_too)
 
 
 def _copied(name: str, key: str, file: File) -> _Line:
