@@ -104,6 +104,21 @@ def test_skip_and_untie() -> None:
     assert plan.added == 6 * 4 + 6
 
 
+def test_what_a_tie_skips_may_have_zero_rows() -> None:
+    """As BERT's decoder has, which is tied to embeddings whose padding is zero."""
+
+    def padded() -> Language:
+        model = Language()
+        with torch.no_grad():
+            model.embed.weight[0] = 0
+        return model
+
+    assert wn.apply(padded(), {"types": "Linear", "tied": "skip"}).changed == ("body.weight",)
+    for tied in ("together", "untie"):
+        with pytest.raises(wn.ZeroNormError, match="weight has 1 slice"):
+            wn.apply(padded(), {"names": "head", "tied": tied})
+
+
 def test_untying_one_end_keeps_the_other_in_the_optimizer() -> None:
     model = Language()
     optimizer = torch.optim.Adam(model.parameters())

@@ -114,12 +114,14 @@ def _build(model: nn.Module, rules: tuple[Rule, ...], on_unmatched: OnUnmatched)
         if len(found.winners) > 1:
             made.problems.extend(_conflicts(found, rules))
         _decide(made, found)
+    resolve_ties(made, index)
+    # Behind the ties, for what they skip is divided by nothing: BERT's decoder is tied to
+    # embeddings whose padding is zero.
     made.problems.extend(
         checks.before_division(
             (step.site, step.norm) for step in made.changes if step.norm is not None
         )
     )
-    resolve_ties(made, index)
     _report_unmatched(made, nodes, winning, on_unmatched)
     return made
 

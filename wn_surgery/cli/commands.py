@@ -305,5 +305,5 @@ def _convert(source: Path, target: Path, to: Layout, as_json: bool, **options: A
             f"{done.kept[0]}",
             "yellow",
         )
-    if not (done.weights or done.spectral):
+    if not (done.weights or done.spectral or done.kept):
         print_text("no weight norm was found, so the tensors are the same", "yellow")
