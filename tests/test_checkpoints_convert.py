@@ -309,6 +309,18 @@ class Both(NamedTuple):
     step: int
 
 
+def test_optimizer_states_by_number_are_left_with_a_warning() -> None:
+    model = normed(0, "legacy")
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 6, 9)).sum().backward()
+    optimizer.step()
+    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    with pytest.warns(UserWarning, match="state by number is left as it is"):
+        made = convert(saved, "parametrized")
+    assert made["optimizer"]["state"][0]["exp_avg"] is saved["optimizer"]["state"][0]["exp_avg"]
+    convert(saved)  # torch refuses that for a plain model, and so there is nothing to warn of
+
+
 def test_sequences_keep_their_classes() -> None:
     state = normed(0, "legacy").state_dict()
     size = torch.Size([2, 3])

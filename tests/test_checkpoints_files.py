@@ -331,7 +331,7 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
     # Root may do anything, so that a mode alone would test nothing there.
-    monkeypatch.setattr("tempfile.mkstemp", refused)
+    monkeypatch.setattr("os.open", refused)
     with pytest.raises(wn.CheckpointFileError, match="Permission denied; nothing was changed"):
         convert_file(source, tmp_path / "b.safetensors")
     monkeypatch.setattr(Path, "open", refused)

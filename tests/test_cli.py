@@ -192,6 +192,12 @@ def test_version_and_completion(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
     assert run().out.split() == ["strip"]
 
 
+def test_a_bug_has_a_code_of_its_own(run: Run, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wn.checkpoints, "inspect", lambda *_, **__: 1 / 0)
+    ran = run("inspect", file)
+    assert ran.code == 70 and "ZeroDivisionError" in ran.err
+
+
 def test_colours_and_bars_only_on_a_terminal(file: Path) -> None:
     command = [sys.executable, "-m", "wn_surgery.cli", "strip", str(file), f"{file}.safetensors"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
@@ -217,7 +223,10 @@ def test_an_interrupt_has_its_code_and_leaves_nothing(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys, threading, time, pathlib\n"
         "def interrupt():\n"
-        "    while not list(pathlib.Path().glob('.wn-surgery-*')): time.sleep(0.001)\n"
+        "    def begun():\n"
+        "        found = pathlib.Path().glob('.wn-surgery-*')\n"
+        "        return any(path.stat().st_size > 1_000_000 for path in found)\n"
+        "    while not begun(): time.sleep(0.001)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "threading.Thread(target=interrupt, daemon=True).start()\n"
         "from wn_surgery.cli import main\n"

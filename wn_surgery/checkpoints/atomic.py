@@ -6,10 +6,10 @@ import contextlib
 import ctypes
 import io
 import os
+import secrets
 import shutil
 import stat
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,21 +47,30 @@ def atomic(path: Path, *, like: Path | None = None) -> Iterator[io.FileIO]:
         ...     (Path(folder) / "a").read_text()
         'whole'
     """
-    name: str | None = None
+    made = _hidden(path)
     with _refusing(path):
-        # Not the target's name with an ending: that may be too long, or match `*.safetensors`.
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=PREFIX, suffix=SUFFIX)
         try:
-            with io.FileIO(descriptor, "w") as file:
+            with open(made, "xb", buffering=0, opener=_private) as file:
                 yield file
                 if like is not None:
-                    Path(name).chmod(stat.S_IMODE(like.stat().st_mode))
+                    made.chmod(stat.S_IMODE(like.stat().st_mode))
                 os.fsync(file.fileno())
-            Path(name).replace(path)
+            made.replace(path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            made.unlink(missing_ok=True)
             raise
         _sync(path.parent)
+
+
+def _hidden(path: Path) -> Path:
+    """A free name beside ``path``, known before anything is made that would have to be removed."""
+    # Not the path's name with an ending: that may be too long, or match `*.safetensors`.
+    return path.parent / f"{PREFIX}{secrets.token_hex(16)}{SUFFIX}"
+
+
+def _private(path: str, flags: int) -> int:
+    """Open for nobody else, until the file has the permissions that it is to have."""
+    return os.open(path, flags, 0o600)
 
 
 @contextlib.contextmanager
@@ -82,8 +91,9 @@ def atomic_folder(path: Path, *, like: Path | None = None) -> Iterator[Path]:
     with _refusing(path):
         if path.exists() and (not path.is_dir() or list(path.iterdir())):
             raise CheckpointFileError(f"{str(path)!r} is there already; name a new folder")
-        made = Path(tempfile.mkdtemp(dir=path.parent, prefix=PREFIX, suffix=SUFFIX))
+        made = _hidden(path)
         try:
+            made.mkdir(0o700)
             yield made
             if like is not None:
                 made.chmod(stat.S_IMODE(like.stat().st_mode))

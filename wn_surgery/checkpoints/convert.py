@@ -17,7 +17,7 @@ from wn_surgery.sites import sites
 
 from .contents import bound, shapes_of
 from .folding import computable, fold, magnitude_of, refuse_non_finite
-from .optimizer_names import moments_of, renamed_lists
+from .optimizer_names import is_numbered, moments_of, renamed_lists
 from .pairs import Axes, Options, Pair, Shape, find_pairs, keys_for
 from .recorded import KEY, is_record, options_of, unpacked
 from .request import Also, Choice, Layout, Request, request, unmatched
@@ -90,6 +90,13 @@ def converted(
             f"{work.forgotten[0]!r}: g and v have moments of their own, a weight would need others",
             stacklevel=3,
         )
+    if work.numbered and asked.to != "plain" and work.weights:
+        warnings.warn(
+            "an optimizer's state by number is left as it is: it fits where the parameters of the "
+            "converted model come in the same order, which torch does not check. In modules that "
+            "have weight norm and children of their own they do not",
+            stacklevel=3,
+        )
     return work
 
 
@@ -103,6 +110,7 @@ class Conversion:
         kept_spectral: those of spectral-normed tensors that are as they were.
         kept: those of weight-normed tensors that stay as they are.
         forgotten: the keys of optimizer states that were left out.
+        numbered: whether there is an optimizer's state by number.
     """
 
     def __init__(self, asked: Request, hold: Callable[[Tensor], Tensor]) -> None:
@@ -113,6 +121,7 @@ class Conversion:
         self.kept_spectral: list[str] = []
         self.kept: list[str] = []
         self.forgotten: list[str] = []
+        self.numbered = False
         self._made: dict[tuple[object, ...], Tensor] = {}
         self._alive: list[Tensor] = []
 
@@ -138,6 +147,7 @@ class Conversion:
         if is_record(record):
             inner = {**known, **options_of(record["sites"], repr(KEY))}
             state = unpacked(state, self.asked.to)
+        self.numbered |= is_numbered(state)
         one = _OneState(self, state, known)
         items: list[tuple[Any, Any]] = []
         for key, value in state.items():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .pairs import Pair, examine
 
-__all__ = ["moments_of", "renamed_lists"]
+__all__ = ["is_numbered", "moments_of", "renamed_lists"]
 
 
 def moments_of(state: Mapping[Any, Any]) -> list[Pair]:
@@ -37,6 +37,22 @@ def moments_of(state: Mapping[Any, Any]) -> list[Pair]:
         and any(isinstance(each, Tensor) for each in value.values())
     ]
     return examine(dict.fromkeys(names, ()))[0]
+
+
+def is_numbered(state: Mapping[Any, Any]) -> bool:
+    """Whether a mapping is an optimizer's state dict whose parameters are numbers, as torch's is.
+
+    Example:
+        >>> from wn_surgery.checkpoints.optimizer_names import is_numbered
+        >>> is_numbered({"state": {0: {}}, "param_groups": []}), is_numbered({"state": 3})
+        (True, False)
+    """
+    inner = state.get("state")
+    return (
+        "param_groups" in state
+        and isinstance(inner, Mapping)
+        and any(isinstance(key, int) for key in inner)
+    )
 
 
 def renamed_lists(groups: Any, rename: Callable[[str], str | None]) -> Any:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import traceback
+
 __all__ = ["main"]
+
+BUG = 70
+"""EX_SOFTWARE of sysexits.h."""
 
 
 def main() -> None:
@@ -19,4 +24,9 @@ def main() -> None:
         raise SystemExit(
             f"the command line needs {missing.name}: pip install 'wn-surgery[cli]'"
         ) from missing
-    app()
+    try:
+        app()
+    except Exception:  # noqa: BLE001 - it is shown, and is the exit code
+        # Python's own exit code would be 1, which says that a check has found something.
+        traceback.print_exc()
+        raise SystemExit(BUG) from None
