@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any, cast
 
 import torch
@@ -12,23 +13,29 @@ from torch import Tensor, nn
 
 from . import layouts
 from .errors import FoldedModelError
-from .layouts import Held
-from .module_class import FOLDED, class_for, is_managed
+from .module_class import FOLDED, class_for, computed_names, is_managed
+from .norm import builds_graph
 from .opened import Opened, Pair, Weight, forget, parametrized, restore_class
 from .sites import Site, is_folded, sites_of, walk
+from .slots import NotCopied
 
 __all__ = ["folded", "writable"]
 
 _LOCK = threading.RLock()
+_is_compiling = torch.compiler.is_dynamo_compiling
 
 
 @contextmanager
 def folded(model: nn.Module) -> Generator[None]:
-    """Inside, every weight of ``model`` is computed once and is a plain tensor attribute.
+    """Inside, every weight of ``model`` is computed once, and each read gives that tensor.
 
-    Reading it costs what reading any attribute costs. Use it for validation, generation,
+    Reading it costs less than reading a Parameter. Use it for validation, generation,
     or a recurrent loop. With grad enabled on entry the weights have a graph, and one
     backward inside the context reaches g and v through all uses of the weight.
+
+    A fold belongs to its thread. Another thread, a training loop for example, computes its
+    weights as ever, or has a fold of its own. (``torch.compile`` cannot tell threads apart: call
+    a compiled model and fold it in one thread.)
 
     Weights are those of entry: a change of g or v inside (an optimizer step,
     ``load_state_dict``) is seen after the context only. State dicts, pickles and copies
@@ -36,12 +43,13 @@ def folded(model: nn.Module) -> Generator[None]:
 
     Args:
         model: any module tree; all layouts are folded. Contexts may be nested and may
-            overlap, on one model or on several, in any thread.
+            overlap, on one model or on several, in one thread or in several.
 
     Raises:
         FoldedModelError: a folded weight was assigned or deleted: at once, or for the hook
             of ``torch.nn.utils.weight_norm`` on exit. Nothing has changed then. Also for
-            surgery inside.
+            surgery inside; and for that hook's layout, which has one weight for all
+            threads, where another thread folds or calls the layer.
 
     Example:
         >>> import torch, wn_surgery as wn
@@ -95,34 +103,34 @@ def _fold_of(site: Site) -> _Fold:
         raise FoldedModelError(
             f"{site.name} was given weight norm inside writable(); leave that context first"
         )
-    assert site.held is not None
-    return _Fold(site.module, site.param, site.held)
+    return (_HookFold if site.layout == "legacy" else _ListFold)(site)
 
 
 class _Fold:
     """One weight that is held as a plain tensor while at least one context wants it."""
 
-    def __init__(self, module: nn.Module, param: str, held: Held) -> None:
-        self._module = module
-        self._param = param
-        self._held = held
-        self._values: list[Tensor] = []
-        self._unfold: Callable[[], None] | None = None
+    def __init__(self, site: Site) -> None:
+        assert site.held is not None
+        self._name = site.name
+        self._module = site.module
+        self._param = site.param
+        self._held = site.held
+        self._values: dict[int, list[Tensor]] = {}
 
     def enter(self) -> None:
-        """Compute the weight and put it in place of the property or the hook."""
+        """Compute the weight for this thread and hold it."""
         assert self._held.compute is not None
-        current = self._values[-1] if self._values else None
+        mine = self._values.get(get_ident())
+        current = mine[-1] if mine else None
         # Under no_grad a value with a graph serves too; the other way round it would
         # cut g and v off from their gradients.
         usable = current is not None and (current.requires_grad or not self._wants_graph())
         value = current if usable and current is not None else self._held.compute()
-        if self._unfold is None:
-            fold = _fold_hook if self._held.layout == "legacy" else _fold_class
-            self._unfold = fold(self._module, self._param, value)
+        if not self._values:
+            self._begin()
             FOLDED.setdefault(self._module, {})[self._param] = self
-        self._values.append(value)
-        self._module.__dict__[self._param] = value
+        self._values.setdefault(get_ident(), []).append(value)
+        self._show(value)
 
     def leave(self) -> bool:
         """Drop this context's value; the last one to leave restores the layout.
@@ -130,54 +138,136 @@ class _Fold:
         Returns:
             Whether the weight was still in its place.
         """
-        value = self._values.pop()
-        # A legacy module's class lets an assignment pass; a Parameter goes here.
-        stray = self._module._parameters.pop(self._param, None)
-        in_place = stray is None and self._module.__dict__.get(self._param) is value
+        mine = self._values[get_ident()]
+        in_place = self._is_shown(mine.pop())
+        if not mine:
+            del self._values[get_ident()]
         if self._values:
-            self._module.__dict__[self._param] = self._values[-1]
+            self._show((mine or next(iter(self._values.values())))[-1])
             return in_place
         forget(self._module, self._param)
-        if self._unfold is not None:
-            self._unfold()
-            self._unfold = None
+        self._end()
         return in_place
 
     def _wants_graph(self) -> bool:
         g, v = self._held.g, self._held.v
         assert g is not None and v is not None
-        return torch.is_grad_enabled() and (g.requires_grad or v.requires_grad)
+        return builds_graph() and (g.requires_grad or v.requires_grad)
+
+    def _begin(self) -> None:
+        """Make the module read the value."""
+        raise NotImplementedError
+
+    def _show(self, value: Tensor) -> None:
+        """It is this value now."""
+        raise NotImplementedError
+
+    def _is_shown(self, value: Tensor) -> bool:
+        """Whether nobody has put something else in its place."""
+        raise NotImplementedError
+
+    def _end(self) -> None:
+        """Make the module compute its weight again."""
+        raise NotImplementedError
 
 
-def _fold_class(module: nn.Module, param: str, value: Tensor) -> Callable[[], None]:
-    """Give the module a class without the property, which would hide the tensor."""
-    before, names = type(module), parametrized(module)
-    below = before
-    # torch's class may lie under ours; every class down to the one that computes the
-    # parameter is left, and the others' parameters are computed by the new one.
-    while param in vars(below) or is_managed(below):
-        below = cast("type[nn.Module]", below.__bases__[0])
-    live = {name for name in names if not isinstance(getattr(below, name, None), property)}
-    cls = class_for(below, live - {param})
-    # In this order, another thread that reads the weight finds one at any time.
-    module.__dict__[param] = value
-    object.__setattr__(module, "__class__", cls)
+class _ListFold(_Fold, NotCopied):
+    """A parametrized weight: the module's property asks this before it computes.
 
-    def unfold() -> None:
-        restore_class(module, before, names)
-        module.__dict__.pop(param, None)
+    Each thread has values of its own, for it may want a graph where another wants none.
+    """
 
-    return unfold
+    traced: Tensor | None = None
+
+    def weight(self) -> Tensor | None:
+        """The value of this thread; one that folds nothing computes its weights as ever."""
+        mine = self._values.get(get_ident())
+        return mine[-1] if mine else None
+
+    def _begin(self) -> None:
+        module = self._module
+        self._list = cast(nn.ModuleDict, module._modules["parametrizations"])[self._param]
+        self._list.__dict__["hold"] = self
+        self._class, self._names = type(module), parametrized(module)
+        below = self._class
+        if not (is_managed(below) and self._param in computed_names(below)):
+            # torch's property asks nobody. Its class may lie under ours; every class down to the
+            # one that computes the parameter is left, and the new one computes what they did.
+            while self._param in vars(below) or is_managed(below):
+                below = cast("type[nn.Module]", below.__bases__[0])
+            live = {name for name in self._names if not isinstance(getattr(below, name, None), property)}
+            object.__setattr__(module, "__class__", class_for(below, live))
+
+    def _show(self, value: Tensor) -> None:
+        self.traced = value
+
+    def _is_shown(self, value: Tensor) -> bool:
+        return True  # the module's class refuses to exchange it
+
+    def _end(self) -> None:
+        self._list.__dict__.pop("hold", None)
+        restore_class(self._module, self._class, self._names)
+
+
+class _HookFold(_Fold):
+    """A legacy weight: an attribute of the module, and the hook that would write it is quiet."""
+
+    def enter(self) -> None:
+        """As in the base class; one thread at a time, for there is one attribute.
+
+        Raises:
+            FoldedModelError: another thread has folded it.
+        """
+        if self._values.keys() - {get_ident()}:
+            raise FoldedModelError(_of_another_thread(self._name))
+        super().enter()
+
+    def _begin(self) -> None:
+        held, hooks = self._module.__dict__, self._module._forward_pre_hooks
+        self._stale = {self._param: held[self._param]} if self._param in held else {}
+        self._hooks = {
+            key: hook
+            for key, hook in hooks.items()
+            if getattr(hook, "name", None) == self._param and hasattr(hook, "compute_weight")
+        }
+        hooks.update(
+            {key: _FoldedHook(hook, self._name, get_ident()) for key, hook in self._hooks.items()}
+        )
+
+    def _show(self, value: Tensor) -> None:
+        self._module.__dict__[self._param] = value
+
+    def _is_shown(self, value: Tensor) -> bool:
+        # The module's class lets an assignment pass; a Parameter goes here.
+        stray = self._module._parameters.pop(self._param, None)
+        return stray is None and self._module.__dict__.get(self._param) is value
+
+    def _end(self) -> None:
+        hooks = self._module._forward_pre_hooks
+        hooks.update({key: hook for key, hook in self._hooks.items() if key in hooks})
+        self._module.__dict__.pop(self._param, None)
+        self._module.__dict__.update(self._stale)
+
+
+def _of_another_thread(name: str) -> str:
+    return (
+        f"{name} is in torch's legacy layout and folded in another thread, whose weight this one "
+        "would read; call wn_surgery.migrate(model) first, after which each thread has its own"
+    )
 
 
 class _FoldedHook:
     """Stands for a legacy hook while its weight is folded; copies are copies of the hook."""
 
-    def __init__(self, hook: Any) -> None:
+    def __init__(self, hook: Any, name: str, thread: int) -> None:
         self.folds = hook  # known to layouts.carried()
+        self._name = name
+        self._thread = thread
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """Leave the weight as it is."""
+        if not _is_compiling() and get_ident() != self._thread:
+            raise FoldedModelError(_of_another_thread(self._name))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_itself, (self.folds,))
@@ -185,29 +275,6 @@ class _FoldedHook:
 
 def _itself(hook: Any) -> Any:
     return hook
-
-
-def _fold_hook(module: nn.Module, param: str, value: Tensor) -> Callable[[], None]:
-    hooks = module._forward_pre_hooks
-    replaced = {
-        key: hook
-        for key, hook in hooks.items()
-        if getattr(hook, "name", None) == param and hasattr(hook, "compute_weight")
-    }
-    stale = module.__dict__.get(param)
-    module.__dict__[param] = value
-    hooks.update({key: _FoldedHook(hook) for key, hook in replaced.items()})
-
-    def unfold() -> None:
-        for key, hook in replaced.items():
-            if key in hooks:
-                hooks[key] = hook
-        if stale is None:
-            module.__dict__.pop(param, None)
-        else:
-            module.__dict__[param] = stale
-
-    return unfold
 
 
 @contextmanager

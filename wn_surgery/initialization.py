@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import slots
 from .checks import Problem, output_axis
 from .errors import InitializationError
 from .patterns import PatternSet
@@ -253,7 +252,6 @@ class _Layer:
         if self._bias is not None:
             self._before.append((self._bias, self._bias.clone()))
             self._bias.copy_((self._bias.to(mean.dtype) - mean) / std)
-        slots.forget(module)
         self._result.initialized[name] = (float(mean.mean()), total)
         if count := int(constant.sum()):
             self._result.constant[name] = count
@@ -271,7 +269,6 @@ class _Layer:
         with torch.no_grad():
             for tensor, before in self._before:
                 tensor.copy_(before)
-        slots.forget(self.site.module)
 
 
 def _axes(dim: int | tuple[int, ...] | None) -> set[int]:

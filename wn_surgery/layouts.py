@@ -19,7 +19,7 @@ from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 from .module_class import base_class, class_for, computed_names, is_managed
 from .parametrization import WeightNorm, WeightNormList
-from .slots import detach
+from .slots import note_change
 
 __all__ = ["Held", "Layout", "carried", "clear", "put_legacy", "put_parametrized", "put_plain"]
 
@@ -149,7 +149,7 @@ def clear(module: nn.Module, name: str) -> tuple[str, ...]:
 
 
 def _clear_parametrized(module: nn.Module, name: str) -> tuple[str, ...]:
-    detach(module, name)
+    note_change()
     lists = cast(nn.ModuleDict, module._modules["parametrizations"])
     order = getattr(lists[name], "order", ()) or _usual_order(module, name)
     remaining = [other for other in lists if other != name]
@@ -202,7 +202,7 @@ def put_parametrized(
     order: Sequence[str],
 ) -> None:
     """Register g and v under ``parametrizations`` and give the module a class that reads them."""
-    detach(module, name)
+    note_change()
     if "parametrizations" not in module._modules:
         module.add_module("parametrizations", nn.ModuleDict())
     lists = cast(nn.ModuleDict, module._modules["parametrizations"])

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from . import slots
+from .drafts import following
 from .errors import FoldedModelError, ZeroNormError
 from .parametrization import WeightNorm, WeightNormList
 
@@ -78,7 +78,13 @@ class _SharedMeta(type):
     """
 
     def __delattr__(cls, name: str) -> None:
-        if not isinstance(cls.__dict__.get(name), _Computed):
+        if isinstance(cls.__dict__.get(name), _Computed):
+            return
+        # What torch had parametrized before is computed by torch's class, further down.
+        owner = next((base for base in cls.__mro__ if name in vars(base)), cls)
+        if owner is not cls and _is_torch_parametrized(owner):
+            delattr(owner, name)
+        else:
             super().__delattr__(name)
 
     def __setattr__(cls, name: str, value: Any) -> None:
@@ -92,32 +98,33 @@ class _Computed(property):
 
 
 def _computed(name: str) -> _Computed:
-    key = slots.key_of(name)
-
     def get(self: Any) -> Tensor:
-        # First of all, and in this order: it is read thousands of times a second, and
-        # torch.compile must not look at the slot.
-        if not _is_compiling() and (slot := self.__dict__.get(key)) is not None:
-            weight = slot.weight()
-            if weight is not None:
-                return cast(Tensor, weight)
-        # Torch may have given the shared class this name for another of its modules: here it
-        # is then folded, or a plain attribute, or a Parameter.
-        if name in self.__dict__:
-            return cast(Tensor, self.__dict__[name])
         lists = self.__dict__["_modules"].get("parametrizations")
-        if lists is not None and (plist := lists._modules.get(name)) is not None:
+        plist = None if lists is None else lists._modules.get(name)
+        if plist is not None:
+            # torch.compile must look neither at the slot nor at the thread.
+            if (hold := getattr(plist, "hold", None)) is not None:
+                weight = hold.traced if _is_compiling() else hold.weight()
+                if weight is not None:
+                    return cast(Tensor, weight)
+            if not _is_compiling() and (slot := getattr(plist, "slot", None)) is not None:
+                weight = slot.weight()
+                if weight is not None:
+                    return cast(Tensor, weight)
             return cast(Tensor, plist())
-        # nn.Module.__getattr__ would find it as well, but torch.compile does not ask it after
-        # a property has raised.
-        if name in self.__dict__["_parameters"]:
-            return cast(Tensor, self.__dict__["_parameters"][name])
+        # Torch may have given the shared class this name for another of its modules: here it
+        # is then a plain attribute or a Parameter. nn.Module.__getattr__ would find the latter as
+        # well, but torch.compile does not ask it after a property has raised.
+        for held in (self.__dict__, self.__dict__["_parameters"]):
+            if name in held:
+                return cast(Tensor, held[name])
         raise AttributeError(name)
 
     def put(self: Any, value: object) -> None:
         if not _carries(self, name):
             self.__dict__[name] = value
             return
+        _refuse_if_held(self, name)
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is weight-normed; expected a tensor, got {type(value)}")
         self.parametrizations[name].right_inverse(value)
@@ -137,13 +144,14 @@ def _make_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
     def __setattr__(self: nn.Module, name: str, value: Any) -> None:  # noqa: N807
         # nn.Module refuses a Parameter where a property stands; tie_weights assigns one.
         if name in managed and isinstance(value, Tensor) and _carries(self, name):
+            _refuse_if_held(self, name)
             cast(Any, self.parametrizations)[name].right_inverse(value)
         else:
-            _refuse_if_folded(self, base, name)
             base.__setattr__(self, name, value)
 
     def __delattr__(self: nn.Module, name: str) -> None:  # noqa: N807
-        _refuse_if_folded(self, base, name)
+        if name in managed and _carries(self, name):
+            _refuse_if_held(self, name)
         base.__delattr__(self, name)
 
     def __reduce_ex__(self: nn.Module, protocol: int) -> tuple[Any, ...]:  # noqa: N807
@@ -159,7 +167,6 @@ def _make_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        slots.forget(self)
         _adopt_layouts(self, state_dict, prefix, local_metadata, error_msgs)
         base._load_from_state_dict(
             self,
@@ -172,18 +179,15 @@ def _make_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
             error_msgs,
         )
 
-    def train(self: nn.Module, mode: bool = True) -> nn.Module:
-        slots.forget(self)
-        return base.train(self, mode)
+    # What writes into the weight that it reads from here takes effect, as on a plain layer.
+    def apply(self: nn.Module, fn: Callable[[nn.Module], None]) -> nn.Module:
+        with following(self):
+            return base.apply(self, fn)
 
-    def _apply(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        slots.forget(self)
-        return cast(nn.Module, cast(Any, base)._apply(self, *args, **kwargs))
-
-    def _replicate_for_data_parallel(self: Any) -> nn.Module:
-        replica: nn.Module = cast(Any, base)._replicate_for_data_parallel(self)
-        object.__setattr__(replica, "__dict__", slots.without(replica.__dict__))
-        return replica
+    def smart_apply(self: nn.Module, fn: Callable[[nn.Module], None]) -> nn.Module:
+        # What transformers' init_weights() calls; it gives every nn.Module this method.
+        with following(self):
+            return cast(nn.Module, cast(Any, base).smart_apply(self, fn))
 
     namespace: dict[str, Any] = {
         "_weight_norm_names": names,
@@ -193,23 +197,52 @@ def _make_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
         "__delattr__": __delattr__,
         "__reduce_ex__": __reduce_ex__,
         "_load_from_state_dict": _load_from_state_dict,
-        "train": train,
-        "_apply": _apply,
-        "_replicate_for_data_parallel": _replicate_for_data_parallel,
+        "apply": apply,
+        "smart_apply": smart_apply,
+        **{
+            name: _resetting(base, name)
+            for name in ("reset_parameters", "_reset_parameters")
+            if hasattr(base, name)
+        },
         **{name: _computed(name) for name in names},
     }
-    return cast(
-        type[nn.Module],
-        _meta_for(type(base))(f"Parametrized{base.__name__}", (base,), namespace),
-    )
+    return _subclass(base, f"Parametrized{base.__name__}", namespace)
 
 
-def _refuse_if_folded(module: nn.Module, base: type, name: str) -> None:
+def _subclass(
+    base: type[nn.Module], name: str, namespace: dict[str, Any]
+) -> type[nn.Module]:
+    metaclass = _meta_for(type(base))
+    # In two steps, for ``__init_subclass__`` of the user's class is about classes that people
+    # write: it may want arguments, or put the class into a registry.
+    made = metaclass(name, (nn.Module,), namespace)
+    try:
+        made.__bases__ = (base,)
+    except TypeError:  # it has slots, or is otherwise laid out in another way than nn.Module
+        made = metaclass(name, (base,), namespace)
+    return cast("type[nn.Module]", made)
+
+
+def _resetting(base: type[nn.Module], name: str) -> Callable[..., Any]:
+    """The module's own initializer, with the effect that it has on a plain layer."""
+
+    def reset(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        from .contexts import writable  # above this file
+
+        with writable(self):
+            return getattr(base, name)(self, *args, **kwargs)
+
+    return reset
+
+
+def _refuse_if_held(module: nn.Module, name: str) -> None:
     # The first question is for torch.compile, which cannot follow the second.
-    if isinstance(module.__dict__.get(name), Tensor) and name in FOLDED.get(module, ()):
+    if getattr(cast(Any, module.parametrizations)[name], "hold", None) is not None and (
+        name in FOLDED.get(module, ())
+    ):
         raise FoldedModelError(
-            f"{base.__name__}.{name} is inside folded() now, where it is only read; write to it "
-            "inside writable(), or leave the context first"
+            f"{base_class(module).__name__}.{name} is inside folded() now, where it is only read; "
+            "write to it inside writable(), or leave the context first"
         )
 
 
@@ -243,7 +276,7 @@ def _reduce(module: nn.Module, base: type[nn.Module], protocol: int) -> tuple[An
     constructor, args, state, *rest = reduced
     if isinstance(state, dict):
         folded = FOLDED.get(module, ())
-        state = {k: value for k, value in slots.without(state).items() if k not in folded}
+        state = {k: value for k, value in state.items() if k not in folded}
         if "_flat_weights" in state:
             # What an RNN read from its properties; with a graph it could not be copied.
             state["_flat_weights"] = [

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -100,20 +100,22 @@ def weight_norm(
         >>> weight_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([[10.0]]))
         tensor([[6., 8.]])
     """
-    if eps == 0.0 and norm_dtype is None and _kernel_exists(v, g, dim):
-        assert isinstance(dim, int)  # narrows the type; _kernel_exists has checked it
-        if traced():
-            # A tracer wants one known operator; it never differentiates twice. For vectors,
-            # though, torch's decomposition of it sums along the kept axis.
-            if v.ndim > 1:
-                return like(torch._weight_norm(v, g, dim), v)
-        elif not transformed() and type(v) in _PLAIN_TYPES and type(g) in _PLAIN_TYPES:
-            contiguous = v.contiguous()
-            if torch.is_grad_enabled() and (v.requires_grad or g.requires_grad):
-                w: Tensor = _fused(contiguous, g.contiguous(), dim)
-            else:
-                w = torch._weight_norm_interface(contiguous, g.contiguous(), dim)[0]
-            return w if contiguous is v else like(w, v)
+    if traced():
+        # A tracer wants one known operator; it never differentiates twice. For vectors,
+        # though, torch's decomposition of it sums along the kept axis.
+        if has_kernel(v, dim, eps, norm_dtype) and g.dtype is v.dtype and v.ndim > 1:
+            assert isinstance(dim, int)  # narrows the type; has_kernel has checked it
+            return like(torch._weight_norm(v, g, dim), v)
+    elif (
+        g.dtype is v.dtype in KERNEL_DTYPES
+        and type(v) in _PLAIN_TYPES
+        and type(g) in _PLAIN_TYPES
+        and v.numel() > 0
+        and not transformed()
+    ):
+        if builds_graph() and (v.requires_grad or g.requires_grad):
+            return _node(v, g, dim, eps, norm_dtype)
+        return values(v, g, dim, eps, norm_dtype)[0]
     return _composite(v, g, dim, eps, norm_dtype)
 
 
@@ -146,8 +148,8 @@ def magnitude(
     real = v.dtype.to_real() if v.dtype.is_complex else v.dtype
     with torch.no_grad():
         x = v.detach()
-        if eps == 0.0 and norm_dtype is None and _kernel_exists(x, x, dim):
-            assert isinstance(dim, int)  # narrows the type; _kernel_exists has checked it
+        if has_kernel(x, dim, eps, norm_dtype):
+            assert isinstance(dim, int)  # narrows the type; has_kernel has checked it
             ones = x.new_ones(g_shape(x.shape, dim))
             return torch._weight_norm_interface(x.contiguous(), ones, dim)[1].to(real)
         return norm_except(_cast(x, norm_dtype), dim, eps).to(real)
@@ -176,12 +178,6 @@ def zero_slices(v: Tensor, dim: Dim) -> int:
     if low > 0 and high < math.inf:
         return 0
     return int((~((norms > 0) & norms.isfinite())).sum())
-
-
-def clamped_norm(x: Tensor, dim: Dim, eps: float) -> Tensor:
-    """The values of :func:`norm_except` in one pass less; not to be differentiated."""
-    norms = _norm(x, dim)
-    return norms if eps == 0.0 else norms.clamp_min(eps)
 
 
 def _norm(x: Tensor, dim: Dim) -> Tensor:
@@ -214,13 +210,14 @@ def _composite(
     return w.to(v.dtype)
 
 
-def _kernel_exists(v: Tensor, g: Tensor, dim: Dim) -> bool:
-    dtype = v.dtype
+def has_kernel(v: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None) -> bool:
+    """Whether torch's fused kernel computes this weight norm."""
     return (
-        isinstance(dim, int)
+        eps == 0.0
+        and norm_dtype is None
+        and isinstance(dim, int)
         and (dim == 0 or dim == v.ndim - 1)
-        and g.dtype is dtype
-        and dtype in KERNEL_DTYPES
+        and v.dtype in KERNEL_DTYPES
         and (v.is_cpu or v.is_cuda)
         and not _empty(v)  # torch's kernel divides by the size and takes the process down
     )
@@ -243,6 +240,11 @@ def transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def builds_graph() -> bool:
+    """Whether autograd records: grad mode is on, and that is not undone by inference mode."""
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
 def like(w: Tensor, v: Tensor) -> Tensor:
     """``w`` in the channels_last layout of ``v``, which torch's operator drops."""
     if v.is_contiguous():
@@ -254,48 +256,211 @@ def like(w: Tensor, v: Tensor) -> Tensor:
     return w
 
 
-class _Fused(torch.autograd.Function):
-    """torch's kernel forward and backward; a differentiable formula for higher orders.
+# Values and gradients outside of autograd -----------------------------------------------
+
+
+def values(
+    v: Tensor, g: Tensor, dim: Dim, eps: float = 0.0, norm_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """The weight and the norms, for tensors of one of :data:`KERNEL_DTYPES`; no graph is built.
+
+    Args:
+        v: as in :func:`weight_norm`.
+        g: as in :func:`weight_norm`, in the dtype of ``v``.
+        dim: as in :func:`weight_norm`.
+        eps: as in :func:`weight_norm`.
+        norm_dtype: as in :func:`weight_norm`.
+
+    Returns:
+        The bits of :func:`weight_norm`, and the norms in whatever form :func:`gradients` wants.
+    """
+    with torch.no_grad():
+        if has_kernel(v, dim, eps, norm_dtype):
+            contiguous = v.contiguous()
+            # Through Any: has_kernel has checked that dim is an int.
+            w, norms = torch._weight_norm_interface(contiguous, g.contiguous(), cast(Any, dim))
+            return (w if contiguous is v else like(w, v)), norms
+        x = _cast(v, norm_dtype)
+        norms = _norm(x, dim)
+        if eps != 0.0:
+            norms = norms.clamp_min(eps)
+        scale = g / norms if norm_dtype is None else g.to(norms.dtype) / norms
+        return (x * scale).to(v.dtype), norms
+
+
+def gradients(
+    grad: Tensor,
+    v: Tensor,
+    g: Tensor,
+    norms: Tensor,
+    dim: Dim,
+    eps: float = 0.0,
+    norm_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of v and g, given that of the weight; no graph is built.
+
+    The paper's eq. 3: grad_g = ⟨grad, v⟩/‖v‖, grad_v = g/‖v‖ · (grad - v ⟨grad, v⟩/‖v‖²). Where
+    torch has no kernel, autograd would differentiate the formula step by step, which reads and
+    writes the weight some thirty times; this takes five passes.
+
+    Args:
+        grad: of the weight, in any memory layout.
+        v: as in :func:`values`, like the others.
+        g: the magnitude.
+        norms: what :func:`values` returned.
+        dim: the kept axes.
+        eps: the lower clamp.
+        norm_dtype: the dtype of the norm.
+
+    Returns:
+        The gradients in the shapes and dtypes of v and g.
+    """
+    if has_kernel(v, dim, eps, norm_dtype):
+        found: tuple[Tensor, Tensor] = _kernel_backward(
+            grad.to(v.dtype).contiguous(), v.contiguous(), g.contiguous(), norms, dim
+        )
+        return found
+    wide = torch.promote_types(norm_dtype or v.dtype, torch.float32)
+    x, dw = v.contiguous().to(wide), grad.contiguous().to(wide)
+    n, m = norms.to(wide), g.to(wide)
+    buffer = dw * x
+    axes = Axes.of(tuple(v.shape), dim)
+    grad_g = _sums(buffer, axes, dim).view(m.shape) / n
+    scale = m / n
+    along = scale * grad_g / n
+    if eps > 0.0:
+        # A clamped norm is a constant; no part of the gradient flows through it.
+        along = torch.where(norms > eps, along, 0.0)
+    if axes is not None and axes.before > 1:
+        # One long row to broadcast: torch is slow where the broadcast axis is short and last.
+        rows = (axes.before, axes.kept * axes.after)
+        x, dw, buffer = x.view(rows), dw.view(rows), buffer.view(rows)
+        scale, along = (_repeat(t, axes.after) for t in (scale, along))
+    if torch._C._functorch.is_legacy_batchedtensor(grad):  # is_grads_batched: no writing into
+        grad_v = dw * scale - x * along
+    else:
+        # In memory that was used just now: fresh memory costs as much as the arithmetic.
+        grad_v = torch.mul(dw, scale, out=buffer).addcmul_(x, along, value=-1.0)
+    return like(grad_v.view(v.shape).to(v.dtype), v), grad_g.to(g.dtype)
+
+
+_kernel_backward: Any = torch.ops.aten._weight_norm_interface_backward.default
+
+
+class Axes(NamedTuple):
+    """A contiguous weight seen as (before, kept, after): one norm for each index of ``kept``.
+
+    Example:
+        >>> from wn_surgery.norm import Axes
+        >>> Axes.of((512, 256, 16), 1)
+        Axes(before=512, kept=256, after=16)
+        >>> Axes.of((64, 32), None)
+        Axes(before=1, kept=1, after=2048)
+    """
+
+    before: int
+    kept: int
+    after: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dim: Dim) -> Axes | None:
+        """The three axes that norms are taken over; ``None`` where three do not suffice."""
+        if dim is None or dim == ():
+            return cls(1, 1, math.prod(shape))
+        kept = sorted((dim,) if isinstance(dim, int) else dim)
+        first, last = kept[0], kept[-1]
+        if kept != list(range(first, last + 1)):
+            return None
+        return cls(
+            math.prod(shape[:first]),
+            math.prod(shape[first : last + 1]),
+            math.prod(shape[last + 1 :]),
+        )
+
+
+def _sums(products: Tensor, axes: Axes | None, dim: Dim) -> Tensor:
+    """The sums of the slices of a contiguous tensor."""
+    if axes is None:
+        kept = cast("tuple[int, ...]", dim)
+        return products.sum([a for a in range(products.ndim) if a not in kept], keepdim=True)
+    if axes.before > 1:
+        # The leading axis by itself: torch is slow at reducing both sides of a kept axis.
+        products = products.view(axes.before, -1).sum(0)
+    return products.view(axes.kept, axes.after).sum(1)
+
+
+def _repeat(t: Tensor, times: int) -> Tensor:
+    return t.reshape(-1, 1).expand(-1, times).reshape(-1)
+
+
+# In autograd -----------------------------------------------------------------------------
+
+
+class _Node(torch.autograd.Function):
+    """One weight: torch's kernel or five passes backward, a differentiable formula beyond.
 
     torch's own derivative of ``_weight_norm_interface_backward`` is wrong with respect
     to v (tests/test_norm.py shows it), so it is never reached from here.
+
+    Like the node of a fused group, it saves no tensor in autograd's sense: activation
+    checkpointing counts saved tensors, and must find as many when the model was fused between
+    a forward and its backward. g and v are held by the model anyway.
     """
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, g: Tensor, dim: int) -> Tensor:
-        w, norms = torch._weight_norm_interface(v, g, dim)
-        ctx.save_for_backward(v, g, norms)
-        ctx.dim = dim
+    def forward(
+        ctx: Any, v: Tensor, g: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None
+    ) -> Tensor:
+        w, norms = values(v, g, dim, eps, norm_dtype)
+        ctx.held, ctx.versions, ctx.options = (v, g, norms), versions(v, g), (dim, eps, norm_dtype)
         return w
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        v, g, norms = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        v, g, norms = ctx.held
         (grad,) = grads
+        check_unwritten(v, g, ctx.versions)
         if torch.is_grad_enabled():
-            grad_v, grad_g = _differentiable_backward(grad, v, g, ctx.dim)
+            grad_v, grad_g = differentiable_gradients(grad, v, g, *ctx.options)
         else:
-            grad_v, grad_g = torch.ops.aten._weight_norm_interface_backward(
-                grad.contiguous(), v, g, norms, ctx.dim
-            )
-        need_v, need_g, _ = ctx.needs_input_grad
-        return grad_v if need_v else None, grad_g if need_g else None, None
+            grad_v, grad_g = gradients(grad, v, g, norms, *ctx.options)
+        need_v, need_g, *_ = ctx.needs_input_grad
+        return grad_v if need_v else None, grad_g if need_g else None, None, None, None
 
 
 # Past Function.apply, which looks for functorch's transforms: that has been done, and costs as
 # much as the rest. torch leaves it untyped.
-_past: Any = super(torch.autograd.Function, _Fused)
-_fused: Callable[[Tensor, Tensor, int], Tensor] = _past.apply
+_past: Any = super(torch.autograd.Function, _Node)
+_node: Callable[[Tensor, Tensor, Dim, float, torch.dtype | None], Tensor] = _past.apply
 
 
-def _differentiable_backward(grad: Tensor, v: Tensor, g: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The gradients of the paper's eq. 3, written in operations that autograd knows."""
+def versions(v: Tensor, g: Tensor) -> tuple[int, int]:
+    """What :func:`check_unwritten` compares."""
+    return v._version, g._version
+
+
+def check_unwritten(v: Tensor, g: Tensor, before: tuple[int, int]) -> None:
+    """Raise torch's own error where v or g was written between forward and backward."""
+    for part, tensor, version in zip("vg", (v, g), before, strict=True):
+        if tensor._version != version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: the {part} of a weight of shape {tuple(v.shape)} is at "
+                f"version {tensor._version}; expected version {version}. Call backward before "
+                "the optimizer's step, or clone what you write to"
+            )
+
+
+def differentiable_gradients(
+    grad: Tensor, v: Tensor, g: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients as functions of g, v and ``grad``; ``None`` for what needs none.
+
+    The formula in operations that autograd knows, in float32 at least.
+    """
     wide = torch.promote_types(v.dtype, torch.float32)
-    x, grad = v.to(wide), grad.to(wide)
-    norms = _norm(x, dim)
-    axes = tuple(axis for axis in range(v.ndim) if axis != dim)
-    along = grad * x
-    along = along.sum(axes, keepdim=True) if axes else along
-    grad_g = along / norms
-    grad_v = (g.to(wide) / norms) * (grad - x * (along / norms.square()))
-    return grad_v.to(v.dtype), grad_g.to(g.dtype)
+    w = _composite(v.to(wide), g.to(wide), dim, eps, norm_dtype)
+    inputs = [t for t in (v, g) if t.requires_grad]
+    found = iter(torch.autograd.grad(w, inputs, grad.to(wide), create_graph=True))
+    grad_v, grad_g = (next(found) if t.requires_grad else None for t in (v, g))
+    return grad_v, grad_g

@@ -21,10 +21,9 @@ Pair: TypeAlias = tuple[Tensor, Tensor]
 
 
 def parametrized(module: nn.Module) -> frozenset[str]:
-    """The parameters that the module's class computes: parametrized and not folded."""
+    """The parameters that the module's class computes."""
     lists = module._modules.get("parametrizations")
-    names = frozenset(lists) if isinstance(lists, nn.ModuleDict) else frozenset[str]()
-    return names - FOLDED.get(module, {}).keys()
+    return frozenset(lists) if isinstance(lists, nn.ModuleDict) else frozenset[str]()
 
 
 def restore_class(module: nn.Module, before: type[nn.Module], names: frozenset[str]) -> None:

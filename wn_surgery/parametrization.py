@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from .errors import ZeroNormError
 from .norm import Dim, magnitude, weight_norm, zero_slices
+from .slots import Hold, Slot
 
 __all__ = ["WeightNorm", "WeightNormList"]
 
@@ -98,7 +99,14 @@ class WeightNormList(ParametrizationList):
         v: the direction, registered as ``original1``.
         order: the names in the module's ``_parameters`` before surgery, so that removal
             can put the weight back in its place.
+
+    Attributes:
+        hold: while this weight is folded or an initializer runs, what hands it out.
+        slot: while its model is fused, what hands it out.
     """
+
+    hold: Hold | None = None
+    slot: Slot | None = None
 
     def __init__(
         self, norm: WeightNorm, g: nn.Parameter, v: nn.Parameter, order: Iterable[str] = ()
@@ -142,3 +150,9 @@ class WeightNormList(ParametrizationList):
             g, v = cast(WeightNorm, self[0]).right_inverse(value)
             self.original0.copy_(g)
             self.original1.copy_(v)
+
+    def _replicate_for_data_parallel(self) -> WeightNormList:
+        replica = cast(WeightNormList, super()._replicate_for_data_parallel())
+        for name in ("hold", "slot"):
+            replica.__dict__.pop(name, None)
+        return replica

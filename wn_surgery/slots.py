@@ -1,8 +1,8 @@
-"""Where a fused module keeps its weight: the little that the core knows of whole-model evaluation.
+"""What may hand out a weight in place of the computation: a slot, or a hold.
 
-A module inside a fused model has, in its ``__dict__`` and for each computed parameter, a slot
-that may hand out the weight. Slots belong to one module object: no copy, pickle, replica or
-state dict has them, and surgery, ``train``, ``_apply`` and loading drop what they hold.
+Both stand in the list that holds the weight's g and v: a slot while its model is fused, a hold
+while the weight is folded or an initializer runs. They belong to that one list: their copies and
+pickles are ``None``.
 """
 
 from __future__ import annotations
@@ -11,20 +11,37 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-__all__ = ["RootHook", "Slot", "changes", "detach", "forget", "key_of", "settle", "without"]
+__all__ = ["Hold", "NotCopied", "RootHook", "Slot", "changes", "note_change", "settle"]
 
-_PREFIX = "_fused_"
+
+class NotCopied:
+    """Base of what belongs to one object and is ``None`` in its copies and pickles."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
 
 
 class Slot(Protocol):
-    """What stands in a module's ``__dict__``; made by :mod:`wn_surgery.fused`."""
+    """What stands in the list's ``__dict__`` as ``slot``; made by :mod:`wn_surgery.fused`."""
 
     def weight(self) -> Tensor | None:
         """The weight, or ``None`` where it must be computed as if nothing were fused."""
         ...
 
-    def forget(self) -> None:
-        """Drop every value."""
+
+class Hold(Protocol):
+    """What stands in the list's ``__dict__`` as ``hold``, and goes before the slot.
+
+    Attributes:
+        traced: the weight for torch.compile; ``None`` where it is to be computed.
+    """
+
+    traced: Tensor | None
+
+    def weight(self) -> Tensor | None:
+        """The weight for this thread, or ``None`` where it must be computed."""
         ...
 
 
@@ -55,24 +72,6 @@ class _Changes:
 changes = _Changes()
 
 
-def key_of(name: str) -> str:
-    """The key in ``module.__dict__`` of the slot of parameter ``name``."""
-    return _PREFIX + name
-
-
-def detach(module: nn.Module, name: str) -> None:
-    """Take the slot of ``name`` away: its parameter is stored in another way from now on."""
+def note_change() -> None:
+    """A parameter is stored in another way from now on."""
     changes.count += 1
-    module.__dict__.pop(_PREFIX + name, None)
-
-
-def forget(module: nn.Module) -> None:
-    """Drop the values in the module's slots."""
-    for key, slot in module.__dict__.items():
-        if key.startswith(_PREFIX):
-            slot.forget()
-
-
-def without(attributes: dict[str, Any]) -> dict[str, Any]:
-    """A module's attributes without its slots, as copies and pickles hold them."""
-    return {key: value for key, value in attributes.items() if not key.startswith(_PREFIX)}

@@ -13,12 +13,12 @@ from ..planning import build_migration
 from ..sites import is_folded, sites_of, walk
 from ..surgery import execute
 from .choice import Mode
-from .fusion import Enter, Fusion, Leave, Member, unhook
+from .fusion import Enter, Fusion, Member, hook, unhook
 
-__all__ = ["Fusion", "Member", "Mode", "fuse", "invalidate", "is_fused", "shared", "unfuse"]
+__all__ = ["Fusion", "Member", "Mode", "fuse", "is_fused", "shared", "unfuse"]
 
 
-def fuse(model: nn.Module, mode: Mode = "auto", *, reuse: bool = False) -> Fusion:
+def fuse(model: nn.Module, mode: Mode = "auto") -> Fusion:
     """Compute the weights of ``model`` in groups, each once a forward, with one autograd node.
 
     A group is computed when the first of its weights is read inside ``model(...)``; until
@@ -38,12 +38,6 @@ def fuse(model: nn.Module, mode: Mode = "auto", *, reuse: bool = False) -> Fusio
             for which neither is possible are left out, and the result says why.
             ``triton``, ``cpu``: that path (``cpu`` means torch's operators, on any
             device), or an error.
-        reuse: keep the values after a call without grad in eval mode, for the next such
-            call. They are dropped when a version or address of a g or v changes, an optimizer
-            steps, or ``train``, ``eval``, ``to`` or ``load_state_dict`` is called.
-            **A write through** ``.data`` **goes unseen** (as an average of weights may be
-            swapped in): call :func:`invalidate` after it. :func:`wn_surgery.folded` has no
-            such trap.
 
     Returns:
         The groups; print it to see which path each weight takes, and why.
@@ -81,7 +75,7 @@ def fuse(model: nn.Module, mode: Mode = "auto", *, reuse: bool = False) -> Fusio
     if any(site.held and site.held.layout == "parametrized" for site in found):
         execute(build_migration(model, "parametrized", {"parametrized"}))
     unfuse(model)
-    fusion = Fusion(mode, reuse)
+    fusion = Fusion(mode)
     fusion.build(model)
     refused = [member for member in fusion.members if member.path == "off"]
     if mode != "auto" and refused:
@@ -92,8 +86,7 @@ def fuse(model: nn.Module, mode: Mode = "auto", *, reuse: bool = False) -> Fusio
             f"{first.name}{more} cannot take the path {mode!r}: {first.why}; "
             "with mode='auto' it is left out"
         )
-    model.register_forward_pre_hook(Enter(fusion), prepend=True)
-    model.register_forward_hook(Leave(fusion), always_call=True)
+    hook(model, fusion)
     return fusion
 
 
@@ -136,38 +129,13 @@ def is_fused(module: nn.Module) -> bool:
     return any(isinstance(hook, Enter) for hook in hooks)
 
 
-def invalidate(model: nn.Module) -> None:
-    """Drop every value that ``fuse(model, reuse=True)`` keeps.
-
-    Args:
-        model: any module tree; fused roots below it are found.
-
-    Example:
-        >>> import torch, wn_surgery as wn
-        >>> from wn_surgery.fused import invalidate
-        >>> layer = torch.nn.Linear(4, 8)
-        >>> _ = wn.apply(layer, {"names": ""})
-        >>> _ = wn.fuse(layer.eval(), reuse=True)
-        >>> x = torch.ones(1, 4)
-        >>> with torch.no_grad():
-        ...     before = layer(x)
-        ...     layer.parametrizations.weight.original0.data.mul_(2)  # unseen
-        ...     invalidate(layer)
-        ...     torch.equal(layer(x), before)
-        tensor(...)
-        False
-    """
-    for fusion in _fusions(model):
-        fusion.invalidate()
-
-
 @contextmanager
 def shared(model: nn.Module) -> Generator[None]:
     """Inside, several calls of a fused model share one computation of its weights.
 
     For a discriminator that sees real and generated samples, or for gradient accumulation:
-    the backwards may run together or one after another, also after the context. Do not step
-    an optimizer inside: a fused one writes in a way that goes unseen until the context ends.
+    the backwards may run together or one after another, also after the context. An optimizer's
+    step inside is seen: what follows is computed from the new g and v.
 
     Args:
         model: any module tree; fused roots below it are found.
@@ -188,17 +156,18 @@ def shared(model: nn.Module) -> Generator[None]:
     found = list(_fusions(model))
     if not found:
         raise FusionError(f"{type(model).__name__} is not fused; call wn_surgery.fuse(model) first")
-    for fusion in found:
-        fusion.enter(None, None)
+    owner = object()
     try:
+        for fusion in found:
+            fusion.enter(None, owner)
         yield
     finally:
         for fusion in found:
-            fusion.leave(None)
+            fusion.leave(owner)
 
 
 def _fusions(model: nn.Module) -> Iterator[Fusion]:
     for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, Enter):
-                yield hook.fusion
+        for entry in module._forward_pre_hooks.values():
+            if isinstance(entry, Enter):
+                yield entry.fusion

@@ -14,8 +14,8 @@ from ..module_class import is_managed
 from ..norm import KERNEL_DTYPES
 from ..parametrization import WeightNormList
 from ..sites import Site
-from ..slots import key_of
 from .evaluator import Spec
+from .group import gradient_hooks, module_hooks_of
 
 __all__ = ["Choice", "Mode", "Path", "choose", "cut", "is_castable"]
 
@@ -114,19 +114,28 @@ def _why_off(site: Site) -> str:
         return f"no fused path for {str(held.v.dtype).removeprefix('torch.')}"
     if held.v.numel() == 0:
         return "it has no elements"
-    if key_of(site.param) in module.__dict__:
+    plist = Choice(site, "off").plist
+    if plist.__dict__.get("slot") is not None:
         return "another fused module above or below has it already"
+    if any(module_hooks_of(plist)):
+        return "hooks run when its weight is computed"
     return ""
 
 
 def cut(choices: Sequence[Choice]) -> Iterator[list[Choice]]:
-    """Groups: neighbours of one path, dtype, device and castability, up to a size."""
+    """Groups: neighbours of one path, dtype, device and castability, up to a size.
+
+    Whoever has gradient hooks is a group by itself: see :func:`gradient_hooks`.
+    """
     group: list[Choice] = []
     size = 0
     for choice in choices:
         if choice.path == "off":
             continue
         weight = choice.tensor.nbytes
+        if _has_gradient_hooks(choice):
+            yield [choice]
+            continue
         limit = _CPU_BYTES if choice.tensor.device.type == "cpu" else _CUDA_BYTES
         if group and (_kind(group[0]) != _kind(choice) or size + weight > limit):
             yield group
@@ -135,6 +144,11 @@ def cut(choices: Sequence[Choice]) -> Iterator[list[Choice]]:
         size += weight
     if group:
         yield group
+
+
+def _has_gradient_hooks(choice: Choice) -> bool:
+    plist = choice.plist
+    return gradient_hooks((plist.original0, plist.original1))
 
 
 def _kind(choice: Choice) -> tuple[object, ...]:

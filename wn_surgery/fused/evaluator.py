@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -10,17 +9,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..norm import Dim
+from ..norm import Axes, Dim
 
-__all__ = ["Axes", "Evaluator", "Gradients", "Spec"]
-
-
-class Axes(NamedTuple):
-    """A contiguous weight seen as (before, kept, after): one norm for each index of ``kept``."""
-
-    before: int
-    kept: int
-    after: int
+__all__ = ["Evaluator", "Gradients", "Spec"]
 
 
 @dataclass(frozen=True)
@@ -49,17 +40,7 @@ class Spec:
     @property
     def axes(self) -> Axes | None:
         """The three axes that norms are taken over; ``None`` where three do not suffice."""
-        if self.dim is None or self.dim == ():
-            return Axes(1, 1, math.prod(self.shape))
-        kept = sorted((self.dim,) if isinstance(self.dim, int) else self.dim)
-        first, last = kept[0], kept[-1]
-        if kept != list(range(first, last + 1)):
-            return None
-        return Axes(
-            math.prod(self.shape[:first]),
-            math.prod(self.shape[first : last + 1]),
-            math.prod(self.shape[last + 1 :]),
-        )
+        return Axes.of(self.shape, self.dim)
 
 
 class Gradients(NamedTuple):

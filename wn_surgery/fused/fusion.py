@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from weakref import ReferenceType, WeakSet, ref
 
 import torch
@@ -15,8 +15,9 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..norm import traced, transformed
+from ..parametrization import WeightNormList
 from ..sites import sites_of, walk
-from ..slots import RootHook, changes, key_of
+from ..slots import RootHook, changes
 from ..tables import render
 from .choice import Choice, Mode, Path, choose, cut, is_castable
 from .cpu import CpuEvaluator
@@ -26,7 +27,7 @@ from .scope import Scope
 
 _is_compiling = torch.compiler.is_dynamo_compiling
 
-__all__ = ["Enter", "Fusion", "Leave", "Member", "unhook"]
+__all__ = ["Enter", "Fusion", "Leave", "Member", "hook", "unhook"]
 
 
 @dataclass(frozen=True)
@@ -54,25 +55,22 @@ class Fusion:
 
     Attributes:
         mode: ``auto``, ``triton`` or ``cpu``.
-        reuse: whether values outlive a forward without grad in eval mode.
     """
 
-    def __init__(self, mode: Mode, reuse: bool) -> None:
+    def __init__(self, mode: Mode, *_: object) -> None:  # 0.1.0 pickled a second argument
         self.mode: Mode = mode
-        self.reuse = reuse
         self.members: list[Member] = []
         self._scope = Scope()
         self._root: ReferenceType[nn.Module] | None = None
         self._groups: list[Group] = []
-        self._placed: list[tuple[ReferenceType[nn.Module], str, Slot]] = []
+        self._placed: list[tuple[ReferenceType[WeightNormList], Slot]] = []
         self._seen = -1
-        if reuse:
-            _watch_optimizers()
-            _REUSING.add(self)
+        _watch_optimizers()
+        _FUSIONS.add(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is unbuilt: its groups are those of the model it is copied with."""
-        return Fusion, (self.mode, self.reuse)
+        return Fusion, (self.mode,)
 
     def __str__(self) -> str:
         rows = [
@@ -87,7 +85,7 @@ class Fusion:
     def __repr__(self) -> str:
         paths = [member.path for member in self.members]
         counts = {path: paths.count(path) for path in sorted(set(paths))}
-        return f"Fusion(mode={self.mode!r}, reuse={self.reuse}, {counts})"
+        return f"Fusion(mode={self.mode!r}, {counts})"
 
     def build(self, root: nn.Module) -> None:
         """Look at the model as it is now, and cut it into groups."""
@@ -111,8 +109,7 @@ class Fusion:
         first = members[0]
         device, dtype = first.tensor.device, first.tensor.dtype
         # On CUDA one launch computes them all, and the allocator keeps their memory at hand.
-        stays = self.reuse or device.type != "cpu"
-        group = Group(self._scope, dtype, device, _evaluator(members), stays)
+        group = Group(self._scope, dtype, device, _evaluator(members), device.type != "cpu")
         for choice in members:
             slot = (
                 CudaSlot(group, choice.plist, choice.spec, device.index or 0, is_castable(choice))
@@ -120,72 +117,72 @@ class Fusion:
                 else Slot(group, choice.plist, choice.spec)
             )
             group.slots.append(slot)
-            module, name = choice.site.module, choice.site.param
-            module.__dict__[key_of(name)] = slot
-            self._placed.append((ref(module), name, slot))
+            choice.plist.__dict__["slot"] = slot
+            self._placed.append((ref(choice.plist), slot))
         return group
 
     def release(self) -> None:
         """Take all slots out of the model."""
-        for module, name, slot in self._placed:
-            held = module()
-            if held is not None and held.__dict__.get(key_of(name)) is slot:
-                del held.__dict__[key_of(name)]
+        self.forget()
+        for held, slot in self._placed:
+            plist = held()
+            if plist is not None and plist.__dict__.get("slot") is slot:
+                del plist.__dict__["slot"]
         self._placed.clear()
         self._groups.clear()
         self.members.clear()
 
-    def invalidate(self) -> None:
-        """Drop every value; the next access computes it again."""
-        for slot in self._slots():
-            slot.forget()
+    def forget(self) -> None:
+        """Drop every value; the next read computes it again."""
+        self._scope.forget()
 
-    def forget_reusable(self) -> None:
-        """Drop what was to outlive its forward."""
-        for slot in self._slots():
-            slot.reusable = None
+    def enter(self, root: nn.Module | None, owner: object) -> None:
+        """A call of the root begins.
 
-    def enter(self, root: nn.Module | None, frame: Any) -> None:
-        """A forward begins; ``None`` for one that spans several of them."""
+        Args:
+            root: what is called; ``None`` where it will be called several times.
+            owner: as for :meth:`wn_surgery.fused.scope.Scope.enter`.
+        """
         if root is not None and "_is_replica" in root.__dict__:  # DataParallel's
             return
         held = self._root() if self._root is not None else None
         root = root if root is not None else held
-        if root is None or not self._scope.enter(frame):
+        if root is None or traced() or transformed() or infrastructure_mode():
             return
-        if traced() or transformed() or infrastructure_mode():
-            self._scope.leave()
+        if not self._scope.enter(owner):
             return
         if held is not root or self._scope.stale or self._seen != changes.count:
             self.build(root)
             if not self.members:
-                self._scope.leave()
+                self._scope.leave(owner)
                 unhook(root)
-                return
-        reuse = self.reuse and not (torch.is_grad_enabled() or root.training)
-        for group in self._groups:
-            group.begin(reuse)
 
-    def leave(self, root: nn.Module | None) -> None:
-        """A forward has ended."""
-        if not self._scope.leave():
-            return
-        keep = self.reuse and root is not None and not root.training
-        for group in self._groups:
-            group.end(keep)
-
-    def _slots(self) -> list[Slot]:
-        return [slot for group in self._groups for slot in group.slots]
+    def leave(self, owner: object) -> None:
+        """The call of ``owner`` ends."""
+        self._scope.leave(owner)
 
 
 def _evaluator(members: Sequence[Choice]) -> Evaluator:
     specs = [choice.spec for choice in members]
     if members[0].path == "cpu":
-        return CpuEvaluator(specs, members[0].tensor.device)
+        return CpuEvaluator(specs)
     triton = importlib.import_module("wn_surgery.fused.triton.evaluator")
     tensor = members[0].tensor
     evaluator: Evaluator = triton.TritonEvaluator(specs, tensor.dtype, tensor.device)
     return evaluator
+
+
+# Not a number, as register_forward_hook would take: torch counts them anew in each process, and
+# a later hook would take the place of one that was unpickled.
+_KEY = cast(int, "wn_surgery.fused")
+
+
+def hook(root: nn.Module, fusion: Fusion) -> None:
+    """Let ``fusion`` know of the calls of ``root``: before every other hook, after the forward."""
+    root._forward_pre_hooks[_KEY] = Enter(fusion)
+    root._forward_pre_hooks.move_to_end(_KEY, last=False)
+    root._forward_hooks[_KEY] = Leave(fusion)
+    root._forward_hooks_always_called[_KEY] = True
 
 
 def unhook(root: nn.Module) -> Fusion | None:
@@ -207,7 +204,7 @@ class Enter(RootHook):
         self.fusion = fusion
 
     def __call__(self, module: nn.Module, _inputs: Any) -> None:
-        """Begin a forward."""
+        """Begin a call."""
         if not _is_compiling():
             self.fusion.enter(module, sys._getframe(1))
 
@@ -219,27 +216,27 @@ class Enter(RootHook):
 
 
 class Leave:
-    """The forward hook of a fused root; called also where the forward raises."""
+    """The forward hook of a fused root; called also where the forward raises an Exception."""
 
     def __init__(self, fusion: Fusion) -> None:
         self.fusion = fusion
 
-    def __call__(self, module: nn.Module, _inputs: Any, _outputs: Any) -> None:
-        """End a forward."""
+    def __call__(self, _module: nn.Module, _inputs: Any, _outputs: Any) -> None:
+        """End a call."""
         if not _is_compiling():
-            self.fusion.leave(module)
+            self.fusion.leave(sys._getframe(1))
 
 
-_REUSING: WeakSet[Fusion] = WeakSet()
+_FUSIONS: WeakSet[Fusion] = WeakSet()
 
 
 @functools.cache
 def _watch_optimizers() -> None:
-    """Ask torch to tell of every optimizer's step; once, and only if something is to be reused."""
+    """Ask torch to tell of every optimizer's step; once, at the first fused model."""
     register_optimizer_step_post_hook(_after_step)
 
 
 def _after_step(*_: Any) -> None:
     # Fused optimizers write without raising the version of what they write.
-    for fusion in list(_REUSING):
-        fusion.forget_reusable()
+    for fusion in list(_FUSIONS):
+        fusion.forget()

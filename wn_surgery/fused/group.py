@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from threading import get_ident
-from typing import TypeAlias, cast
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple, cast
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 
-from ..norm import g_shape, traced, transformed
+from ..norm import builds_graph, g_shape, traced, transformed
 from ..parametrization import WeightNorm, WeightNormList
+from ..slots import NotCopied
 from .cpu import CpuEvaluator
 from .evaluator import Evaluator, Spec
 from .node import evaluate
 from .scope import Scope
 
-__all__ = ["CudaSlot", "Group", "Slot", "infrastructure_mode"]
+__all__ = ["CudaSlot", "Group", "Slot", "gradient_hooks", "infrastructure_mode", "module_hooks_of"]
 
 _PLAIN_TYPES = frozenset({torch.Tensor, nn.Parameter})
 _INFRASTRUCTURE = (
@@ -26,29 +27,31 @@ _INFRASTRUCTURE = (
     torch._C._TorchDispatchModeKey.FUNCTIONAL,
 )
 
-Where: TypeAlias = "tuple[int, torch.dtype | None] | None"
-# A weight, the g and v it was computed from, their versions then, and where that was.
-Entry: TypeAlias = "tuple[Tensor, Tensor, Tensor, int, int, Where]"
-
-_is_grad_enabled = torch.is_grad_enabled
 _modes = torch._C._len_torch_dispatch_stack
-_graph_task = torch._C._current_graph_task_id
 
 
-class Slot:
-    """The weight of one parameter of one module, while it may be reused.
+class Entry(NamedTuple):
+    """A weight, within what it may be shared, and all that it was computed from."""
+
+    weight: Tensor
+    extent: Hashable
+    g: Tensor
+    v: Tensor
+    state: tuple[object, ...]
+
+
+class Slot(NotCopied):
+    """The weight of one parameter of one module, while it may be shared.
 
     Attributes:
         spec: what the weight is.
-        grad: what grad mode sees during the forward.
-        plain: what no-grad mode sees; it has no graph, and must not stand in for ``grad``.
-        kept: what a backward sees that runs checkpointed parts again, and in which era.
-        reusable: ``plain`` after the forward, with the addresses of g and v.
+        grad: what a read that builds a graph sees.
+        plain: what another one sees; it has no graph, and must not stand in for ``grad``.
     """
 
     __slots__ = (
-        "_alone", "_g_shape", "_group", "_norm", "_parameters", "_parametrizations", "_scope",
-        "_seen", "grad", "kept", "plain", "reusable", "spec",
+        "_alone", "_g_shape", "_group", "_hooks", "_norm", "_parameters", "_parametrizations",
+        "_scope", "_seen", "grad", "plain", "spec",
     )  # fmt: skip
 
     def __init__(self, group: Group, plist: WeightNormList, spec: Spec) -> None:
@@ -58,6 +61,7 @@ class Slot:
         # The dictionaries themselves: what is in them may be other objects at each forward.
         self._parameters = plist._parameters
         self._parametrizations = plist._modules
+        self._hooks = module_hooks_of(plist)
         self._alone: Evaluator | None = None
         self._seen: tuple[Tensor, Tensor, int, int] | None = None
         self._g_shape = g_shape(spec.shape, spec.dim)
@@ -66,11 +70,9 @@ class Slot:
         self.forget()
 
     def forget(self) -> None:
-        """Drop every value."""
+        """Drop both values."""
         self.grad: Entry | None = None
         self.plain: Entry | None = None
-        self.kept: tuple[Entry, int] | None = None
-        self.reusable: tuple[Entry, int, int] | None = None
 
     def weight(self) -> Tensor | None:
         """The weight, computed with its whole group where it is not there yet.
@@ -78,40 +80,53 @@ class Slot:
         Returns:
             The weight; ``None`` where it must be computed as if nothing were fused.
         """
-        entry = self.grad if _is_grad_enabled() else self.plain
-        if entry is not None:
-            # is_current() once more, without the call: this is read thousands of times a second.
-            # Nor is it asked whether a transform is active: one of g or v has other objects.
-            weight, g, v, g_version, v_version, _ = entry
-            held = self._parameters
-            if (
-                held.get("original0") is g
-                and held.get("original1") is v
-                and g._version == g_version
-                and v._version == v_version
-                and self._scope.thread == get_ident()
-            ):
-                return weight
-        return self._compute()
+        extent = self.extent()
+        if extent is None:
+            return None
+        # Nor is it asked whether a transform is active: one of g or v has other objects.
+        entry = self.grad if builds_graph() else self.plain
+        if entry is None or entry.extent != extent:
+            return self._compute(extent, alone=False)
+        if self._is_current(entry):
+            return entry.weight
+        return self._compute(extent, alone=True)
 
-    def is_current(self, entry: Entry) -> bool:
-        """Whether g and v are the tensors that the entry was computed from, unwritten.
+    def extent(self) -> Hashable:
+        """What a value that is computed now may be shared within; ``None``: nothing."""
+        return self._scope.here()
 
-        A write that does not raise the version (``.data``, a fused optimizer) goes unseen
-        here; that is why no entry outlives its forward by default.
-        """
-        _, g, v, g_version, v_version, _ = entry
-        held = self._parameters
+    def out_dtype(self) -> torch.dtype | None:
+        """The dtype of the weight; ``None``: that of v."""
+        return None
+
+    def put(self, weight: Tensor, extent: Hashable, g: Tensor, v: Tensor) -> None:
+        """Keep what was just computed from ``g`` and ``v``."""
+        entry = Entry(weight, extent, g, v, self._state(weight, g, v))
+        if builds_graph():
+            self.grad = entry
+        else:
+            self.plain = entry
+
+    def _state(self, weight: Tensor, g: Tensor, v: Tensor) -> tuple[object, ...]:
+        norm = self._norm
+        return (
+            weight._version, g._version, v._version,
+            g.requires_grad, v.requires_grad, g.data_ptr(), v.data_ptr(),
+            norm.dim, norm.eps, norm.norm_dtype,
+        )  # fmt: skip
+
+    def _is_current(self, entry: Entry) -> bool:
+        """Whether nothing has changed that the weight was computed from, nor the weight itself."""
+        weight, _, g, v, state = entry
+        held, parametrizations = self._parameters, self._parametrizations
         return (
             held.get("original0") is g
             and held.get("original1") is v
-            and g._version == g_version
-            and v._version == v_version
+            and parametrizations.get("0") is self._norm
+            and len(parametrizations) == 1
+            and not any(self._hooks)
+            and state == self._state(weight, g, v)
         )
-
-    def where(self) -> Where:
-        """What else the weight depends on."""
-        return None
 
     def tensors(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """The g and v of now; ``None`` if they are not what the group was made for."""
@@ -125,6 +140,7 @@ class Slot:
             or norm.eps != spec.eps
             or norm.norm_dtype is not spec.norm_dtype
             or len(self._parametrizations) != 1
+            or any(self._hooks)
             or v.shape != spec.shape
         ):
             return None
@@ -137,7 +153,7 @@ class Slot:
             or seen[2] != g.data_ptr()
             or seen[3] != v.data_ptr()
         ):
-            if g.shape != self._g_shape or any(
+            if any(
                 tensor.dtype is not dtype
                 or tensor.device != device
                 or type(tensor) not in _PLAIN_TYPES
@@ -146,49 +162,26 @@ class Slot:
             ):
                 return None
             self._seen = g, v, g.data_ptr(), v.data_ptr()
-        return g, v
+        # Apart from what has been seen: a new shape may come at the old address.
+        return None if g.shape != self._g_shape else (g, v)
 
-    def keep(self) -> None:
-        """Remember what was computed without grad for the next forward of that kind."""
-        entry = self.plain
-        if entry is not None and (self.reusable is None or self.reusable[0] is not entry):
-            self.reusable = entry, entry[1].data_ptr(), entry[2].data_ptr()
-
-    def take_up(self) -> bool:
-        """Reuse the value of an earlier forward without grad; whether g and v allow it."""
-        if self.reusable is None:
-            return True
-        entry, g_address, v_address = self.reusable
-        _, g, v, *_ = entry
-        if not self.is_current(entry) or (g.data_ptr(), v.data_ptr()) != (g_address, v_address):
-            return False
-        self.plain = entry
-        return True
-
-    def _compute(self) -> Tensor | None:
+    def _compute(self, extent: Hashable, alone: bool) -> Tensor | None:
         group = self._group()
         if group is None or traced() or transformed() or infrastructure_mode():
             return None
-        if self._scope.thread == get_ident():
-            return group.fill(self)
-        if _graph_task() != -1:
-            # Backward: an activation checkpoint runs a part of the last forward again. Nothing
-            # has held on to its weights; they are computed, once for all the parts that follow.
-            kept = self.kept
-            if kept is not None and kept[1] == self._scope.era and _is_grad_enabled():
-                entry = kept[0]
-                if self.is_current(entry):
-                    return entry[0]
-            return group.fill(self, keep=True)
-        # Outside of any forward. If it is one after all, of a part of the model that will be
-        # checkpointed, then its backward must not see the weights of an earlier one.
-        self._scope.era += 1
+        if not alone:
+            return group.fill(self, extent)
+        # Something was written, frozen or exchanged since the group was computed. The others
+        # will find out for themselves.
         pair = self.tensors(group.dtype, group.device)
         if pair is None:
             return None
         if self._alone is None:
-            self._alone = CpuEvaluator([self.spec], group.device)
-        return evaluate(self._alone, (self.spec,), pair[1:], pair[:1])[0]
+            self._alone = CpuEvaluator([self.spec])
+        g, v = pair
+        (weight,) = evaluate(self._alone, (self.spec,), (v,), (g,), self.out_dtype())
+        self.put(weight, extent, g, v)
+        return weight
 
 
 class CudaSlot(Slot):
@@ -203,23 +196,18 @@ class CudaSlot(Slot):
         self._index = index
         self._castable = castable
 
-    def weight(self) -> Tensor | None:
-        """As in the base class, if the value is good for here."""
-        entry = self.grad if _is_grad_enabled() else self.plain
-        if entry is not None and self.is_current(entry) and self._scope.thread == get_ident():
-            return entry[0]
-        return self._compute()
-
-    def is_current(self, entry: Entry) -> bool:
-        """As in the base class, and on the current stream."""
-        return entry[5] == self.where() and super().is_current(entry)
-
-    def where(self) -> Where:
-        """The current stream, and the dtype that autocast would convert the weight to."""
+    def extent(self) -> Hashable:
+        """As in the base class, on the current stream and for the current dtype of autocast."""
+        here = super().extent()
+        if here is None:
+            return None
         # torch's public function makes an object each time.
-        stream = torch._C._cuda_getCurrentRawStream(self._index)
+        return here, torch._C._cuda_getCurrentRawStream(self._index), self.out_dtype()
+
+    def out_dtype(self) -> torch.dtype | None:
+        """What autocast would convert the weight to."""
         cast = self._castable and torch.is_autocast_enabled("cuda")
-        return stream, torch.get_autocast_dtype("cuda") if cast else None
+        return torch.get_autocast_dtype("cuda") if cast else None
 
 
 class Group:
@@ -229,12 +217,12 @@ class Group:
         slots: the members', in the order of the evaluator's specs.
 
     Args:
-        scope: tells whether a forward is under way.
+        scope: tells what a value may be shared within.
         dtype: of every g and v.
         device: of every g and v.
         evaluator: computes the weights.
-        stays: whether values computed without grad stay to the end of the forward, or only
-            until another group is computed.
+        stays: whether values without a graph stay to the end of the forward, or only until
+            another group is computed.
     """
 
     def __init__(
@@ -254,65 +242,52 @@ class Group:
         self._dropped = -1
         self._evaluator = evaluator
 
-    def begin(self, reuse: bool) -> None:
-        """A forward begins: nothing is at hand, unless a value of an earlier one is still good.
-
-        Args:
-            reuse: whether this forward may reuse anything.
-        """
-        slots = self.slots
-        for slot in slots:
-            slot.grad = slot.plain = slot.kept = None
-        if self._stays and not (reuse and all(map(Slot.take_up, slots))):
-            for slot in slots:
-                slot.plain = slot.reusable = None
-
-    def end(self, keep: bool) -> None:
-        """A forward has ended: its graph holds what its backward needs, and frees it.
-
-        Args:
-            keep: whether to keep what was computed without grad for the next forward.
-        """
+    def forget(self) -> None:
+        """Drop every value: the graph holds what its backward needs, and frees it."""
         for slot in self.slots:
-            if keep:
-                slot.keep()
-            slot.grad = slot.plain = None
+            slot.forget()
 
-    def fill(self, wanted: Slot, keep: bool = False) -> Tensor | None:
-        """Compute all weights; that of ``wanted``, or ``None`` if one cannot be computed.
+    def fill(self, wanted: Slot, extent: Hashable) -> Tensor | None:
+        """Compute all weights.
 
         Args:
             wanted: the slot that was asked.
-            keep: put them where a backward looks for them; the forward has ended.
+            extent: what the values may be shared within.
+
+        Returns:
+            The weight of ``wanted``; ``None`` if the group does not fit the model any more.
         """
         if self.scope.stale:
             return None
-        if not (keep or _is_grad_enabled()):
-            self._make_room()
+        builds = builds_graph()
         g: list[Tensor] = []
         v: list[Tensor] = []
         for slot in self.slots:
             pair = slot.tensors(self.dtype, self.device)
-            if pair is None:
+            if pair is None or (builds and len(self.slots) > 1 and gradient_hooks(pair)):
                 self.scope.stale = True
                 return None
             g.append(pair[0])
             v.append(pair[1])
-        where = wanted.where()
+        if not builds:
+            self._make_room()
+        if self not in self.scope.filled:
+            self.scope.filled.append(self)
         if self._specs is None:
             self._specs = tuple(slot.spec for slot in self.slots)
-        weights = evaluate(self._evaluator, self._specs, v, g, where and where[1])
-        _put(zip(self.slots, weights, g, v, strict=True), where, self.scope.era if keep else None)
+        weights = evaluate(self._evaluator, self._specs, v, g, wanted.out_dtype())
+        for slot, weight, m, x in zip(self.slots, weights, g, v, strict=True):
+            slot.put(weight, extent, m, x)
         return next(w for slot, w in zip(self.slots, weights, strict=True) if slot is wanted)
 
     def _make_room(self) -> None:
-        """Before computing without grad, drop what the last group to do so has computed.
+        """Before computing without a graph, drop what the last group to do so has computed.
 
         Its weights have probably been read for the last time, and memory that was used just
         now is fast, while fresh memory costs as much as the computation. A group for which
         that was wrong is not dropped again.
         """
-        if self._dropped == self.scope.era:
+        if self._dropped == self.scope.calls:
             self._stays = True
         last = self.scope.last
         if last is not None and last is not self:
@@ -320,26 +295,43 @@ class Group:
         self.scope.last = self
 
     def drop(self) -> None:
-        """Drop what was computed without grad, unless that was wrong before."""
+        """Drop what was computed without a graph, unless that was wrong before."""
         if not self._stays:
-            self._dropped = self.scope.era
+            self._dropped = self.scope.calls
             for slot in self.slots:
                 slot.plain = None
 
 
-def _put(
-    filled: Iterable[tuple[Slot, Tensor, Tensor, Tensor]], where: Where, era: int | None
-) -> None:
-    grad = _is_grad_enabled()
-    for slot, weight, g, v in filled:
-        entry = (weight, g, v, g._version, v._version, where)
-        if era is None:
-            if grad:
-                slot.grad = entry
-            else:
-                slot.plain = entry
-        elif grad:
-            slot.kept = entry, era
+def gradient_hooks(tensors: Sequence[Tensor]) -> bool:
+    """Whether hooks wait for the gradients of a g and v.
+
+    A node's backward calls the hooks of all its inputs, with ``None`` for those without a
+    gradient. So whoever has hooks must not be behind one node with what a forward may skip.
+    """
+    return any(
+        bool(tensor._backward_hooks) or bool(tensor._post_accumulate_grad_hooks)
+        for tensor in tensors
+    )
+
+
+def module_hooks_of(plist: WeightNormList) -> tuple[object, ...]:
+    """Whatever may hold hooks that run when the weight is computed: empty where there are none."""
+    return (
+        module_hooks._global_forward_hooks,
+        module_hooks._global_forward_pre_hooks,
+        module_hooks._global_backward_hooks,
+        module_hooks._global_backward_pre_hooks,
+        *(
+            hooks
+            for module in (plist, plist[0])
+            for hooks in (
+                module._forward_hooks,
+                module._forward_pre_hooks,
+                module._backward_hooks,
+                module._backward_pre_hooks,
+            )
+        ),
+    )
 
 
 def infrastructure_mode() -> bool:

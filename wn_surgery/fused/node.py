@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..norm import weight_norm
+from ..norm import builds_graph, check_unwritten, differentiable_gradients, versions
 from .evaluator import Evaluator, Spec
 
 __all__ = ["evaluate"]
@@ -38,11 +38,12 @@ def evaluate(
     Returns:
         The weights, in order. One whose g and v are both frozen needs no gradient.
     """
-    if torch.is_grad_enabled():
+    if builds_graph():
         needed = [x.requires_grad or m.requires_grad for x, m in zip(v, g, strict=True)]
         if any(needed):
             return _group(evaluator, tuple(specs), tuple(needed), out_dtype, *v, *g)
-    with torch.no_grad():  # inference_mode(False), around it, turns grad mode on
+    # Not inference tensors: those have no version, by which a write into them is seen.
+    with torch.inference_mode(False), torch.no_grad():
         return evaluator.forward(v, g, out_dtype)[0]
 
 
@@ -65,7 +66,7 @@ class _Group(torch.autograd.Function):
             ctx.mark_non_differentiable(*frozen)
         # Not save_for_backward: see `evaluate`. Inputs and norms only, so there is no cycle.
         ctx.evaluator, ctx.specs, ctx.tensors, ctx.norms = evaluator, specs, tensors, norms
-        ctx.versions = [t._version for t in tensors]
+        ctx.versions = list(map(versions, v, g))
         return tuple(weights)
 
     @staticmethod
@@ -73,7 +74,10 @@ class _Group(torch.autograd.Function):
         tensors: tuple[Tensor, ...] = ctx.tensors
         count = len(ctx.specs)
         v, g = tensors[:count], tensors[count:]
-        _check_unchanged(ctx.versions, tensors)
+        # A backward may reach a part of the group only; what happens to the rest is not its concern.
+        for x, m, before, grad in zip(v, g, ctx.versions, grads, strict=True):
+            if grad is not None:
+                check_unwritten(x, m, before)
         if torch.is_grad_enabled():
             found = _differentiable(ctx.specs, v, g, grads)
         else:
@@ -89,30 +93,14 @@ _past: Any = super(torch.autograd.Function, _Group)
 _group: Callable[..., tuple[Tensor, ...]] = _past.apply
 
 
-def _check_unchanged(versions: Sequence[int], tensors: Sequence[Tensor]) -> None:
-    for i, (version, tensor) in enumerate(zip(versions, tensors, strict=True)):
-        if tensor._version != version:
-            part = "v" if i < len(tensors) // 2 else "g"
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an "
-                f"inplace operation: the {part} of a weight of shape {tuple(tensor.shape)} is at "
-                f"version {tensor._version}; expected version {version}. Call backward before "
-                "the optimizer's step, or clone what you write to"
-            )
-
-
 def _differentiable(
     specs: Sequence[Spec], v: Sequence[Tensor], g: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """The gradients as functions of g, v and ``grads``, for backward with create_graph."""
-    found: list[Tensor | None] = [None] * (2 * len(specs))
-    for i, (spec, x, m, grad) in enumerate(zip(specs, v, g, grads, strict=True)):
-        if grad is None:
-            continue
-        inputs = [t for t in (x, m) if t.requires_grad]
-        w = weight_norm(x, m, spec.dim, spec.eps, spec.norm_dtype)
-        pair = iter(torch.autograd.grad(w, inputs, grad.to(w.dtype), create_graph=True))
-        for place, tensor in ((i, x), (i + len(specs), m)):
-            if tensor.requires_grad:
-                found[place] = next(pair)
-    return found
+    pairs = [
+        (None, None)
+        if grad is None
+        else differentiable_gradients(grad, x, m, spec.dim, spec.eps, spec.norm_dtype)
+        for spec, x, m, grad in zip(specs, v, g, grads, strict=True)
+    ]
+    return [grad_v for grad_v, _ in pairs] + [grad_g for _, grad_g in pairs]

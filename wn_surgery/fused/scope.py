@@ -1,83 +1,104 @@
-"""When values may be reused: within the outermost forward of one root, in one thread."""
+"""When values may be shared: within one call of one root, or within one backward."""
 
 from __future__ import annotations
 
-import sys
 import threading
+from collections.abc import Hashable
 from types import FrameType
 from typing import Protocol
 
-__all__ = ["Droppable", "Scope"]
+import torch
+
+__all__ = ["Scope", "Values"]
+
+_graph_task = torch._C._current_graph_task_id
 
 
-class Droppable(Protocol):
-    """What holds values that may be dropped before the forward ends."""
+class Values(Protocol):
+    """What holds values that are shared."""
+
+    def forget(self) -> None:
+        """Drop them."""
+        ...
 
     def drop(self) -> None:
-        """Drop them."""
+        """Drop those without a graph, unless they are needed again."""
         ...
 
 
 class Scope:
-    """One forward at a time.
+    """The call of a fused root that is under way, if any; one at a time.
 
     Attributes:
-        thread: whose forward is under way; ``None`` between forwards.
-        era: counts the forwards, and the accesses between them, after which nothing that was
-            kept for a backward may be used.
+        calls: how many there have been.
+        filled: what holds values that were computed since :meth:`forget`.
+        last: the last of them to be computed without a graph.
         stale: whether the groups no longer fit the model.
-        last: the last group that was computed without grad.
     """
 
-    __slots__ = ("_depth", "_frame", "_lock", "era", "last", "stale", "thread")
+    __slots__ = ("_lock", "_owner", "_thread", "calls", "filled", "last", "stale")
 
     def __init__(self) -> None:
-        self.thread: int | None = None
-        self.era = 0
+        self.calls = 0
+        self.filled: list[Values] = []
+        self.last: Values | None = None
         self.stale = False
-        self.last: Droppable | None = None
-        self._depth = 0
-        self._frame: FrameType | None = None
+        self._thread: int | None = None
+        self._owner: object = None
         self._lock = threading.Lock()
 
-    def enter(self, frame: FrameType | None) -> bool:
-        """Begin a forward.
+    def enter(self, owner: object) -> bool:
+        """Begin a call.
 
         Args:
-            frame: where it runs, by which one that ended without :meth:`leave` is known;
-                ``None``: it never does.
+            owner: the frame that it runs in; or any object, if it certainly calls :meth:`leave`.
 
         Returns:
             Whether it is an outermost one. Not where it runs inside another, nor where
             another thread's is under way; that one keeps the scope.
         """
-        me = threading.get_ident()
         with self._lock:
-            if self.thread is not None and self._running():
-                self._depth += self.thread == me
+            if self._thread is not None and self._runs():
                 return False
-            self.thread, self._frame, self._depth, self.last = me, frame, 1, None
-            self.era += 1
+            self._thread, self._owner = threading.get_ident(), owner
+            self.calls += 1
+            self.forget()
             return True
 
-    def leave(self) -> bool:
-        """End a forward; whether it was the outermost one."""
+    def leave(self, owner: object) -> None:
+        """End the call of ``owner``, if it is the outermost one."""
         with self._lock:
-            if self.thread != threading.get_ident():
-                return False
-            self._depth -= 1
-            if self._depth:
-                return False
-            self.thread = self._frame = self.last = None
-            return True
+            if self._thread is None or (self._owner is not owner and self._runs()):
+                return
+            self._thread = self._owner = None
+            self.forget()
 
-    def _running(self) -> bool:
-        # torch calls no hook after a KeyboardInterrupt, so a forward may end without `leave`.
-        if self._frame is None:
+    def forget(self) -> None:
+        """Drop every value."""
+        filled, self.filled, self.last = self.filled, [], None
+        for values in filled:
+            values.forget()
+
+    def here(self) -> Hashable:
+        """What a value that is computed here and now may be shared within.
+
+        Returns:
+            Something that differs for each call of the root, and for each backward outside of
+            one (which runs checkpointed parts of a call again); ``None``: neither is under
+            way in this thread.
+        """
+        if self._thread == threading.get_ident() and self._runs():
+            return self.calls
+        task = _graph_task()
+        return None if task == -1 else ("backward", task)
+
+    def _runs(self) -> bool:
+        # torch calls no hook after a KeyboardInterrupt, so a call may end without `leave`. But
+        # Python knows: it does not clear a frame that is being executed, and says so.
+        if not isinstance(self._owner, FrameType):
             return True
-        frame = sys._current_frames().get(self.thread or 0)
-        while frame is not None:
-            if frame is self._frame:
-                return True
-            frame = frame.f_back
+        try:
+            self._owner.clear()
+        except RuntimeError:
+            return True
         return False
