@@ -51,7 +51,7 @@ with torch.no_grad():
     same(model(X), other(X))
     twin = copy.deepcopy(model)
     same(twin(X), other(X))
-    wn.fuse(model.eval(), "triton", reuse=True)
+    wn.fuse(model.eval(), "triton")
     same((model(X), model(X)), (other(X), other(X)))
 
 # Second order takes the formula.
