@@ -122,14 +122,11 @@ def _ours(workload: Workload, model: nn.Module) -> None:
     wn.apply(model, workload.rules)
 
 
-def _fuse(reuse: bool) -> Callable[[Workload, nn.Module], object]:
-    def prepare(workload: Workload, model: nn.Module) -> list[Any]:
-        wn.apply(model, workload.rules)
-        fuse = getattr(wn, "fuse", None)
-        assert fuse is not None  # Peer.lacks was asked
-        return [fuse(root, reuse=reuse) for root in workload.roots(model)]
-
-    return prepare
+def _fused(workload: Workload, model: nn.Module) -> list[Any]:
+    wn.apply(model, workload.rules)
+    fuse = getattr(wn, "fuse", None)
+    assert fuse is not None  # Peer.lacks was asked
+    return [fuse(root) for root in workload.roots(model)]
 
 
 def _no_fuse() -> str | None:
@@ -147,8 +144,7 @@ PEERS: tuple[Peer, ...] = (
     Peer("torch", _torch),
     Peer("torch cached()", _torch, block=parametrize.cached, compiles=False),
     Peer("ours", _ours),
-    Peer("ours fused", _fuse(reuse=False), lacks=_no_fuse),
-    Peer("ours fused, reuse", _fuse(reuse=True), (NO_GRAD,), lacks=_no_fuse, compiles=False),
+    Peer("ours fused", _fused, lacks=_no_fuse),
     Peer("ours folded", _ours, (NO_GRAD,), session=wn.folded, compiles=False),
 )
 """Every peer, in the order of the table. ``torch`` is ``parametrizations.weight_norm``."""

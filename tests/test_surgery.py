@@ -215,12 +215,12 @@ def test_migration_keeps_everything(dim: int | None) -> None:
 
     assert wn.migrate(model).changed == ("0.weight",)
     plist = model[0].parametrizations.weight
-    assert (plist.original0, plist.original1) == held or all(
-        a is b for a, b in zip((plist.original0, plist.original1), held, strict=True)
-    )
+    assert plist.original0 is held[0] and plist.original1 is held[1]
     assert torch.equal(model(x), output)
     for a, b in zip(_gradients(model, x), gradients, strict=True):
-        assert torch.equal(a, b)
+        if dim in (0, 2):  # torch's kernel, before and after
+            assert torch.equal(a, b)
+        torch.testing.assert_close(a, b)
     assert not plist.original0.requires_grad and plist.original1.requires_grad
     model.load_state_dict(old_checkpoint, strict=True)
     model.load_state_dict(model.state_dict(), strict=True)

@@ -478,7 +478,8 @@ def test_cached_is_about_the_whole_process() -> None:
             _ = layer.weight
         assert not layer.weight.requires_grad  # and so g and v get no gradient
     with wn.folded(layer):
-        assert is_cached(layer) and not is_cached(other)
+        assert layer.weight is layer.weight  # of this model, in this thread
+        assert not is_cached(layer) and not is_cached(other)
         with torch.no_grad():
             _ = layer.weight
         layer(torch.ones(1, 3)).sum().backward()

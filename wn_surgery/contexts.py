@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import layouts
 from .errors import FoldedModelError
-from .module_class import FOLDED, class_for, computed_names, is_managed
+from .module_class import FOLDED, class_for, computed_names, is_managed, opener
 from .norm import builds_graph
 from .opened import Opened, Pair, Weight, forget, parametrized, restore_class
 from .sites import Site, is_folded, sites_of, walk
@@ -346,3 +346,6 @@ def writable(model: nn.Module) -> Generator[None]:
                     if pair is not None:
                         weight.settle(pair, exchanged)
             _refresh(found)
+
+
+opener.open = writable

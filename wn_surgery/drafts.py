@@ -85,7 +85,10 @@ def following(module: nn.Module) -> Generator[None]:
         >>> import torch, wn_surgery as wn
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8))
         >>> _ = wn.apply(model, "linears")
-        >>> _ = model.apply(lambda m: hasattr(m, "weight") and torch.nn.init.ones_(m.weight))
+        >>> def init(module):
+        ...     if isinstance(module, torch.nn.Linear):
+        ...         torch.nn.init.ones_(module.weight)
+        >>> _ = model.apply(init)
         >>> model[0].parametrizations.weight.original0.flatten()[:2].tolist()
         [2.0, 2.0]
     """

@@ -9,6 +9,7 @@ modules of a base class that carry the same parameters, and never changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, TypeGuard, cast
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -19,12 +20,25 @@ from .drafts import following
 from .errors import FoldedModelError, ZeroNormError
 from .parametrization import WeightNorm, WeightNormList
 
-__all__ = ["FOLDED", "base_class", "class_for", "computed_names", "is_managed"]
+__all__ = ["FOLDED", "base_class", "class_for", "computed_names", "is_managed", "opener"]
 
 _is_compiling = torch.compiler.is_dynamo_compiling
 
 FOLDED: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 """The modules inside ``folded`` or ``writable`` now, and their parameters held as tensors."""
+
+
+class _Opener:
+    """How to make weights plain Parameters for a while.
+
+    Attributes:
+        open: ``wn_surgery.contexts.writable``, which stands above this file and puts itself here.
+    """
+
+    open: Callable[[nn.Module], AbstractContextManager[None]]
+
+
+opener = _Opener()
 
 
 def is_managed(cls: type) -> bool:
@@ -227,9 +241,7 @@ def _resetting(base: type[nn.Module], name: str) -> Callable[..., Any]:
     """The module's own initializer, with the effect that it has on a plain layer."""
 
     def reset(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        from .contexts import writable  # above this file
-
-        with writable(self):
+        with opener.open(self):
             return getattr(base, name)(self, *args, **kwargs)
 
     return reset

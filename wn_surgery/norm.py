@@ -113,8 +113,11 @@ def weight_norm(
         and v.numel() > 0
         and not transformed()
     ):
-        if builds_graph() and (v.requires_grad or g.requires_grad):
-            return _node(v, g, dim, eps, norm_dtype)
+        if torch.is_grad_enabled() and (v.requires_grad or g.requires_grad):
+            if not torch.is_inference_mode_enabled():
+                return _node(v, g, dim, eps, norm_dtype)
+            with torch.no_grad():  # which inference mode does not imply
+                return values(v, g, dim, eps, norm_dtype)[0]
         return values(v, g, dim, eps, norm_dtype)[0]
     return _composite(v, g, dim, eps, norm_dtype)
 
@@ -262,7 +265,9 @@ def like(w: Tensor, v: Tensor) -> Tensor:
 def values(
     v: Tensor, g: Tensor, dim: Dim, eps: float = 0.0, norm_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The weight and the norms, for tensors of one of :data:`KERNEL_DTYPES`; no graph is built.
+    """The weight and the norms, for tensors of one of :data:`KERNEL_DTYPES`.
+
+    For callers that build no graph: without grad, or with a g and v that need none.
 
     Args:
         v: as in :func:`weight_norm`.
@@ -274,18 +279,17 @@ def values(
     Returns:
         The bits of :func:`weight_norm`, and the norms in whatever form :func:`gradients` wants.
     """
-    with torch.no_grad():
-        if has_kernel(v, dim, eps, norm_dtype):
-            contiguous = v.contiguous()
-            # Through Any: has_kernel has checked that dim is an int.
-            w, norms = torch._weight_norm_interface(contiguous, g.contiguous(), cast(Any, dim))
-            return (w if contiguous is v else like(w, v)), norms
-        x = _cast(v, norm_dtype)
-        norms = _norm(x, dim)
-        if eps != 0.0:
-            norms = norms.clamp_min(eps)
-        scale = g / norms if norm_dtype is None else g.to(norms.dtype) / norms
-        return (x * scale).to(v.dtype), norms
+    if has_kernel(v, dim, eps, norm_dtype):
+        contiguous = v.contiguous()
+        # Through Any: has_kernel has checked that dim is an int.
+        w, norms = torch._weight_norm_interface(contiguous, g.contiguous(), cast(Any, dim))
+        return (w if contiguous is v else like(w, v)), norms
+    x = _cast(v, norm_dtype)
+    norms = _norm(x, dim)
+    if eps != 0.0:
+        norms = norms.clamp_min(eps)
+    scale = g / norms if norm_dtype is None else g.to(norms.dtype) / norms
+    return (x * scale).to(v.dtype), norms
 
 
 def gradients(
@@ -441,14 +445,15 @@ def versions(v: Tensor, g: Tensor) -> tuple[int, int]:
 
 def check_unwritten(v: Tensor, g: Tensor, before: tuple[int, int]) -> None:
     """Raise torch's own error where v or g was written between forward and backward."""
-    for part, tensor, version in zip("vg", (v, g), before, strict=True):
-        if tensor._version != version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an "
-                f"inplace operation: the {part} of a weight of shape {tuple(v.shape)} is at "
-                f"version {tensor._version}; expected version {version}. Call backward before "
-                "the optimizer's step, or clone what you write to"
-            )
+    if before == (v._version, g._version):
+        return
+    part, tensor, version = ("v", v, before[0]) if v._version != before[0] else ("g", g, before[1])
+    raise RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace "
+        f"operation: the {part} of a weight of shape {tuple(v.shape)} is at version "
+        f"{tensor._version}; expected version {version}. Call backward before the optimizer's "
+        "step, or clone what you write to"
+    )
 
 
 def differentiable_gradients(

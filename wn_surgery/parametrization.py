@@ -16,7 +16,6 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from .errors import ZeroNormError
 from .norm import Dim, magnitude, weight_norm, zero_slices
-from .slots import Hold, Slot
 
 __all__ = ["WeightNorm", "WeightNormList"]
 
@@ -101,12 +100,14 @@ class WeightNormList(ParametrizationList):
             can put the weight back in its place.
 
     Attributes:
-        hold: while this weight is folded or an initializer runs, what hands it out.
-        slot: while its model is fused, what hands it out.
+        hold: a :class:`wn_surgery.slots.Hold`, while this weight is folded or an initializer
+            runs.
+        slot: a :class:`wn_surgery.slots.Slot`, while its model is fused.
     """
 
-    hold: Hold | None = None
-    slot: Slot | None = None
+    # Not annotated: torch.jit.script would have to understand it.
+    hold = None
+    slot = None
 
     def __init__(
         self, norm: WeightNorm, g: nn.Parameter, v: nn.Parameter, order: Iterable[str] = ()

@@ -149,8 +149,8 @@ def remove(
 def migrate(model: nn.Module, *, to: Literal["parametrized", "legacy"] = "parametrized") -> Report:
     """Move every weight-normed parameter to another layout, in place.
 
-    g and v stay the same Parameter objects: outputs, gradients, ``requires_grad`` and
-    optimizers are not affected. torch's own parametrizations become this library's, which
+    g and v stay the same Parameter objects: outputs, gradients (to rounding, along axes that
+    torch has no kernel for), ``requires_grad`` and optimizers are not affected. torch's own parametrizations become this library's, which
     can be pickled and copied.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple, cast
+from typing import TypeAlias, cast
 from weakref import ReferenceType, ref
 
 import torch
@@ -27,17 +27,14 @@ _INFRASTRUCTURE = (
     torch._C._TorchDispatchModeKey.FUNCTIONAL,
 )
 
+_is_grad_enabled = torch.is_grad_enabled
+_is_inference = torch.is_inference_mode_enabled
 _modes = torch._C._len_torch_dispatch_stack
 
 
-class Entry(NamedTuple):
-    """A weight, within what it may be shared, and all that it was computed from."""
-
-    weight: Tensor
-    extent: Hashable
-    g: Tensor
-    v: Tensor
-    state: tuple[object, ...]
+# A weight, its version, within what it may be shared, all that it was computed from, and g and v,
+# which are held so that no other tensor can have their id.
+Entry: TypeAlias = "tuple[Tensor, int, Hashable, tuple[object, ...], Tensor, Tensor]"
 
 
 class Slot(NotCopied):
@@ -63,7 +60,7 @@ class Slot(NotCopied):
         self._parametrizations = plist._modules
         self._hooks = module_hooks_of(plist)
         self._alone: Evaluator | None = None
-        self._seen: tuple[Tensor, Tensor, int, int] | None = None
+        self._seen: tuple[Tensor, Tensor, tuple[object, ...]] | None = None
         self._g_shape = g_shape(spec.shape, spec.dim)
         self._norm = cast(WeightNorm, plist[0])
         self.spec = spec
@@ -84,11 +81,12 @@ class Slot(NotCopied):
         if extent is None:
             return None
         # Nor is it asked whether a transform is active: one of g or v has other objects.
-        entry = self.grad if builds_graph() else self.plain
-        if entry is None or entry.extent != extent:
+        entry = self.grad if _is_grad_enabled() and not _is_inference() else self.plain
+        if entry is None or entry[2] != extent:
             return self._compute(extent, alone=False)
-        if self._is_current(entry):
-            return entry.weight
+        weight, version, _, state, _, _ = entry
+        if weight._version == version and self.state() == state:
+            return weight
         return self._compute(extent, alone=True)
 
     def extent(self) -> Hashable:
@@ -99,60 +97,55 @@ class Slot(NotCopied):
         """The dtype of the weight; ``None``: that of v."""
         return None
 
-    def put(self, weight: Tensor, extent: Hashable, g: Tensor, v: Tensor) -> None:
-        """Keep what was just computed from ``g`` and ``v``."""
-        entry = Entry(weight, extent, g, v, self._state(weight, g, v))
-        if builds_graph():
+    def state(self) -> tuple[object, ...] | None:
+        """All that the weight depends on; equal twice if it is the same weight.
+
+        Returns:
+            ``None`` if g and v are missing, or are not all that computes it.
+        """
+        parameters, parametrizations, norm = self._parameters, self._parametrizations, self._norm
+        g, v = parameters.get("original0"), parameters.get("original1")
+        if (
+            g is None
+            or v is None
+            or parametrizations.get("0") is not norm
+            or len(parametrizations) != 1
+            or any(self._hooks)
+        ):
+            return None
+        return (
+            id(g), id(v), g._version, v._version, g.requires_grad, v.requires_grad,
+            g.data_ptr(), v.data_ptr(), norm.dim, norm.eps, norm.norm_dtype,
+        )  # fmt: skip
+
+    def put(
+        self, weight: Tensor, extent: Hashable, state: tuple[object, ...], g: Tensor, v: Tensor
+    ) -> None:
+        """Keep what was just computed from ``g`` and ``v`` in that state."""
+        entry = (weight, weight._version, extent, state, g, v)
+        if _is_grad_enabled() and not _is_inference():
             self.grad = entry
         else:
             self.plain = entry
 
-    def _state(self, weight: Tensor, g: Tensor, v: Tensor) -> tuple[object, ...]:
-        norm = self._norm
-        return (
-            weight._version, g._version, v._version,
-            g.requires_grad, v.requires_grad, g.data_ptr(), v.data_ptr(),
-            norm.dim, norm.eps, norm.norm_dtype,
-        )  # fmt: skip
+    def tensors(
+        self, state: tuple[object, ...] | None, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor] | None:
+        """The g and v of now; ``None`` if they are not what the group was made for.
 
-    def _is_current(self, entry: Entry) -> bool:
-        """Whether nothing has changed that the weight was computed from, nor the weight itself."""
-        weight, _, g, v, state = entry
-        held, parametrizations = self._parameters, self._parametrizations
-        return (
-            held.get("original0") is g
-            and held.get("original1") is v
-            and parametrizations.get("0") is self._norm
-            and len(parametrizations) == 1
-            and not any(self._hooks)
-            and state == self._state(weight, g, v)
-        )
-
-    def tensors(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """The g and v of now; ``None`` if they are not what the group was made for."""
-        g, v = self._parameters.get("original0"), self._parameters.get("original1")
-        norm, spec = self._norm, self.spec
-        if (
-            g is None
-            or v is None
-            or self._parametrizations.get("0") is not norm
-            or norm.dim != spec.dim
-            or norm.eps != spec.eps
-            or norm.norm_dtype is not spec.norm_dtype
-            or len(self._parametrizations) != 1
-            or any(self._hooks)
-            or v.shape != spec.shape
-        ):
+        Args:
+            state: what :meth:`state` has just returned.
+            dtype: that of the group.
+            device: that of the group.
+        """
+        spec = self.spec
+        if state is None or state[8:] != (spec.dim, spec.eps, spec.norm_dtype):
             return None
+        g = cast(Tensor, self._parameters["original0"])
+        v = cast(Tensor, self._parameters["original1"])
         # What is the same object at the same address is of the same dtype and device.
         seen = self._seen
-        if (
-            seen is None
-            or seen[0] is not g
-            or seen[1] is not v
-            or seen[2] != g.data_ptr()
-            or seen[3] != v.data_ptr()
-        ):
+        if seen is None or seen[0] is not g or seen[1] is not v or seen[2] != state[6:8]:
             if any(
                 tensor.dtype is not dtype
                 or tensor.device != device
@@ -161,9 +154,9 @@ class Slot(NotCopied):
                 for tensor in (g, v)
             ):
                 return None
-            self._seen = g, v, g.data_ptr(), v.data_ptr()
+            self._seen = g, v, state[6:8]
         # Apart from what has been seen: a new shape may come at the old address.
-        return None if g.shape != self._g_shape else (g, v)
+        return (g, v) if g.shape == self._g_shape and v.shape == spec.shape else None
 
     def _compute(self, extent: Hashable, alone: bool) -> Tensor | None:
         group = self._group()
@@ -173,14 +166,15 @@ class Slot(NotCopied):
             return group.fill(self, extent)
         # Something was written, frozen or exchanged since the group was computed. The others
         # will find out for themselves.
-        pair = self.tensors(group.dtype, group.device)
-        if pair is None:
+        state = self.state()
+        pair = self.tensors(state, group.dtype, group.device)
+        if state is None or pair is None:
             return None
         if self._alone is None:
             self._alone = CpuEvaluator([self.spec])
         g, v = pair
         (weight,) = evaluate(self._alone, (self.spec,), (v,), (g,), self.out_dtype())
-        self.put(weight, extent, g, v)
+        self.put(weight, extent, state, g, v)
         return weight
 
 
@@ -260,13 +254,16 @@ class Group:
         if self.scope.stale:
             return None
         builds = builds_graph()
+        states: list[tuple[object, ...]] = []
         g: list[Tensor] = []
         v: list[Tensor] = []
         for slot in self.slots:
-            pair = slot.tensors(self.dtype, self.device)
-            if pair is None or (builds and len(self.slots) > 1 and gradient_hooks(pair)):
+            state = slot.state()
+            pair = slot.tensors(state, self.dtype, self.device)
+            if state is None or pair is None or (builds and len(self.slots) > 1 and gradient_hooks(pair)):
                 self.scope.stale = True
                 return None
+            states.append(state)
             g.append(pair[0])
             v.append(pair[1])
         if not builds:
@@ -276,8 +273,8 @@ class Group:
         if self._specs is None:
             self._specs = tuple(slot.spec for slot in self.slots)
         weights = evaluate(self._evaluator, self._specs, v, g, wanted.out_dtype())
-        for slot, weight, m, x in zip(self.slots, weights, g, v, strict=True):
-            slot.put(weight, extent, m, x)
+        for slot, weight, now, m, x in zip(self.slots, weights, states, g, v, strict=True):
+            slot.put(weight, extent, now, m, x)
         return next(w for slot, w in zip(self.slots, weights, strict=True) if slot is wanted)
 
     def _make_room(self) -> None:

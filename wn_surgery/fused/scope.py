@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from types import FrameType
 from typing import Protocol
 
@@ -12,6 +12,7 @@ import torch
 __all__ = ["Scope", "Values"]
 
 _graph_task = torch._C._current_graph_task_id
+_get_ident = threading.get_ident
 
 
 class Values(Protocol):
@@ -36,7 +37,7 @@ class Scope:
         stale: whether the groups no longer fit the model.
     """
 
-    __slots__ = ("_lock", "_owner", "_thread", "calls", "filled", "last", "stale")
+    __slots__ = ("_clear", "_lock", "_owner", "_thread", "calls", "filled", "last", "stale")
 
     def __init__(self) -> None:
         self.calls = 0
@@ -45,6 +46,7 @@ class Scope:
         self.stale = False
         self._thread: int | None = None
         self._owner: object = None
+        self._clear: Callable[[], None] = _is_running
         self._lock = threading.Lock()
 
     def enter(self, owner: object) -> bool:
@@ -60,7 +62,8 @@ class Scope:
         with self._lock:
             if self._thread is not None and self._runs():
                 return False
-            self._thread, self._owner = threading.get_ident(), owner
+            self._thread, self._owner = _get_ident(), owner
+            self._clear = owner.clear if isinstance(owner, FrameType) else _is_running
             self.calls += 1
             self.forget()
             return True
@@ -70,7 +73,7 @@ class Scope:
         with self._lock:
             if self._thread is None or (self._owner is not owner and self._runs()):
                 return
-            self._thread = self._owner = None
+            self._thread, self._owner, self._clear = None, None, _is_running
             self.forget()
 
     def forget(self) -> None:
@@ -87,18 +90,25 @@ class Scope:
             one (which runs checkpointed parts of a call again); ``None``: neither is under
             way in this thread.
         """
-        if self._thread == threading.get_ident() and self._runs():
-            return self.calls
+        if self._thread == _get_ident():
+            # As in _runs(), without the call: this is asked thousands of times a second.
+            try:
+                self._clear()
+            except RuntimeError:
+                return self.calls
         task = _graph_task()
         return None if task == -1 else ("backward", task)
 
     def _runs(self) -> bool:
         # torch calls no hook after a KeyboardInterrupt, so a call may end without `leave`. But
         # Python knows: it does not clear a frame that is being executed, and says so.
-        if not isinstance(self._owner, FrameType):
-            return True
         try:
-            self._owner.clear()
+            self._clear()
         except RuntimeError:
             return True
         return False
+
+
+def _is_running() -> None:
+    """Stands in for the ``clear`` of a frame, for an owner that certainly calls ``leave``."""
+    raise RuntimeError
