@@ -1,7 +1,8 @@
 """Writes into a computed weight that take effect, for as long as an initializer runs.
 
 A weight is computed at each read, so what is written into it is lost. While ``apply(fn)`` runs on
-a weight-normed layer, every read gives the same tensor instead, and g and v follow it afterwards.
+a weight-normed layer, or a model of transformers initializes it, every read gives the same tensor
+instead, and g and v follow it afterwards.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from threading import get_ident
-from typing import cast
+from typing import Any, cast
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from .errors import ZeroNormError
 from .parametrization import WeightNorm, WeightNormList
 from .slots import NotCopied
 
-__all__ = ["Draft", "following"]
+__all__ = ["Draft", "follow_initializer", "following"]
 
 
 class Draft(NotCopied):
@@ -122,3 +124,42 @@ def following(module: nn.Module) -> Generator[None]:
         for plist, (g, v) in followed:
             plist.original0.copy_(g)
             plist.original1.copy_(v)
+
+
+# transformers calls `model._init_weights(layer)` for each layer: it has no way through the layer.
+_INITIALIZER = "_init_weights"
+_CALLER = "_initialize_weights"
+
+
+class _Initializer:
+    """The model's own initializer of one layer, which g and v follow."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = ref(model)
+
+    def __call__(self, module: nn.Module) -> None:
+        """Initialize ``module``."""
+        model = self._model()
+        assert model is not None  # it has called this
+        with following(module):
+            getattr(type(model), _INITIALIZER)(model, module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Initializer:
+        model = self._model()
+        return _Initializer(memo.get(id(model), model))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Initializer, (self._model(),)
+
+
+def follow_initializer(model: nn.Module) -> None:
+    """Let g and v follow ``init_weights()`` of the transformers models at and below ``model``."""
+    for module in model.modules():
+        if not (hasattr(type(module), _INITIALIZER) and hasattr(type(module), _CALLER)):
+            continue
+        followed = any(isinstance(below, WeightNormList) for below in module.modules())
+        own = vars(module).get(_INITIALIZER)
+        if followed and own is None:
+            vars(module)[_INITIALIZER] = _Initializer(module)
+        elif not followed and isinstance(own, _Initializer):
+            del vars(module)[_INITIALIZER]

@@ -198,11 +198,6 @@ def _make_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
         with following(self):
             return base.apply(self, fn)
 
-    def smart_apply(self: nn.Module, fn: Callable[[nn.Module], None]) -> nn.Module:
-        # What transformers' init_weights() calls; it gives every nn.Module this method.
-        with following(self):
-            return cast(nn.Module, cast(Any, base).smart_apply(self, fn))
-
     namespace: dict[str, Any] = {
         "_weight_norm_names": names,
         "__module__": base.__module__,
@@ -212,7 +207,6 @@ def _make_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
         "__reduce_ex__": __reduce_ex__,
         "_load_from_state_dict": _load_from_state_dict,
         "apply": apply,
-        "smart_apply": smart_apply,
         **{
             name: _resetting(base, name)
             for name in ("reset_parameters", "_reset_parameters")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from . import layouts
+from .drafts import follow_initializer
 from .norm import g_shape, magnitude
 from .optimizers import OptimizerChange, OptimizerEdit, Replacement
 from .parametrization import WeightNorm
@@ -212,6 +213,7 @@ def execute(plan: Plan, optimizers: Iterable[Any] = ()) -> Report:
         raise
     if plan.changes:
         settle(plan.model)
+        follow_initializer(plan.model)
     return _report(plan, changes)
 
 
