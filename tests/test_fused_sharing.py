@@ -1,7 +1,7 @@
-"""What a value of a fused model may be shared between, and attempts to read one that is not good.
+"""What a value of a fused model may be shared between, and attempts to read one that is stale.
 
-The three sentences of docs/fused.md, each attacked. Every test does the same to a fused model and to
-one that is not.
+The three sentences of docs/fused.md, each attacked. Every test does the same to a fused model and
+to one that is not.
 """
 
 from __future__ import annotations
@@ -131,9 +131,9 @@ def test_an_interrupt_inside_shared_ends_with_it() -> None:
     results = []
     for model in both():
         handle = model.head.register_forward_hook(lambda *_: (_ for _ in ()).throw(SystemExit()))
-        with pytest.raises(SystemExit):
-            with shared(model) if model._forward_pre_hooks else torch.enable_grad():
-                model(X)
+        scope = shared(model) if model._forward_pre_hooks else torch.enable_grad()
+        with pytest.raises(SystemExit), scope:
+            model(X)
         handle.remove()
         model.front.parametrizations.weight.original1.data.mul_(torch.rand(6, 2, 3).sign_())
         model.front.parametrizations.weight.original0.data.mul_(2)
@@ -459,7 +459,9 @@ def test_hooks_of_members_that_the_forward_skips(when: str) -> None:
 
     def register() -> None:
         for name, parameter in model.named_parameters():
-            parameter.register_hook(lambda grad, name=name: (called.append(name), grad.clamp(-1, 1))[1])
+            parameter.register_hook(
+                lambda grad, name=name: (called.append(name), grad.clamp(-1, 1))[1]
+            )
             parameter.register_post_accumulate_grad_hook(
                 lambda p, name=name: called.append(f"{name} {p.grad is not None}")
             )

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .errors import (
     DimensionError,
@@ -16,6 +18,7 @@ from .errors import (
     LazyParameterError,
     NonFloatingError,
     QuantizedWeightError,
+    RuleError,
     StackedParametrizationError,
     WeightNormError,
     WrappedModuleError,
@@ -90,6 +93,19 @@ def before_apply(site: Site) -> Iterator[Problem]:
             "parameter; exclude it from the rule",
         )
         return
+    if tensor.layout is not torch.strided or not isinstance(tensor, nn.Parameter):
+        what = (
+            "a plain tensor where a Parameter should be"
+            if tensor.layout is torch.strided
+            else f"stored as {str(tensor.layout).removeprefix('torch.')}"
+        )
+        yield Problem(
+            NonFloatingError,
+            site.name,
+            f"{site.name} is {what}; expected a dense nn.Parameter; exclude it from the rule, or "
+            "assign one first",
+        )
+        return
     if tensor.numel() == 0:
         yield Problem(
             ZeroNormError,
@@ -101,10 +117,23 @@ def before_apply(site: Site) -> Iterator[Problem]:
     yield from before_any_change(site)
 
 
-def before_norm(site: Site, norm: WeightNorm) -> Iterator[Problem]:
+def before_norm(site: Site, norm: WeightNorm, g_init: float | None) -> Iterator[Problem]:
     """Problems of the weight's dtype with the options of the rule."""
     tensor = site.tensor
     assert tensor is not None  # checked by the caller
+    for what, value, dtype in (
+        ("g_init", g_init or 0.0, tensor.dtype),
+        ("eps", norm.eps, norm.norm_dtype or tensor.dtype),
+        ("eps", norm.eps, tensor.dtype),  # in which a g of that size is stored
+    ):
+        if abs(value) > torch.finfo(dtype).max:
+            yield Problem(
+                RuleError,
+                site.name,
+                f"{what}={value} does not fit {_short(dtype)}, whose largest number is "
+                f"{torch.finfo(dtype).max:.3g}, for {site.name}; give a smaller one",
+            )
+            return
     if norm.eps == 0.0:
         return
     working = norm.norm_dtype or tensor.dtype
@@ -118,41 +147,50 @@ def before_norm(site: Site, norm: WeightNorm) -> Iterator[Problem]:
 
 
 def before_division(wanted: Iterable[tuple[Site, WeightNorm]]) -> Iterator[Problem]:
-    """Sites whose weight would be divided by a norm of zero."""
+    """Sites whose weight would be divided by a norm that is zero, infinite or lost."""
     groups: dict[tuple[Any, ...], list[tuple[Site, Tensor]]] = {}
     for site, norm in wanted:
         weight = site.tensor if site.held is None else site.held.weight()
         assert weight is not None  # nothing is planned for a site without a tensor
-        if norm.eps == 0.0 and not weight.is_meta:
-            key = (norm.dim, weight.shape, weight.dtype, weight.device)
+        if not weight.is_meta and not is_fake(weight):
+            options = (norm.dim, norm.eps, norm.norm_dtype)
+            key = (*options, weight.shape, weight.dtype, weight.device)
             groups.setdefault(key, []).append((site, weight.detach()))
-    for (dim, *_), members in groups.items():
+    for (dim, eps, norm_dtype, *_), members in groups.items():
         # Models have few shapes and many layers: small weights are looked at together.
         together = max(1, _STACKED // max(1, members[0][1].numel()))
         for start in range(0, len(members), together):
             chunk = members[start : start + together]
-            if _all_positive([weight for _, weight in chunk], dim):
+            if _none_is_zero([weight for _, weight in chunk], dim, eps, norm_dtype):
                 continue
             for site, weight in chunk:
-                if bad := zero_slices(weight, dim):
+                if bad := zero_slices(weight, dim, eps, norm_dtype):
                     yield Problem(
                         ZeroNormError,
                         site.name,
-                        f"{site.name} has {bad} slice(s) of zero or non-finite norm along "
-                        f"dim={dim}, where v/‖v‖ is not a number; initialise them, or give the "
-                        "rule eps > 0",
+                        f"{site.name} has {bad} slice(s) along dim={dim} whose norm is zero, not "
+                        f"finite, or too small or large for {_short(norm_dtype or weight.dtype)} "
+                        f"(g is stored in {_short(weight.dtype)}), so v/‖v‖ is no number that can "
+                        f"be trusted; initialise them, or give the rule "
+                        f"{'' if eps else 'eps > 0 or '}a wider norm_dtype",
                     )
 
 
 _STACKED = 1 << 18
 
 
-def _all_positive(weights: Sequence[Tensor], dim: Dim) -> bool:
+def _none_is_zero(
+    weights: Sequence[Tensor], dim: Dim, eps: float, norm_dtype: torch.dtype | None
+) -> bool:
     if len(weights) == 1:
-        return zero_slices(weights[0], dim) == 0
+        return zero_slices(weights[0], dim, eps, norm_dtype) == 0
     axes = () if dim is None else (dim,) if isinstance(dim, int) else dim
     stacked = (0, *(axis + 1 for axis in axes))
-    return zero_slices(torch.stack(list(weights)), stacked) == 0
+    return zero_slices(torch.stack(list(weights)), stacked, eps, norm_dtype) == 0
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def resolve_dim(site: Site, rule: Rule) -> Dim | Problem:
@@ -211,6 +249,13 @@ def before_migration(site: Site, to: str) -> Iterator[Problem]:
     """Problems of moving a weight-normed site to another layout."""
     norm, held = site.norm, site.held
     assert norm is not None and held is not None and held.g is not None and held.v is not None
+    if to == "legacy" and runs_no_hook(site):
+        yield Problem(
+            StackedParametrizationError,
+            site.name,
+            f"{site.name} is read by attention, which never calls the module it is in, so a legacy "
+            "hook would never compute it; leave it parametrized, or remove its weight norm",
+        )
     if to == "legacy" and (
         isinstance(norm.dim, tuple) or norm.eps != 0.0 or norm.norm_dtype is not None
     ):
@@ -231,6 +276,14 @@ def before_migration(site: Site, to: str) -> Iterator[Problem]:
                 f"{site.name} is computed by {held.maker}, which gives other values than "
                 "g · v/‖v‖; it can be removed, not migrated",
             )
+
+
+def runs_no_hook(site: Site) -> bool:
+    """Whether the weight is read without a call of its module, so that its hooks never run.
+
+    ``nn.MultiheadAttention`` reads ``out_proj.weight`` so, in each of its paths.
+    """
+    return isinstance(site.module, NonDynamicallyQuantizableLinear)
 
 
 def lazy(tensor: Tensor) -> bool:

@@ -195,13 +195,15 @@ class _ListFold(_Fold, NotCopied):
             # one that computes the parameter is left, and the new one computes what they did.
             while self._param in vars(below) or is_managed(below):
                 below = cast("type[nn.Module]", below.__bases__[0])
-            live = {name for name in self._names if not isinstance(getattr(below, name, None), property)}
+            live = {
+                name for name in self._names if not isinstance(getattr(below, name, None), property)
+            }
             object.__setattr__(module, "__class__", class_for(below, live))
 
     def _show(self, value: Tensor) -> None:
         self.traced = value
 
-    def _is_shown(self, value: Tensor) -> bool:
+    def _is_shown(self, _value: Tensor) -> bool:
         return True  # the module's class refuses to exchange it
 
     def _end(self) -> None:
@@ -264,7 +266,7 @@ class _FoldedHook:
         self._name = name
         self._thread = thread
 
-    def __call__(self, module: nn.Module, inputs: Any) -> None:
+    def __call__(self, _module: nn.Module, _inputs: Any) -> None:
         """Leave the weight as it is."""
         if not _is_compiling() and get_ident() != self._thread:
             raise FoldedModelError(_of_another_thread(self._name))

@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import rule_fields
 from .checks import Problem, output_axis
 from .errors import InitializationError
 from .patterns import PatternSet
-from .sites import Site, sites
+from .sites import Site, as_module, sites
 from .tables import render
 
 __all__ = ["Initialization", "initialize_from_batch", "initializing"]
@@ -91,15 +92,21 @@ def initialize_from_batch(
         >>> torch.testing.assert_close(y.std(0, correction=0), torch.ones(2))
         >>> torch.testing.assert_close(y.mean(0), torch.zeros(2))
     """
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    # The forward may write into a buffer, or put another one in its place.
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in as_module(model).modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices, key=str)), torch.no_grad():
         try:
             with initializing(model, names=names) as result:
                 model(*inputs, **kwargs)
         finally:
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer.copy_(before)
     return result
 
 
@@ -133,13 +140,15 @@ def initializing(
         >>> print(f"{loss:.3f}")
         1.000
     """
-    if any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl for m in model.modules()):
+    modules = as_module(model).modules()
+    if any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl for m in modules):
         raise InitializationError(
             f"{type(model).__name__} holds a compiled module, whose layers are not called one by "
             "one; initialize before torch.compile"
         )
     result = Initialization()
-    layers = list(_layers(model, names, result))
+    taken: dict[int, str] = {}
+    layers = list(_layers(model, names, result, taken))
     if not layers:
         raise InitializationError(
             f"{type(model).__name__} has no layer that can be initialized from a batch"
@@ -154,7 +163,7 @@ def initializing(
                 f"the forward called none of {', '.join(unreached[:3])}"
                 f"{', ...' if len(unreached) > 3 else ''}; a layer is initialized when it is called"
             )
-        result.skipped |= dict.fromkeys(unreached, "not called")
+        result.skipped |= {name: "not called" for name in unreached if name not in result.skipped}
     except BaseException:
         for layer in layers:
             layer.restore()
@@ -165,11 +174,14 @@ def initializing(
 
 
 def _layers(
-    model: nn.Module, names: str | Iterable[str] | None, result: Initialization
+    model: nn.Module,
+    names: str | Iterable[str] | None,
+    result: Initialization,
+    taken: dict[int, str],
 ) -> Generator[_Layer]:
     wanted = None
     if names is not None:
-        wanted = PatternSet.of([names] if isinstance(names, str) else names)
+        wanted = PatternSet.of(rule_fields.strings("names", names))
     for site in sites(model):
         if not site.normed:
             continue
@@ -178,7 +190,7 @@ def _layers(
         elif why := _why_not(site):
             result.skipped[site.name] = why
         else:
-            yield _Layer(site, result)
+            yield _Layer(site, result, taken)
 
 
 def _why_not(site: Site) -> str:
@@ -190,6 +202,8 @@ def _why_not(site: Site) -> str:
         return "its g is frozen"
     if site.param != "weight" or _channel_axis(module, 4) is None:
         return f"the output of {site.node.base.__name__} is not linear in it"
+    if module._parameters.get("bias") is None and getattr(module, "bias", None) is not None:
+        return "its bias is computed, by a parametrization or a hook"
     if type(held.g) is not nn.Parameter:
         return f"its g is a {type(held.g).__name__}"
     return ""
@@ -215,16 +229,24 @@ def _channel_axis(module: nn.Module, ndim: int) -> int | None:
 
 
 class _Layer:
-    """One layer that waits for its first call."""
+    """One layer that waits for its first call.
 
-    def __init__(self, site: Site, result: Initialization) -> None:
+    Args:
+        site: its weight.
+        result: what is written about it.
+        taken: the layers that were set, by the ids of the g and biases that they hold.
+    """
+
+    def __init__(self, site: Site, result: Initialization, taken: dict[int, str]) -> None:
         held = site.held
         assert held is not None and held.g is not None
         self.site = site
         self.done = False
         self._g = held.g
-        self._bias = cast("nn.Parameter | None", getattr(site.module, "bias", None))
+        bias = site.module._parameters.get("bias")
+        self._bias = bias if bias is not None and bias.requires_grad else None
         self._result = result
+        self._taken = taken
         self._before: list[tuple[Tensor, Tensor]] = []
         # Behind the pre-hooks that are there: it sees the arguments that forward will see.
         self.handle = site.module.register_forward_pre_hook(self._first_call, with_kwargs=True)
@@ -232,6 +254,13 @@ class _Layer:
     def _first_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.done:
             return
+        held = [self._g] if self._bias is None else [self._g, self._bias]
+        before = next((self._taken[id(t)] for t in held if id(t) in self._taken), None)
+        if before is not None:
+            # Another layer was called first; what it shares with this one fits that one.
+            self._result.skipped[self.site.name] = f"its g or bias is that of {before}"
+            return
+        self._taken.update((id(t), self.site.name) for t in held)
         with torch.no_grad():
             self._set(cast(Tensor, module.forward(*args, **kwargs)))
         self.done = True

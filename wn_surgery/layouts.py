@@ -240,7 +240,9 @@ def put_legacy(
         # As torch does: the attribute exists before the first forward. Without a graph,
         # so that the module can be deep-copied.
         module.__dict__[name] = hook.compute_weight(module)
-    module.register_forward_pre_hook(hook)
+    # Not by a number, as torch counts them anew in each process: a later hook would take the place
+    # of one that was unpickled.
+    module._forward_pre_hooks[cast(int, f"wn_surgery.{name}")] = hook
 
 
 def refresh(module: nn.Module) -> None:

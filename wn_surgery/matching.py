@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from . import checks
+from .errors import RuleError
 from .rules import Rule
 from .sites import Node, Site, sites_of
 
@@ -77,8 +80,15 @@ def _match_site(
 
 def eligible(site: Site, rule: Rule, path: str) -> bool:
     """Whether a rule that matches the module and the parameter's name may act on it."""
-    if rule.where is not None and not rule.where(path, site.module):
-        return False
+    if rule.where is not None:
+        wanted: object = rule.where(path, site.module)
+        if isinstance(wanted, Tensor) and wanted.numel() != 1:
+            raise RuleError(
+                f"rule `{rule.describe()}`: where returned a tensor of shape {tuple(wanted.shape)} "
+                f"for {path or 'the root'}; expected True or False"
+            )
+        if not wanted:
+            return False
     tensor = site.tensor
     if site.held is not None or tensor is None or checks.lazy(tensor):
         return True

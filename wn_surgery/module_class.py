@@ -217,9 +217,7 @@ def _make_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
     return _subclass(base, f"Parametrized{base.__name__}", namespace)
 
 
-def _subclass(
-    base: type[nn.Module], name: str, namespace: dict[str, Any]
-) -> type[nn.Module]:
+def _subclass(base: type[nn.Module], name: str, namespace: dict[str, Any]) -> type[nn.Module]:
     metaclass = _meta_for(type(base))
     # In two steps, for ``__init_subclass__`` of the user's class is about classes that people
     # write: it may want arguments, or put the class into a registry.
@@ -347,6 +345,8 @@ def _split(weight: Any, plist: WeightNormList, assign: bool) -> tuple[Any, Any, 
         return now[0], weight, ""
     if weight.is_meta and not (assign or now[1].is_meta):
         return *now, "the checkpoint's tensor is on the meta device and has no values to load"
+    if weight.is_complex() and not now[1].is_complex():
+        return *now, f"expected a real tensor, got one of dtype {weight.dtype}"
     if not (assign or now[1].is_meta):
         # g must be the norm of the values that v will hold, not of wider ones.
         weight = weight.to(dtype=now[1].dtype, device=now[1].device)

@@ -8,6 +8,7 @@ and that forward-mode AD, ``torch.func`` and vmap work.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -44,6 +45,10 @@ def g_shape(shape: torch.Size | tuple[int, ...], dim: Dim) -> tuple[int, ...]:
         return ()
     kept = (dim,) if isinstance(dim, int) else dim
     return tuple(size if axis in kept else 1 for axis, size in enumerate(shape))
+
+
+# It is asked at each access, of few different shapes.
+_expected = functools.lru_cache(maxsize=4096)(g_shape)
 
 
 def norm_except(v: Tensor, dim: Dim, eps: float = 0.0) -> Tensor:
@@ -94,6 +99,9 @@ def weight_norm(
     Returns:
         The weight: shape, dtype, device and channels_last layout of ``v``.
 
+    Raises:
+        ValueError: g has another shape.
+
     Example:
         >>> import torch
         >>> from wn_surgery.norm import weight_norm
@@ -106,10 +114,17 @@ def weight_norm(
         if has_kernel(v, dim, eps, norm_dtype) and g.dtype is v.dtype and v.ndim > 1:
             assert isinstance(dim, int)  # narrows the type; has_kernel has checked it
             return like(torch._weight_norm(v, g, dim), v)
+    # torch's kernel would read behind the end of a g that is too short.
+    elif g.shape != _expected(v.shape, dim):
+        raise ValueError(
+            f"g has shape {tuple(g.shape)}; expected {g_shape(v.shape, dim)} for a v of shape "
+            f"{tuple(v.shape)} and dim={dim}"
+        )
     elif (
         g.dtype is v.dtype in KERNEL_DTYPES
         and type(v) in _PLAIN_TYPES
         and type(g) in _PLAIN_TYPES
+        and g.is_cpu is v.is_cpu
         and v.numel() > 0
         and not transformed()
     ):
@@ -158,29 +173,50 @@ def magnitude(
         return norm_except(_cast(x, norm_dtype), dim, eps).to(real)
 
 
-def zero_slices(v: Tensor, dim: Dim) -> int:
-    """How many slices of ``v`` have a norm that is zero, infinite or not a number.
+def zero_slices(
+    v: Tensor, dim: Dim, eps: float = 0.0, norm_dtype: torch.dtype | None = None
+) -> int:
+    """How many slices of ``v`` have a norm that weight norm cannot divide by, or g cannot hold.
+
+    The norm is taken as the forward takes it, in ``norm_dtype``, and stored as g, in v's dtype.
+    A slice counts if either of them is infinite, not a number, or zero where it is no slice
+    of zeros clamped by ``eps``; and if the norm is so small that the squares under it have lost
+    digits (3e-16 in float32) and ``eps`` does not stand above that.
 
     Args:
         v: floating or complex, any shape, not on the meta device.
         dim: as in :func:`weight_norm`.
+        eps: as in :func:`weight_norm`.
+        norm_dtype: as in :func:`weight_norm`.
 
     Returns:
-        The count; 0 means that v/‖v‖ is defined everywhere.
+        The count; 0 means that :func:`magnitude` gives the weight back.
 
     Example:
         >>> import torch
         >>> from wn_surgery.norm import zero_slices
         >>> zero_slices(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), 0)
         1
+        >>> zero_slices(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), 0, eps=1e-6)
+        0
+        >>> zero_slices(torch.tensor([[1e30, 0.0]]), 0, eps=1e-6)
+        1
     """
-    norms = _norm(v.detach(), dim)
+    real = v.dtype.to_real() if v.dtype.is_complex else v.dtype
+    norms = _norm(_cast(v.detach(), norm_dtype), dim)
     if norms.numel() == 0:
         return 0
+    # Half precision is summed in float32.
+    summed = torch.finfo(torch.promote_types(norms.dtype, torch.float32))
+    least = math.sqrt(summed.smallest_normal / summed.eps)
+    most = min(torch.finfo(norms.dtype).max, torch.finfo(real).max)
     low, high = torch.aminmax(norms)
-    if low > 0 and high < math.inf:
+    if low >= max(least, torch.finfo(real).smallest_normal) and high <= most:
         return 0
-    return int((~((norms > 0) & norms.isfinite())).sum())
+    stored = norms.clamp_min(eps).to(real)
+    lost = (stored == 0) if eps == 0.0 else (stored == 0) & (norms > 0)
+    blurred = (norms < least) & (norms > eps) if eps else norms < least
+    return int((lost | blurred | ~stored.isfinite()).sum())
 
 
 def _norm(x: Tensor, dim: Dim) -> Tensor:

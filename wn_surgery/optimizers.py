@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 __all__ = ["OptimizerChange", "OptimizerEdit", "Replacement", "unwrapped"]
 
@@ -56,13 +57,20 @@ class OptimizerEdit:
 
     Args:
         optimizers: ``torch.optim.Optimizer`` objects, or wrappers that keep one under
-            ``.optimizer`` (Lightning's and accelerate's do).
+            ``.optimizer`` (Lightning's and accelerate's do); or a single one.
 
     Raises:
         TypeError: one of them is something else.
     """
 
-    def __init__(self, optimizers: Iterable[Any]) -> None:
+    def __init__(self, optimizers: Any) -> None:
+        if hasattr(optimizers, "param_groups"):
+            optimizers = [optimizers]
+        if isinstance(optimizers, str) or not isinstance(optimizers, Iterable):
+            raise TypeError(
+                f"optimizers is a {type(optimizers).__name__}; expected the optimizers that hold "
+                "the model's parameters, as in optimizers=[optimizer]"
+            )
         self._optimizers = [unwrapped(optimizer) for optimizer in optimizers]
         self._before: list[tuple[Any, list[dict[str, Any]], dict[Any, Any], Any]] = []
 
@@ -96,6 +104,11 @@ def unwrapped(optimizer: Any) -> Any:
     Raises:
         TypeError: there is none.
     """
+    if isinstance(optimizer, LRScheduler):
+        raise TypeError(
+            f"optimizers holds a {type(optimizer).__name__}, which is a learning-rate scheduler; "
+            "expected its optimizer"
+        )
     inner = optimizer
     while not isinstance(getattr(inner, "param_groups", None), list) or hasattr(inner, "optimizer"):
         if not hasattr(inner, "optimizer"):

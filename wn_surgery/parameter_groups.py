@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
+from . import rule_fields
 from .patterns import PatternSet
 from .sites import sites_of, walk
 from .tables import render
@@ -82,9 +84,11 @@ def parameter_groups(
         1 with weight decay, 4 without
         >>> optimizer = torch.optim.AdamW(groups)
     """
-    if not weight_decay >= 0:
-        raise ValueError(f"weight_decay={weight_decay!r}; expected a number that is at least 0")
-    sources = (no_decay,) if isinstance(no_decay, str) else tuple(no_decay)
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(
+            f"weight_decay={weight_decay!r}; expected a finite number that is at least 0"
+        )
+    sources = rule_fields.strings("no_decay", no_decay) if no_decay != () else ()
     patterns = {source: PatternSet.of([source]) for source in sources}
     unused = set(sources)
     magnitudes: set[int] = set()

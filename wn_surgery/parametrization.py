@@ -54,12 +54,14 @@ class WeightNorm(nn.Module):
         """The g and v that give ``weight``; v is a copy, never an alias.
 
         Raises:
-            ZeroNormError: a slice of ``weight`` has no direction and ``eps`` is 0.
+            ZeroNormError: a slice of ``weight`` has a norm that is zero (and ``eps`` is 0), not
+                finite, or too small or large for the dtype.
         """
-        if self.eps == 0.0 and not weight.is_meta and (bad := zero_slices(weight, self.dim)):
+        bad = 0 if weight.is_meta else zero_slices(weight, self.dim, self.eps, self.norm_dtype)
+        if bad:
             raise ZeroNormError(
-                f"the new weight has {bad} slice(s) of zero or non-finite norm along "
-                f"dim={self.dim}; write a weight without them, or apply weight norm with eps > 0"
+                f"the new weight has {bad} slice(s) along dim={self.dim} whose norm is zero, not "
+                f"finite, or too small or large for its dtype; {_way_out(self.eps)}"
             )
         g = magnitude(weight, self.dim, self.eps, self.norm_dtype)
         return g, weight.detach().clone(memory_format=torch.preserve_format)
@@ -84,6 +86,14 @@ class WeightNorm(nn.Module):
         if self.norm_dtype is not None:
             parts.append(f"norm_dtype={self.norm_dtype}")
         return ", ".join(parts)
+
+
+def _way_out(eps: float) -> str:
+    if eps == 0.0:
+        return (
+            "write a weight without them, or apply weight norm with eps > 0 or a wider norm_dtype"
+        )
+    return "write a weight without them, or apply weight norm with a wider norm_dtype"
 
 
 class WeightNormList(ParametrizationList):
@@ -125,17 +135,17 @@ class WeightNormList(ParametrizationList):
         held = self._modules
         if len(held) > 1:
             return super().forward()
-        norm = cast(WeightNorm, held["0"])
         g, v = self._parameters.get("original0"), self._parameters.get("original1")
         if g is None or v is None:  # a replica of DataParallel has them as attributes
             g, v = self.original0, self.original1
-        return weight_norm(v, g, norm.dim, norm.eps, norm.norm_dtype)
+        # Called as a module, so that hooks on it run.
+        return cast(Tensor, held["0"](g, v))  # type: ignore[misc]
 
     def right_inverse(self, value: Tensor) -> None:
         """Set g and v, in place, so that the weight becomes ``value``.
 
         Raises:
-            ValueError: ``value`` has another shape than the weight.
+            ValueError: ``value`` has another shape than the weight, or is complex and that is not.
             ZeroNormError: see :meth:`WeightNorm.right_inverse`.
         """
         if len(self) > 1:
@@ -145,6 +155,10 @@ class WeightNormList(ParametrizationList):
             raise ValueError(
                 f"expected a weight of shape {tuple(self.original1.shape)}, "
                 f"got {tuple(value.shape)}; remove weight norm first to change the shape"
+            )
+        if value.is_complex() and not self.original1.is_complex():
+            raise ValueError(
+                f"expected a real weight, got one of dtype {value.dtype}; assign its real part"
             )
         with torch.no_grad():
             value = value.detach().to(self.original1)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import bracex
 
+from wn_surgery.errors import WeightNormError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -27,7 +29,7 @@ _BRACES = "braces hold a list {a,b} or a range {0..11}; match a brace itself wit
 _CLASSES = "write a class as [0-9] or [!a]; match a bracket itself with 're:'"
 
 
-class PatternError(ValueError):
+class PatternError(WeightNormError, ValueError):
     """A pattern is not in the language. The message says which piece, and what to write."""
 
 

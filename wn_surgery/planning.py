@@ -8,6 +8,7 @@ from collections.abc import Collection, Generator, Iterator
 from contextlib import contextmanager
 from typing import Literal, TypeAlias
 
+import torch
 from torch import nn
 
 from . import checks
@@ -17,8 +18,9 @@ from .errors import (
     ConflictingNamesError,
     ExistingSiteError,
     StackedParametrizationError,
+    WeightNormError,
 )
-from .layouts import Layout
+from .layouts import Held, Layout
 from .matching import Match, match
 from .module_class import FOLDED
 from .parametrization import WeightNorm
@@ -105,7 +107,7 @@ def _uncollected() -> Generator[None]:
 
 
 def _build(model: nn.Module, rules: tuple[Rule, ...], on_unmatched: OnUnmatched) -> Plan:
-    nodes = walk(model)
+    nodes = _nodes(model)
     index = Index(nodes)
     made = Plan(model, rules, [], parameters=index.count)
     winning: set[int] = set()
@@ -126,6 +128,15 @@ def _build(model: nn.Module, rules: tuple[Rule, ...], on_unmatched: OnUnmatched)
     return made
 
 
+def _nodes(model: nn.Module) -> list[Node]:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise WeightNormError(
+            f"the model is a TorchScript module ({model.original_name}), whose parameters are "
+            "fixed; change weight norm before torch.jit.script or torch.jit.trace"
+        )
+    return walk(model)
+
+
 def build_removal(model: nn.Module) -> Plan:
     """The plan of :func:`wn_surgery.remove` without rules: everything, and nothing else listed."""
     rule = Rule(action="remove", names="**", params="*")
@@ -140,7 +151,7 @@ def build_migration(
     model: nn.Module, to: Layout, of: Collection[Layout] = ("legacy", "parametrized")
 ) -> Plan:
     """The plan of :func:`wn_surgery.migrate`, for the sites whose layout is among ``of``."""
-    nodes = walk(model)
+    nodes = _nodes(model)
     made = Plan(model, (), [], parameters=Index(nodes).count)
     for node in nodes:
         for site in sites_of(node):
@@ -209,7 +220,7 @@ def _plan_application(step: Step, rule: Rule) -> Iterator[Problem]:
         yield dim
         return
     step.norm = WeightNorm.options(dim, rule.eps, rule.norm_dtype)
-    yield from checks.before_norm(step.site, step.norm)
+    yield from checks.before_norm(step.site, step.norm, rule.g_init)
 
 
 def _plan_replacement(step: Step, rule: Rule) -> Iterator[Problem]:
@@ -221,7 +232,7 @@ def _plan_replacement(step: Step, rule: Rule) -> Iterator[Problem]:
         yield dim
         return
     wanted = WeightNorm.options(dim, rule.eps, rule.norm_dtype)
-    if wanted.same_as(held.norm) and (rule.train_g or not held.g.requires_grad):
+    if wanted.same_as(held.norm) and not _refills(rule, held):
         step.why += ", already there"
         return
     if not rule.replace:
@@ -233,10 +244,29 @@ def _plan_replacement(step: Step, rule: Rule) -> Iterator[Problem]:
             f"for {wanted.extra_repr()}{frozen}; give the rule replace=True, or remove first",
         )
         return
-    problems = list(checks.before_any_change(site))
+    problems = [
+        *checks.before_any_change(site),
+        *checks.before_norm(site, wanted, rule.g_init),
+    ]
     if not problems:
         step.action, step.after, step.norm = "replace", "parametrized", wanted
     yield from problems
+
+
+def _refills(rule: Rule, held: Held) -> bool:
+    """Whether a g that is there is not as the rule wants it.
+
+    Without ``replace`` only a g that trains, and should not, is another one: g_init is where it
+    began, and whoever froze it may have done so since.
+    """
+    assert held.g is not None and held.v is not None
+    if not rule.train_g and held.g.requires_grad:
+        return True
+    if not rule.replace:
+        return False
+    thaws = rule.train_g and held.v.requires_grad and not held.g.requires_grad
+    other = rule.g_init is not None and not bool((held.g.detach() == rule.g_init).all())
+    return thaws or other
 
 
 def _stacked(site: Site) -> Problem:

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from wn_surgery.errors import WeightNormError
 from wn_surgery.patterns import PatternError, PatternSet
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ _DTYPES = {
 }
 
 
-class FieldError(ValueError):
+class FieldError(WeightNormError, ValueError):
     """A field of a rule is wrong; the message begins with the field's name."""
 
 

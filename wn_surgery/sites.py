@@ -14,7 +14,7 @@ from .module_class import FOLDED, base_class
 from .norm import Dim
 from .parametrization import WeightNorm
 
-__all__ = ["Node", "Site", "sites", "walk"]
+__all__ = ["Node", "Site", "as_module", "sites", "walk"]
 
 # Attribute under which a wrapper keeps what it wraps, by the wrapper's dotted name.
 # Compared as text along the MRO, so that nothing needs to be imported to know it.
@@ -178,13 +178,26 @@ def sites_of(node: Node) -> Iterator[Site]:
         yield Site(node, name, how, how.v)
 
 
+def as_module(model: object) -> nn.Module:
+    """The model, if it is one.
+
+    Raises:
+        TypeError: it is not, but for example a class, a list or ``None``.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+    advice = "; make an object of it" if isinstance(model, type) else ""
+    raise TypeError(f"expected a model, which is an nn.Module; got {got}{advice}")
+
+
 def walk(model: nn.Module) -> list[Node]:
     """Every module of the tree once, in the order of ``named_modules``, with all its paths.
 
     Modules inside ``parametrizations`` are left out: they are storage, not layers.
     """
     found = _Walk()
-    found.visit(model, "", None)
+    found.visit(as_module(model), "", None)
     return list(found.nodes.values())
 
 

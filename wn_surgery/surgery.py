@@ -151,8 +151,8 @@ def migrate(model: nn.Module, *, to: Literal["parametrized", "legacy"] = "parame
     """Move every weight-normed parameter to another layout, in place.
 
     g and v stay the same Parameter objects: outputs, gradients (to rounding, along axes that
-    torch has no kernel for), ``requires_grad`` and optimizers are not affected. torch's own parametrizations become this library's, which
-    can be pickled and copied.
+    torch has no kernel for), ``requires_grad`` and optimizers are not affected. torch's own
+    parametrizations become this library's, which can be pickled and copied.
 
     Args:
         model: any module tree.

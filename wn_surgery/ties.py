@@ -32,9 +32,13 @@ def tie_key(tensor: Tensor, normed: bool) -> Hashable:
     A direction v is compared by identity alone: torch's functions leave v aliasing the
     plain end of a former tie, and the two are no longer one parameter.
     """
-    if normed or type(tensor) not in _PLAIN or tensor.is_meta or tensor.numel() == 0:
+    if normed or not _has_address(tensor) or tensor.is_meta or tensor.numel() == 0:
         return id(tensor)
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+
+
+def _has_address(tensor: Tensor) -> bool:
+    return type(tensor) in _PLAIN and tensor.layout is torch.strided
 
 
 class Index:
@@ -78,7 +82,7 @@ def _tensors(nodes: Sequence[Node]) -> Iterator[tuple[int, Node, str, Tensor, bo
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            if type(parameter) in _PLAIN:
+            if _has_address(parameter):
                 # On the meta device, and where it is empty, the address is 0.
                 yield parameter.data_ptr() or id(parameter), node, name, parameter, False
             elif not nn.parameter.is_lazy(parameter):

@@ -160,10 +160,11 @@ def magnitude_of(weight: Tensor, key: str, options: Options) -> Tensor:
         >>> magnitude_of(torch.tensor([[3.0, 4.0]]), "weight", Options())
         tensor([[5.]])
     """
-    if options.eps == 0.0 and (count := zero_slices(weight, options.dim)):
-        raise ZeroNormError(
-            f"{key!r} has {count} slices of zero or non-finite norm along dim={options.dim}, and "
-            "g · v/‖v‖ would not be a number there; give the rule an eps, or skip the tensor"
-        )
     norm_dtype = None if options.norm_dtype is None else getattr(torch, options.norm_dtype)
+    if count := zero_slices(weight, options.dim, options.eps, norm_dtype):
+        raise ZeroNormError(
+            f"{key!r} has {count} slices along dim={options.dim} whose norm is zero, not finite, "
+            "or too small or large for its dtype; give the rule an eps or a wider norm_dtype, or "
+            "skip the tensor"
+        )
     return magnitude(weight, options.dim, options.eps, norm_dtype)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ..checks import runs_no_hook
 from ..sites import Site, sites_of, walk
 from ..tables import render
 
@@ -171,7 +172,7 @@ def _has_weight_norm(site: Site) -> bool:
 
 def _stale(site: Site, target: Target) -> _Verdict | None:
     """Attention reads ``out_proj.weight`` without calling it: a legacy hook there never runs."""
-    if site.layout != "legacy" or not isinstance(site.module, NonDynamicallyQuantizableLinear):
+    if site.layout != "legacy" or not runs_no_hook(site):
         return None
     if target in ("torch-quantize", "torchao", "torchscript-script"):
         return None

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import FoldedModelError, FusionError
 from ..planning import build_migration
-from ..sites import is_folded, sites_of, walk
+from ..sites import as_module, is_folded, sites_of, walk
 from ..surgery import execute
 from .choice import Mode
 from .fusion import Enter, Fusion, Member, hook, unhook
@@ -107,7 +107,7 @@ def unfuse(model: nn.Module) -> int:
         >>> wn.unfuse(layer), wn.unfuse(layer)
         (1, 0)
     """
-    released = [fusion for module in model.modules() if (fusion := unhook(module))]
+    released = [fusion for module in as_module(model).modules() if (fusion := unhook(module))]
     for fusion in released:
         fusion.release()
     return len(released)
@@ -167,7 +167,7 @@ def shared(model: nn.Module) -> Generator[None]:
 
 
 def _fusions(model: nn.Module) -> Iterator[Fusion]:
-    for module in model.modules():
+    for module in as_module(model).modules():
         for entry in module._forward_pre_hooks.values():
             if isinstance(entry, Enter):
                 yield entry.fusion

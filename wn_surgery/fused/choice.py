@@ -101,24 +101,28 @@ def _why_off(site: Site) -> str:
         return "legacy layout: call wn_surgery.migrate(model) first"
     if held.maker != "wn_surgery" or not is_managed(type(module)):
         return f"its class is made by {held.maker}: call wn_surgery.migrate(model) first"
-    for tensor in (held.g, held.v):
+    if why := _why_not_tensors(held.g, held.v):
+        return why
+    plist = Choice(site, "off").plist
+    if plist.__dict__.get("slot") is not None:
+        return "another fused module above or below has it already"
+    return "hooks run when its weight is computed" if any(module_hooks_of(plist)) else ""
+
+
+def _why_not_tensors(g: Tensor, v: Tensor) -> str:
+    for tensor in (g, v):
         if type(tensor) not in _PLAIN_TYPES:
             return f"its parameters are of class {type(tensor).__name__}"
         if tensor.is_meta:
             return "its parameters are on the meta device"
         if tensor.is_inference():
             return "its parameters were made under torch.inference_mode()"
-    if held.g.dtype != held.v.dtype or held.g.device != held.v.device:
+    if g.dtype != v.dtype or g.device != v.device:
         return "g and v differ in dtype or device"
-    if held.v.dtype not in KERNEL_DTYPES:
-        return f"no fused path for {str(held.v.dtype).removeprefix('torch.')}"
-    if held.v.numel() == 0:
+    if v.dtype not in KERNEL_DTYPES:
+        return f"no fused path for {str(v.dtype).removeprefix('torch.')}"
+    if v.numel() == 0:
         return "it has no elements"
-    plist = Choice(site, "off").plist
-    if plist.__dict__.get("slot") is not None:
-        return "another fused module above or below has it already"
-    if any(module_hooks_of(plist)):
-        return "hooks run when its weight is computed"
     return ""
 
 

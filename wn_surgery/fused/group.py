@@ -260,7 +260,11 @@ class Group:
         for slot in self.slots:
             state = slot.state()
             pair = slot.tensors(state, self.dtype, self.device)
-            if state is None or pair is None or (builds and len(self.slots) > 1 and gradient_hooks(pair)):
+            if (
+                state is None
+                or pair is None
+                or (builds and len(self.slots) > 1 and gradient_hooks(pair))
+            ):
                 self.scope.stale = True
                 return None
             states.append(state)

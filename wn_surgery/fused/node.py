@@ -74,7 +74,7 @@ class _Group(torch.autograd.Function):
         tensors: tuple[Tensor, ...] = ctx.tensors
         count = len(ctx.specs)
         v, g = tensors[:count], tensors[count:]
-        # A backward may reach a part of the group only; what happens to the rest is not its concern.
+        # A backward may reach a part of the group only; the rest is not its concern.
         for x, m, before, grad in zip(v, g, ctx.versions, grads, strict=True):
             if grad is not None:
                 check_unwritten(x, m, before)
