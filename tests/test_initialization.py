@@ -320,3 +320,67 @@ def test_models_that_cannot_be_initialized() -> None:
         model.compile(backend="eager")
         with pytest.raises(wn.InitializationError, match=r"before torch\.compile"):
             wn.initialize_from_batch(compiled, X)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.other.weight = self.one.weight
+        self.seen: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen["one"] = self.one(x)
+        self.seen["other"] = self.other(self.seen["one"].tanh() * 3)
+        return self.seen["other"]
+
+
+def test_a_tied_g_is_set_by_the_first_call_alone() -> None:
+    model = Tied()
+    wn.apply(model, {"types": "Linear", "tied": "together"})
+    x = torch.randn(500, 4)
+    result = wn.initialize_from_batch(model, x)
+    assert list(result.initialized) == ["one.weight"]
+    assert result.skipped == {"other.weight": "its g or bias is that of one.weight"}
+    model(x)
+    mean, std = moments(model.seen["one"], -1)
+    torch.testing.assert_close(std, torch.ones_like(std), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-4)
+
+
+def test_a_bias_that_is_frozen_or_computed() -> None:
+    x = torch.randn(100, 4) + 3
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].bias.requires_grad_(False)
+    before = model[0].bias.clone()
+    wn.apply(model, "linears")
+    assert list(wn.initialize_from_batch(model, x).initialized) == ["0.weight"]
+    assert torch.equal(model[0].bias, before)
+    std = moments(model(x), -1)[1]
+    torch.testing.assert_close(std, torch.ones_like(std), rtol=1e-4, atol=1e-4)
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    nn.init.normal_(model[0].bias)
+    wn.apply(model, {"names": "0", "params": "bias", "dim": None})
+    wn.apply(model, "linears")
+    result = wn.initialize_from_batch(model, x)
+    assert list(result.initialized) == ["1.weight"]
+    assert "its bias is computed" in result.skipped["0.weight"]
+
+
+def test_buffers_that_the_forward_exchanges_are_put_back() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls = self.calls + 1
+            return self.layer(x)
+
+    model = Counting()
+    wn.apply(model, "linears")
+    calls = model.calls
+    wn.initialize_from_batch(model, torch.randn(50, 4))
+    assert model.calls is calls and calls.item() == 0

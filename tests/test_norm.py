@@ -382,3 +382,56 @@ def test_checkpointing_recomputes_the_same() -> None:
     again = torch.utils.checkpoint.checkpoint(weight_norm, v, g, use_reentrant=False)
     for a, b in zip(torch.autograd.grad(again.sin().sum(), (v, g)), expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_g_of_the_wrong_shape_is_refused() -> None:
+    """torch's kernel reads behind its end, and takes the process down."""
+    v = torch.randn(64, 3, requires_grad=True)
+    for shape, dim in (((2, 1), 0), ((1, 64), 0), ((64,), 0), ((64, 1), 1), ((1,), None)):
+        for g in (torch.ones(shape), torch.ones(shape, requires_grad=True)):
+            with pytest.raises(ValueError, match="expected"):
+                weight_norm(v, g, dim)
+    layer = torch.nn.Linear(3, 64)
+    apply(layer, {"names": ""})
+    wrong = dict(layer.named_parameters())
+    wrong["parametrizations.weight.original0"] = torch.ones(2, 1)
+    with pytest.raises(ValueError, match=r"g has shape \(2, 1\); expected \(64, 1\)"):
+        torch.func.functional_call(layer, wrong, (torch.ones(1, 3),))
+    layer.parametrizations.weight.original0 = torch.nn.Parameter(torch.ones(2, 1))  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="g has shape"):
+        layer(torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_inference_mode_with_grad_enabled(dim: int) -> None:
+    v, g = pair((3, 4, 2), dim, torch.float32)
+    expected = weight_norm(v, g, dim)
+    with torch.inference_mode(), torch.enable_grad():
+        found = weight_norm(v, g, dim)
+    assert torch.equal(found, expected) and found.is_inference()
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "options", "count"),
+    [
+        (1e30, torch.float32, {}, 2),
+        (1e30, torch.float32, {"eps": 1e-6}, 2),
+        (1e30, torch.float32, {"norm_dtype": torch.float64}, 0),
+        (1e-22, torch.float32, {}, 2),
+        (1e-22, torch.float32, {"eps": 1e-12}, 0),  # clamped: a constant
+        (1e-22, torch.float32, {"norm_dtype": torch.float64}, 0),
+        (1e-30, torch.float64, {"norm_dtype": torch.float32}, 2),
+        (6e4, torch.float16, {"norm_dtype": torch.float32}, 2),  # g would be infinite
+        (1e-7, torch.float16, {"norm_dtype": torch.float32}, 0),
+        (0.0, torch.float32, {"eps": 1e-12}, 0),
+        (0.0, torch.float32, {}, 2),
+    ],
+)
+def test_norms_are_judged_as_they_are_computed_and_stored(
+    value: float, dtype: torch.dtype, options: dict[str, Any], count: int
+) -> None:
+    v = torch.full((2, 3), value, dtype=dtype)
+    assert zero_slices(v, 0, **options) == count
+    if not count:
+        g = magnitude(v, 0, **options)
+        torch.testing.assert_close(weight_norm(v, g, 0, **options), v)

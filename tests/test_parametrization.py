@@ -352,7 +352,7 @@ def test_an_assigned_weight_goes_into_g_and_v_by_value(wrap: Callable[[Tensor], 
         (3.0, TypeError, "expected a tensor"),
         (torch.ones(2, 2), ValueError, r"expected a weight of shape \(4, 3\), got \(2, 2\)"),
         (torch.zeros(4, 3), wn.ZeroNormError, r"4 slice\(s\)"),
-        (torch.full((4, 3), torch.nan), wn.ZeroNormError, "non-finite"),
+        (torch.full((4, 3), torch.nan), wn.ZeroNormError, "not finite"),
     ],
 )
 def test_what_cannot_be_assigned(value: Any, error: type[Exception], match: str) -> None:
@@ -399,3 +399,114 @@ def test_methods_of_the_module_reach_g_and_v() -> None:
     assert not layer.requires_grad_(False).weight.requires_grad
     assert layer.share_memory().parametrizations.weight.original1.is_shared()
     assert layer.to("meta").weight.is_meta
+
+
+def initialize(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.constant_(module.weight, 0.5)
+
+
+def test_initializers_take_effect() -> None:
+    torch.manual_seed(3)
+    plain = nn.Linear(3, 4)
+    layer = ours(nn.Linear(3, 4))
+    torch.manual_seed(3)
+    layer.reset_parameters()
+    torch.testing.assert_close(layer.weight, plain.weight)
+    model = nn.Sequential(layer, nn.Linear(4, 4))
+    g, v = layer.parametrizations.weight.original0, layer.parametrizations.weight.original1
+    model.apply(initialize)
+    assert torch.equal(layer.weight, torch.full((4, 3), 0.5))
+    assert layer.parametrizations.weight.original0 is g and g.grad_fn is None and v.is_leaf
+    # As DCGAN does, by the class's name and through .data.
+    model.apply(lambda m: m.weight.data.fill_(0.25) if "Linear" in type(m).__name__ else None)
+    torch.testing.assert_close(layer.weight, torch.full((4, 3), 0.25))
+
+
+def test_recurrent_layers_are_reset_as_plain_ones() -> None:
+    plain, layer = nn.LSTM(3, 4), nn.LSTM(3, 4)
+    wn.apply(layer, {"names": "", "params": "weight*"})
+    for each in (plain, layer):
+        torch.manual_seed(5)
+        each.reset_parameters()
+    for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0"):
+        torch.testing.assert_close(getattr(layer, name), getattr(plain, name))
+
+
+def test_an_initializer_that_fails_changes_nothing() -> None:
+    layer = ours(nn.Linear(3, 4))
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+
+    def zero(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.weight)
+
+    def stop(module: nn.Module) -> None:
+        initialize(module)
+        if isinstance(module, nn.Linear):
+            raise RuntimeError("stopped")
+
+    with pytest.raises(wn.ZeroNormError, match="Linear.weight"):
+        layer.apply(zero)
+    with pytest.raises(RuntimeError, match="stopped"):
+        layer.apply(stop)
+    with pytest.raises(wn.ZeroNormError):
+        nn.Module.apply(nn.Sequential(layer), zero)
+    for key, value in layer.state_dict().items():
+        assert torch.equal(value, before[key])
+    assert layer.weight is not layer.weight  # nothing holds it any more
+
+
+def test_what_reads_or_removes_inside_apply() -> None:
+    layer = ours(nn.Linear(3, 4))
+    before = layer.parametrizations.weight.original0.clone()
+    seen: list[bool] = []
+    layer.apply(lambda m: seen.append(parametrize.is_parametrized(m)))
+    assert seen[-1] and torch.equal(layer.parametrizations.weight.original0, before)
+    layer.apply(lambda m: isinstance(m, nn.Linear) and wn.remove(m))
+    assert type(layer) is nn.Linear
+    layer = ours(nn.Linear(3, 4))
+    layer.apply(lambda m: m.reset_parameters() if isinstance(m, nn.Linear) else None)
+    assert not torch.equal(layer.parametrizations.weight.original0, before)
+
+
+def test_init_subclass_is_about_the_users_classes() -> None:
+    registered: list[type] = []
+
+    class Tagged(nn.Linear):
+        def __init_subclass__(cls, *, tag: str, **options: Any) -> None:
+            super().__init_subclass__(**options)
+            registered.append(cls)
+
+    class Layer(Tagged, tag="one"):
+        pass
+
+    layer = ours(Layer(3, 4))
+    assert registered == [Layer] and isinstance(layer, Layer)
+    assert type(layer).__bases__ == (Layer,)
+    wn.remove(layer)
+    assert type(layer) is Layer
+
+
+def test_torchs_removal_of_what_it_parametrized_before_us() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    layer = nn.Linear(3, 4)
+    parametrize.register_parametrization(layer, "bias", Twice())
+    bias = layer.bias.detach().clone()
+    ours(layer)
+    parametrize.remove_parametrizations(layer, "bias")
+    assert torch.equal(layer.bias, bias) and "bias" in layer._parameters
+    wn.remove(layer)
+    assert type(layer) is nn.Linear
+
+
+def test_hooks_on_the_parametrization_run() -> None:
+    layer = ours(nn.Linear(3, 4))
+    called: list[str] = []
+    layer.parametrizations.weight.register_forward_hook(lambda *_: called.append("list"))
+    layer.parametrizations.weight[0].register_forward_hook(lambda *_: called.append("norm"))
+    layer(torch.ones(1, 3))
+    assert called == ["norm", "list"]

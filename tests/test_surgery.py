@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -311,3 +314,53 @@ def test_a_name_that_torch_gave_the_shared_class_is_harmless_elsewhere() -> None
     wn.remove(other)
     assert type(other) is nn.Linear
     assert torch.equal(one(x), one(x))
+
+
+def test_replacing_thaws_and_refills_g() -> None:
+    model = nn.Sequential(nn.Linear(3, 4))
+    wn.apply(model, {"types": "Linear", "train_g": False})
+    weight = model[0].weight.detach().clone()
+    g = model[0].parametrizations.weight.original0
+    assert not g.requires_grad
+    # Whoever froze it may have done so since: only replace=True says otherwise.
+    assert not wn.apply(model, {"types": "Linear"}).changed
+    assert not wn.apply(model, {"types": "Linear", "g_init": 2.0}).changed
+    assert wn.apply(model, {"types": "Linear", "replace": True}).changed == ("0.weight",)
+    assert model[0].parametrizations.weight.original0.requires_grad
+    assert torch.equal(model[0].weight, weight)
+    filled = {"types": "Linear", "g_init": 2.0, "replace": True}
+    assert wn.apply(model, filled).changed == ("0.weight",)
+    assert model[0].parametrizations.weight.original0.flatten().tolist() == [2.0] * 4
+    assert not wn.apply(model, filled).changed
+    for make in (legacy, modern):
+        model = nn.Sequential(make(nn.Linear(3, 4)))
+        assert wn.apply(model, filled).changed == ("0.weight",)
+        assert model[0].parametrizations.weight.original0.flatten().tolist() == [2.0] * 4
+
+
+IN_ANOTHER_PROCESS = """
+import sys, torch
+layer = torch.load(sys.argv[1], weights_only=False)
+for _ in range(9):
+    layer.register_forward_pre_hook(lambda *_: None)
+with torch.no_grad():
+    before = layer(torch.ones(1, 3))
+    layer.weight_g.mul_(2)
+    assert not torch.equal(layer(torch.ones(1, 3)), before)
+torch.nn.utils.remove_weight_norm(layer)
+print("done")
+"""
+
+
+def test_a_legacy_hook_keeps_its_place_in_the_process_that_unpickles(tmp_path: Path) -> None:
+    layer = ours(nn.Linear(3, 4))
+    wn.migrate(layer, to="legacy")
+    torch.save(layer, tmp_path / "layer.pt")
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", IN_ANOTHER_PROCESS, str(tmp_path / "layer.pt")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert run.stdout == "done\n", run.stderr[-2000:]
