@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import wn_surgery as wn
+from wn_surgery.checkpoints.atomic import Output
 from wn_surgery.checkpoints.safetensors_file import File
 
 ROOT = Path(__file__).parents[1]
@@ -445,3 +446,141 @@ def test_a_file_that_becomes_shorter_is_noticed(tmp_path: Path) -> None:
             io.FileIO(tmp_path / "out", "w") as out,
         ):
             file.copy(name, out)
+
+
+# What is written is checked ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_a_system_that_writes_a_part_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """As Linux does for more than 2 GiB, which torch.save does not notice."""
+    source, target = tmp_path / f"a.{kind}", tmp_path / f"b.{kind}"
+    (torch.save if kind == "pt" else save_file)(tensors(), source)
+    calls: list[int] = []
+
+    def write_some(file: Output, data: memoryview) -> int:
+        calls.append(len(data))
+        return io.FileIO.write(file, data[:7])
+
+    monkeypatch.setattr(Output, "write_some", write_some)
+    wn.checkpoints.convert_file(source, target, verify=True)
+    assert len(calls) > 100
+    expected = wn.checkpoints.convert(tensors())
+    assert same(load_file(target) if kind == "safetensors" else torch.load(target), expected)
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_a_disk_that_fills_anywhere_in_the_last_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    source, target = tmp_path / f"a.{kind}", tmp_path / f"b.{kind}"
+    (torch.save if kind == "pt" else save_file)(tensors(), source)
+    wn.checkpoints.convert_file(source, target, "parametrized")
+    size, before = target.stat().st_size, target.read_bytes()
+    room = [0]
+
+    def write_some(file: Output, data: memoryview) -> int:
+        left = room[0] - file.tell()
+        if left <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return io.FileIO.write(file, data[:left])
+
+    monkeypatch.setattr(Output, "write_some", write_some)
+    monkeypatch.setattr("wn_surgery.checkpoints.safetensors_file.sys.platform", "other")
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    for missing in range(1, min(size, 4096) + 1):
+        room[0] = size - missing
+        with pytest.raises(wn.CheckpointFileError, match="No space left"):
+            wn.checkpoints.convert_file(source, target, "parametrized")
+    assert target.read_bytes() == before and sorted(tmp_path.iterdir()) == [source, target]
+    room[0] = size
+    wn.checkpoints.convert_file(source, target, "parametrized")
+
+
+LIMITED = """
+import resource, signal, sys
+import wn_surgery as wn
+source, target, size = sys.argv[1:]
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+for missing in (1, 22, 500, 4000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(size) - missing, resource.RLIM_INFINITY))
+    try:
+        wn.checkpoints.convert_file(source, target, "parametrized")
+        print("written")
+    except wn.CheckpointFileError as error:
+        print("refused" if "File too large" in str(error) else error)
+"""
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_a_limit_of_the_system(tmp_path: Path, kind: str) -> None:
+    source, target = tmp_path / f"a.{kind}", tmp_path / f"b.{kind}"
+    (torch.save if kind == "pt" else save_file)(tensors(), source)
+    wn.checkpoints.convert_file(source, target, "parametrized")
+    size = target.stat().st_size
+    target.unlink()
+    run = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(source), str(target), str(size)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert run.stdout == "refused\n" * 4, run.stderr[-2000:]
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.skipif("WN_SURGERY_LONG" not in os.environ, reason="writes 4 GB: make test-long")
+def test_a_storage_of_more_than_two_gibibytes(tmp_path: Path) -> None:
+    source, target = tmp_path / "a.pt", tmp_path / "b.pt"
+    big = torch.zeros(540_000_000)
+    big[-1] = 7
+    torch.save({**tensors(), "embedding": big}, source)
+    wn.checkpoints.convert_file(source, target)
+    found = torch.load(target, mmap=True)["embedding"]
+    assert found.shape == big.shape and found[-1] == 7
+    target.unlink()
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_what_is_read_back_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A disk that keeps other bytes than it was given."""
+    source, target = tmp_path / f"a.{kind}", tmp_path / f"b.{kind}"
+    (torch.save if kind == "pt" else save_file)(tensors(), source)
+    fsync = os.fsync
+    weight = wn.checkpoints.convert(tensors())["a.weight"].numpy().tobytes()
+
+    def spoil(descriptor: int) -> None:
+        fsync(descriptor)
+        for path in tmp_path.glob(".wn-surgery-*"):
+            content = bytearray(path.read_bytes())
+            place = content.find(weight)
+            assert place > 0
+            content[place] ^= 1
+            path.write_bytes(content)
+
+    monkeypatch.setattr(os, "fsync", spoil)
+    with pytest.raises(wn.CheckpointFileError, match="is not what was written"):
+        wn.checkpoints.convert_file(source, target, verify=True)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("cut", [1, 30, 400])
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_an_output_that_is_cut_takes_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, cut: int
+) -> None:
+    source, target = tmp_path / f"a.{kind}", tmp_path / f"b.{kind}"
+    (torch.save if kind == "pt" else save_file)(tensors(), source)
+
+    def shorten(descriptor: int) -> None:
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size - cut)
+
+    monkeypatch.setattr(os, "fsync", shorten)
+    with pytest.raises(wn.CheckpointError):
+        wn.checkpoints.convert_file(source, target)
+    assert list(tmp_path.iterdir()) == [source]

@@ -328,3 +328,82 @@ def test_shards_on_the_command_line(run: Run, tmp_path: Path) -> None:
     shards(tmp_path / "a")
     assert run("strip", "a", "b").code == 0
     assert run("diff", "a", "b").code == 0
+
+
+# Where the output goes ----------------------------------------------------------------------------
+
+
+def shell(line: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    program = f"{sys.executable} -W ignore -m wn_surgery.cli"
+    return subprocess.run(
+        ["bash", "-c", line.replace("wn-surgery", program)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} | environment,
+        capture_output=True,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("arguments", ["inspect", "inspect --json", "doctor", "--help"])
+def test_a_full_standard_output(file: Path, arguments: str) -> None:
+    command, _, option = arguments.partition(" ")
+    name = "" if command == "--help" else file.name
+    ran = shell(f"wn-surgery {command} {name} {option} > /dev/full", file.parent)
+    assert ran.returncode == 4 and b"Traceback" not in ran.stderr
+    assert ran.stderr.startswith(b"error: cannot write to standard output: ")
+
+
+def test_a_closed_standard_output(file: Path) -> None:
+    ran = shell(f"wn-surgery inspect {file.name} >&-", file.parent)
+    assert ran.returncode == 4 and b"it is closed" in ran.stderr and b"Traceback" not in ran.stderr
+
+
+def test_a_pipe_that_nobody_reads(file: Path) -> None:
+    state = {
+        f"layer{i}.weight_{part}": t
+        for i in range(20_000)
+        for part, t in (("g", torch.ones(2, 1)), ("v", torch.ones(2, 2)))
+    }
+    save_file(state, file)
+    ran = shell(
+        f"set -o pipefail; wn-surgery inspect {file.name} | head -1; echo ${{PIPESTATUS[0]}}",
+        file.parent,
+    )
+    assert ran.stdout.splitlines()[-1] == b"141" and ran.stderr == b""
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+)
+def test_a_terminal_without_unicode(file: Path, environment: dict[str, str]) -> None:
+    ran = shell(f"wn-surgery inspect {file.name}", file.parent, **environment)
+    assert ran.returncode == 0 and rb"8\xd74\xd73" in ran.stdout and not ran.stderr
+    os.rename(file, os.fsencode(file.parent) + b"/bad\xff.safetensors")  # noqa: PTH104
+    ran = shell(
+        "wn-surgery strip bad*.safetensors 'o\u2192.safetensors' --json", file.parent, **environment
+    )
+    assert ran.returncode == 0 and json.loads(ran.stdout)["weights"] == ["a.weight", "b.weight"]
+
+
+def test_names_that_are_no_text(run: Run, tmp_path: Path) -> None:
+    name = b"bad\xff.safetensors".decode("utf-8", "surrogateescape")
+    save_file({**tensors(), "layer:x:0\x1b[31m.weight": torch.ones(1)}, tmp_path / "a.safetensors")
+    ran = run("strip", "a.safetensors", name, "--json")
+    assert ran.code == 0 and ran.json["files"] == [name]
+    state = {
+        "layer:x:0\x1b[31m.weight_g": torch.ones(2, 1),
+        "layer:x:0\x1b[31m.weight_v": torch.ones(2, 2),
+    }
+    save_file(state, tmp_path / "a.safetensors")
+    assert r"layer:x:0\x1b[31m.weight" in run("inspect", "a.safetensors").out
+
+
+def test_what_is_also_stripped_is_what_was_named(run: Run, file: Path) -> None:
+    assert run("strip", file, "b.safetensors", "--also", "spectral_norm", "--verify").code == 0
+    assert run("strip", file, "c.safetensors", "--also", "batch_norm").code == 2

@@ -446,7 +446,7 @@ def test_an_initializer_that_fails_changes_nothing() -> None:
         if isinstance(module, nn.Linear):
             raise RuntimeError("stopped")
 
-    with pytest.raises(wn.ZeroNormError, match="Linear.weight"):
+    with pytest.raises(wn.ZeroNormError, match="Linear"):
         layer.apply(zero)
     with pytest.raises(RuntimeError, match="stopped"):
         layer.apply(stop)

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import io
 import os
 import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from wn_surgery.errors import CheckpointError, CheckpointFileError
 
-__all__ = ["atomic", "atomic_folder", "is_same", "refuse_overwriting_input", "start_writeback"]
+__all__ = [
+    "Output",
+    "atomic",
+    "atomic_folder",
+    "is_same",
+    "refuse_overwriting_input",
+    "start_writeback",
+    "writing",
+]
 
 PREFIX, SUFFIX = ".wn-surgery-", ".tmp"
 _sync_file_range = (
@@ -23,13 +33,69 @@ _sync_file_range = (
 )
 
 
+class Output(io.FileIO):
+    """An unbuffered file whose ``write`` writes all that it is given, or raises.
+
+    A system may write a part: Linux never writes more than 0x7ffff000 bytes at once, and less
+    where a disk gets full. Whoever ignores what ``write`` returns, as ``torch.save`` does, would
+    then leave a hole.
+
+    Attributes:
+        failed: the error of the first write that failed, which a caller may have swallowed.
+    """
+
+    failed: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        """Write all of ``data``; how many bytes that were.
+
+        Raises:
+            OSError: the system does not take them.
+        """
+        view = memoryview(data).cast("B")
+        rest = view
+        try:
+            while rest:
+                count = self.write_some(rest)
+                if not count:
+                    raise OSError(errno.EIO, "the system takes no more bytes, and gives no reason")
+                rest = rest[count:]
+        except OSError as error:
+            self.failed = self.failed or error
+            raise
+        return len(view)
+
+    def write_some(self, data: memoryview) -> int | None:
+        """Write as much of ``data`` as the system takes."""
+        return super().write(data)
+
+
 @contextlib.contextmanager
-def atomic(path: Path, *, like: Path | None = None) -> Iterator[io.FileIO]:
+def writing(path: Path) -> Iterator[Output]:
+    """A new file that only its owner may read, and that is on the disk when the context ends.
+
+    Raises:
+        OSError: a write failed, also one whose error did not get through.
+    """
+    with Output(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        try:
+            yield file
+        finally:
+            if file.failed is not None:  # torch raises an error of its own after it
+                raise file.failed
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def atomic(
+    path: Path, *, like: Path | None = None, check: Callable[[Path], None] | None = None
+) -> Iterator[Output]:
     """Write a file beside ``path`` and rename it to ``path`` if nothing raises.
 
     Args:
         path: what to write; an earlier file of that name stays whole until the rename.
         like: a file whose permissions the new one gets.
+        check: looks at what was written before it takes its name, and raises if that is not whole.
 
     Yields:
         A file open for writing, unbuffered, closed afterwards.
@@ -50,11 +116,12 @@ def atomic(path: Path, *, like: Path | None = None) -> Iterator[io.FileIO]:
     made = _hidden(path)
     with _refusing(path):
         try:
-            with open(made, "xb", buffering=0, opener=_private) as file:
+            with writing(made) as file:
                 yield file
-                if like is not None:
-                    made.chmod(stat.S_IMODE(like.stat().st_mode))
-                os.fsync(file.fileno())
+            if check is not None:
+                check(made)
+            if like is not None:
+                made.chmod(stat.S_IMODE(like.stat().st_mode))
             made.replace(path)
         except BaseException:
             made.unlink(missing_ok=True)
@@ -66,11 +133,6 @@ def _hidden(path: Path) -> Path:
     """A free name beside ``path``, known before anything is made that would have to be removed."""
     # Not the path's name with an ending: that may be too long, or match `*.safetensors`.
     return path.parent / f"{PREFIX}{secrets.token_hex(16)}{SUFFIX}"
-
-
-def _private(path: str, flags: int) -> int:
-    """Open for nobody else, until the file has the permissions that it is to have."""
-    return os.open(path, flags, 0o600)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from wn_surgery.errors import CheckpointError
 from wn_surgery.rules import RulesLike
 
-from .atomic import atomic_folder, is_same, refuse_overwriting_input
+from .atomic import atomic_folder, is_same, refuse_overwriting_input, writing
 from .convert import Conversion
 from .folders import Source, copy_companions, find
 from .pairs import Axes
@@ -59,6 +59,7 @@ def convert_file(
     keep: Iterable[str] | None = None,
     in_place: bool = False,
     full_pickle: bool = False,
+    verify: bool = False,
     progress: Progress | None = None,
 ) -> Converted:
     """Write a checkpoint in another layout; the source is only read.
@@ -81,6 +82,8 @@ def convert_file(
             them such a folder is refused.
         in_place: allow ``target`` to be ``source``, which is then replaced by a rename.
         full_pickle: read PyTorch files that hold more than plain data. **They can run any code.**
+        verify: read the output back before it takes its name, and compare every tensor with what
+            it should be. Without it, the output's structure, sizes and keys are checked.
         progress: called with the bytes written since the last call (safetensors).
 
     Returns:
@@ -105,14 +108,17 @@ def convert_file(
     found, goal = find(Path(source)), Path(target)
     asked = replace(asked, known=found.known, keep=frozenset(keep or ()))
     if found.is_folder:
-        return _folder(found, goal, asked, full_pickle, in_place, progress, keep is None)
+        if in_place or is_same(found.main.parent, goal):
+            # A kill between two renames would leave shards of two layouts under one index.
+            raise CheckpointError("a folder goes into a folder of its own, never in place")
+        return _folder(found, goal, asked, full_pickle, verify, progress, keep is None)
     if goal.suffix != found.main.suffix and not (found.is_torch and _is_torch(goal)):
         raise CheckpointError(
             f"{str(goal)!r} has another ending than {str(found.main)!r}: the kind of file stays, "
             "only the layout of its tensors changes"
         )
     refuse_overwriting_input(found.main, goal, in_place)
-    return _file(found, goal, asked, full_pickle, progress)
+    return _file(found, goal, asked, full_pickle, verify, progress)
 
 
 def _is_torch(path: Path) -> bool:
@@ -120,14 +126,19 @@ def _is_torch(path: Path) -> bool:
 
 
 def _file(
-    found: Source, goal: Path, asked: Request, full_pickle: bool, progress: Progress | None
+    found: Source,
+    goal: Path,
+    asked: Request,
+    full_pickle: bool,
+    verify: bool,
+    progress: Progress | None,
 ) -> Converted:
     if found.is_torch:
-        work = convert_torch_file(found.main, goal, asked, full_pickle=full_pickle)
+        work = convert_torch_file(found.main, goal, asked, full_pickle=full_pickle, verify=verify)
         return _summary([goal], work)
     with File(found.main) as file:
         stream = Stream([file], asked)
-        stream.write(file, goal, progress)
+        stream.write(file, goal, progress, verify)
     return _summary([goal], stream)
 
 
@@ -136,26 +147,25 @@ def _folder(
     goal: Path,
     asked: Request,
     full_pickle: bool,
-    in_place: bool,
+    verify: bool,
     progress: Progress | None,
     check: bool,
 ) -> Converted:
     folder = found.main.parent
-    if in_place or is_same(folder, goal):
-        # A kill between two renames would leave shards of two layouts under one index.
-        raise CheckpointError("a folder goes into a folder of its own, never in place")
     with atomic_folder(goal, like=folder) as made:
         written = copy_companions(found, made, asked.to == "plain" and not asked.keep)
         if found.index is None:
-            done = _file(found, made / found.main.name, asked, full_pickle, progress)
+            done = _file(found, made / found.main.name, asked, full_pickle, verify, progress)
         else:
-            done = _shards(found, made, asked, progress)
+            done = _shards(found, made, asked, verify, progress)
         if asked.to == "plain" and check:
             _refuse_unrecorded(found, done)
     return replace(done, files=tuple(goal / path.name for path in (*written, *done.files)))
 
 
-def _shards(found: Source, made: Path, asked: Request, progress: Progress | None) -> Converted:
+def _shards(
+    found: Source, made: Path, asked: Request, verify: bool, progress: Progress | None
+) -> Converted:
     assert found.index is not None
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(File(path)) for path in found.files]
@@ -166,8 +176,9 @@ def _shards(found: Source, made: Path, asked: Request, progress: Progress | None
         written: list[Path] = []
         for file in files:
             written.append(made / file.path.name)
-            with written[-1].open("xb", buffering=0) as out:
+            with writing(written[-1]) as out:
                 stream.write_to(out, file, progress)
+            stream.check(written[-1], file, verify)
             shutil.copymode(file.path, written[-1])
             places |= dict.fromkeys(stream.keys(file), file.path.name)
     given = found.index.get("metadata")

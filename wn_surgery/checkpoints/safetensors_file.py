@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -16,9 +16,17 @@ from wn_surgery.errors import CheckpointError, CheckpointFileError
 
 from .header import TORCH, Entry, Header, read_header
 
-__all__ = ["File", "unreadable"]
+__all__ = ["File", "Sink", "unreadable"]
 
 CHUNK = 1 << 24
+
+
+class Sink(Protocol):
+    """What takes bytes: all that it is given, or it raises."""
+
+    def write(self, data: Any, /) -> int | None:
+        """Take them."""
+        ...
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:
@@ -94,8 +102,8 @@ class File:
         except OSError as error:
             raise unreadable(self.path, error) from error
 
-    def copy(self, name: str, out: io.FileIO) -> None:
-        """Write the bytes of the tensor ``name`` to an unbuffered file.
+    def copy(self, name: str, out: Sink) -> None:
+        """Write the bytes of the tensor ``name`` to an unbuffered file, or whatever takes them.
 
         Raises:
             CheckpointError: the file has become shorter.
@@ -105,7 +113,7 @@ class File:
         place = entry.start
         while place < entry.end:
             count = min(CHUNK, entry.end - place)
-            if sys.platform == "linux":
+            if sys.platform == "linux" and isinstance(out, io.FileIO):
                 # Elsewhere it writes to sockets alone.
                 count = os.sendfile(out.fileno(), self._file.fileno(), place, count)
             else:

@@ -7,11 +7,12 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from wn_surgery.errors import CheckpointError, UnmatchedRuleError
+from wn_surgery.errors import CheckpointError, CheckpointFileError, UnmatchedRuleError
 from wn_surgery.norm import g_shape
 
 from .atomic import atomic, start_writeback
@@ -20,7 +21,7 @@ from .folding import all_finite, computable, fold, magnitude_of, refuse_non_fini
 from .header import BITS, TORCH, name_of, written
 from .pairs import Options, Pair, Shape, find_pairs, keys_for
 from .request import Request, unmatched
-from .safetensors_file import File
+from .safetensors_file import File, Sink
 from .selection import select
 from .spectral import Spectral, find_spectral, spectral_weight
 
@@ -34,7 +35,7 @@ CHUNK = 1 << 21
 WRITEBACK = 1 << 25
 """Bytes after which the disk begins with them."""
 
-Maker = Callable[[io.FileIO], None]
+Maker = Callable[[Sink], None]
 
 
 @dataclass(frozen=True)
@@ -126,18 +127,49 @@ class Stream:
         """The keys that the counterpart of a file will have."""
         return [line.key for line in self._plans[file]]
 
-    def write(self, file: File, target: Path, progress: Progress | None = None) -> None:
+    def write(
+        self, file: File, target: Path, progress: Progress | None = None, verify: bool = False
+    ) -> None:
         """Write the counterpart of a file; see :func:`wn_surgery.checkpoints.atomic.atomic`.
+
+        Args:
+            file: one of the files.
+            target: what to write.
+            progress: called with the bytes written.
+            verify: read it back, and compare each byte with what it should be.
 
         Raises:
             CheckpointError: the source is not what its header says, or the target cannot be
                 written.
             ZeroNormError: a weight that gets weight norm has a slice without a direction.
         """
-        with atomic(target, like=file.path) as out:
+        with atomic(
+            target, like=file.path, check=lambda made: self.check(made, file, verify)
+        ) as out:
             self.write_to(out, file, progress)
 
-    def write_to(self, out: io.FileIO, file: File, progress: Progress | None = None) -> None:
+    def check(self, made: Path, file: File, verify: bool) -> None:
+        """Raise unless the counterpart of a file was written whole.
+
+        Args:
+            made: the counterpart.
+            file: one of the files.
+            verify: compare each byte, not only the header and the length.
+
+        Raises:
+            CheckpointFileError: it was not.
+        """
+        with File(made) as found:
+            entries = {key: (e.dtype, e.shape, e.size) for key, e in found.entries.items()}
+            if entries != {
+                line.key: (line.dtype, line.shape, line.size) for line in self._plans[file]
+            }:
+                raise CheckpointFileError(f"{str(made)!r} was not written as planned; try again")
+        if verify:
+            with made.open("rb") as written_file:
+                self.write_to(_Comparison(written_file), file)
+
+    def write_to(self, out: Sink, file: File, progress: Progress | None = None) -> None:
         """Write the counterpart of a file to an open one.
 
         Raises:
@@ -147,14 +179,15 @@ class Stream:
         """
         plan = self._plans[file]
         head = {line.key: (line.dtype, line.shape, line.size) for line in plan}
-        _write(out, memoryview(written(head, file.header.metadata)))
+        out.write(written(head, file.header.metadata))
         waiting = 0
         for line in plan:
             line.write(out)
             waiting += line.size
             if waiting >= WRITEBACK:
                 waiting = 0
-                start_writeback(out)
+                if isinstance(out, io.FileIO):
+                    start_writeback(out)
             if progress is not None:
                 progress(line.size)
 
@@ -185,7 +218,7 @@ class Stream:
             line = replace(line, shape=written_shape(line.shape, v, pair))
         yield line
 
-    def _fold_rows(self, pair: Pair, file: File, out: io.FileIO) -> None:
+    def _fold_rows(self, pair: Pair, file: File, out: Sink) -> None:
         """Fold some rows at a time: they have norms of their own, and stay in the cache."""
         entry = file.entries[pair.v]
         dtype, shape = TORCH[entry.dtype], entry.shape
@@ -238,6 +271,29 @@ class Stream:
         yield _copied(name, v, file)
 
 
+class _Comparison:
+    """Takes what would be written, and compares it with what is there."""
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self._file = file
+
+    def write(self, data: Any) -> int:
+        """Compare the next bytes.
+
+        Raises:
+            CheckpointFileError: they are other ones.
+        """
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), CHUNK):
+            expected = view[start : start + CHUNK]
+            if self._file.read(len(expected)) != expected:
+                raise CheckpointFileError(
+                    f"what was read back from {self._file.name!r} is not what was written: the "
+                    "disk or the memory is at fault; nothing was changed"
+                )
+        return len(view)
+
+
 def _computable(dtype: str, complex_too: bool) -> bool:
     return dtype in TORCH and computable(TORCH[dtype], complex_too=complex_too)
 
@@ -251,21 +307,16 @@ def _computed(key: str, like: _Line, make: Callable[[], Tensor]) -> _Line:
     return replace(like, key=key, write=lambda out: _write_tensor(out, make()))
 
 
-def _nothing(out: io.FileIO) -> None:
+def _nothing(_out: Sink) -> None:
     """Stands in a line that gets its bytes from elsewhere."""
 
 
-def _write_tensor(out: io.FileIO, tensor: Tensor) -> None:
+def _write_tensor(out: Sink, tensor: Tensor) -> None:
     tensor = tensor.contiguous()
     if tensor.nbytes:
         # torch gives bytes only through numpy, which the core does without.
         array = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-        _write(out, memoryview(array).cast("B"))
-
-
-def _write(out: io.FileIO, data: memoryview) -> None:
-    while data:
-        data = data[out.write(data) :]
+        out.write(memoryview(array).cast("B"))
 
 
 def _aligned(lines: Iterator[_Line]) -> list[_Line]:

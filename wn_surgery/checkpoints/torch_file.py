@@ -10,13 +10,14 @@ import sys
 import tempfile
 import warnings
 import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from wn_surgery.errors import CheckpointError
+from wn_surgery.errors import CheckpointError, CheckpointFileError
 
 from .atomic import PREFIX, SUFFIX, atomic
 from .convert import Conversion, converted
@@ -75,7 +76,12 @@ def load(path: Path, *, full_pickle: bool = False) -> Any:
 
 
 def convert_torch_file(
-    source: Path, target: Path, asked: Request, *, full_pickle: bool = False
+    source: Path,
+    target: Path,
+    asked: Request,
+    *,
+    full_pickle: bool = False,
+    verify: bool = False,
 ) -> Conversion:
     """Write a PyTorch file in another layout.
 
@@ -84,6 +90,7 @@ def convert_torch_file(
         target: the file to write.
         asked: what to do.
         full_pickle: as in :func:`load`.
+        verify: read the target back, and compare each tensor with what was to be written.
 
     Returns:
         What was converted.
@@ -93,11 +100,66 @@ def convert_torch_file(
             written.
     """
     content = load(source, full_pickle=full_pickle)
-    with atomic(target, like=source) as out:
-        # New weights wait in files that have no name, and so never pile up in memory.
-        work = converted(content, asked, _Parking(target.parent, source.stat().st_size))
-        torch.save(work.result, out)
+    # New weights wait in files that have no name, and so never pile up in memory.
+    parking = _Parking(target.parent, source.stat().st_size)
+    result: Any = None
+
+    def check(made: Path) -> None:
+        _check(made, result, full_pickle, verify)
+
+    with atomic(target, like=source, check=check) as out:
+        work = converted(content, asked, parking)
+        result = work.result
+        torch.save(result, out)
     return work
+
+
+def _check(made: Path, result: Any, full_pickle: bool, verify: bool) -> None:
+    """Raise unless a PyTorch file was written whole.
+
+    Raises:
+        CheckpointFileError: its directory or a record is not whole, or it does not hold what was
+            to be written.
+    """
+    try:
+        with zipfile.ZipFile(made) as archive:
+            length = made.stat().st_size
+            for record in archive.infolist():
+                # Its own header has at least 30 bytes.
+                if record.header_offset + 30 + record.compress_size > length:
+                    raise zipfile.BadZipFile(f"{record.filename} ends behind the end")
+        found = load(made, full_pickle=full_pickle)
+    except (zipfile.BadZipFile, CheckpointError) as error:
+        raise CheckpointFileError(f"what was written cannot be read again: {error}") from error
+    written, wanted = list(_tensors(found)), list(_tensors(result))
+    same = len(written) == len(wanted) and all(
+        (a.shape, a.dtype, a.layout) == (b.shape, b.dtype, b.layout)
+        for a, b in zip(written, wanted, strict=True)
+    )
+    if not same or (verify and not all(map(_equal, written, wanted))):
+        raise CheckpointFileError(
+            f"what was read back from {str(made)!r} is not what was written: the disk or the "
+            "memory is at fault; nothing was changed"
+        )
+
+
+def _tensors(content: Any) -> Iterator[Tensor]:
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, Mapping):
+        for value in content.values():
+            yield from _tensors(value)
+    elif isinstance(content, (list, tuple)):
+        for value in content:
+            yield from _tensors(value)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    # By their bytes: NaN is what it was.
+    if one.layout is not torch.strided or one.is_meta or not one.numel():
+        return True
+    one, other = (t.detach().resolve_conj().resolve_neg().contiguous() for t in (one, other))
+    return torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (one, other)))
 
 
 class _Parking:
@@ -128,8 +190,7 @@ class _Parking:
                 # Touching a page that a full disk has no room for would end the process.
                 os.posix_fallocate(file.fileno(), 0, size)
             else:
-                file.write(bytes(size))
-                file.flush()
+                file.truncate(size)
             return torch.UntypedStorage.from_file(file.name, shared=True, nbytes=size)
 
 

@@ -18,6 +18,7 @@ def main() -> None:
     """
     try:
         from .commands import app
+        from .printing import UndeliveredError, delivering
     except ModuleNotFoundError as missing:
         if missing.name not in ("typer", "rich"):
             raise
@@ -25,7 +26,10 @@ def main() -> None:
             f"the command line needs {missing.name}: pip install 'wn-surgery[cli]'"
         ) from missing
     try:
-        app()
+        with delivering():
+            app(prog_name="wn-surgery")
+    except UndeliveredError as error:
+        raise SystemExit(error.code) from error
     except Exception:  # noqa: BLE001 - it is shown, and is the exit code
         # Python's own exit code would be 1, which says that a check has found something.
         traceback.print_exc()

@@ -30,8 +30,9 @@ app = typer.Typer(
     epilog=(
         "Exit codes: **0** done; **1** `diff` found differences, or `doctor` errors; **2** wrong "
         "usage; **3** refused, for what is in the files or rules; **4** a file cannot be read or "
-        "written; **70** a bug; **130** interrupted. Whenever it is not 0 or 1, stderr says why, "
-        "and no file was changed."
+        "written, standard output among them; **70** a bug; **130** interrupted; **141** nobody "
+        "reads standard output any more. Whenever it is not 0, 1 or 141, stderr says why, and no "
+        "file was changed (unless only standard output was full)."
     ),
 )
 

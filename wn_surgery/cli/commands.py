@@ -51,6 +51,13 @@ NonFinite = Annotated[
     bool, typer.Option("--keep-non-finite", help="Write weights that hold NaN or infinities.")
 ]
 
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify", help="Read the output back, and compare it, before it takes its name."
+    ),
+]
+
 
 class Norm(StrEnum):
     """Other norms that can be stripped."""
@@ -122,6 +129,7 @@ def strip(
     keep_orphans: Keep = False,
     keep_non_finite: NonFinite = False,
     in_place: InPlace = False,
+    verify: Verify = False,
     full_pickle: Pickle = False,
     as_json: Json = False,
 ) -> None:
@@ -131,12 +139,13 @@ def strip(
         target,
         "plain",
         as_json,
-        also=["spectral_norm" for _ in also or ()],
+        also=[norm.value for norm in also or ()],
         keep=() if everything else _kept(source),
         dim=axes(dim),
         orphans="keep" if keep_orphans else "error",
         non_finite="keep" if keep_non_finite else "error",
         in_place=in_place,
+        verify=verify,
         full_pickle=full_pickle,
     )
 
@@ -150,6 +159,7 @@ def convert(
     keep_orphans: Keep = False,
     keep_non_finite: NonFinite = False,
     in_place: InPlace = False,
+    verify: Verify = False,
     full_pickle: Pickle = False,
     as_json: Json = False,
 ) -> None:
@@ -164,6 +174,7 @@ def convert(
         orphans="keep" if keep_orphans else "error",
         non_finite="keep" if keep_non_finite else "error",
         in_place=in_place,
+        verify=verify,
         full_pickle=full_pickle,
     )
 
@@ -183,6 +194,7 @@ def apply(
         list[int] | None,
         typer.Option(help="How many axes a tensor may have (files).", show_default=False),
     ] = None,
+    verify: Verify = False,
     full_pickle: Pickle = False,
     as_json: Json = False,
 ) -> None:
@@ -192,9 +204,10 @@ def apply(
     that from_pretrained gives it back patched. Its rules may ask for types.
     """
     if find(source).config is not None:
-        if rank or to is not NormedForm.parametrized:
+        if rank or verify or to is not NormedForm.parametrized:
             raise typer.BadParameter(
-                "--rank and --to are for files: a model has types, and saves g and v as torch does"
+                "--rank, --to and --verify are for files: a model has types, and transformers "
+                "saves its g and v as torch does"
             )
         from wn_surgery.huggingface.folders import apply_folder
 
@@ -211,6 +224,7 @@ def apply(
         as_json,
         rules=_rules(rules),
         ranks=rank,
+        verify=verify,
         full_pickle=full_pickle,
     )
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,25 +16,111 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["print_error", "print_json", "print_text", "progress"]
+__all__ = [
+    "UndeliveredError",
+    "delivering",
+    "print_error",
+    "print_json",
+    "print_text",
+    "progress",
+]
+
+UNWRITTEN = 4
+CLOSED = 128 + 13
+"""What a shell reports of a program that a closed pipe has ended."""
+
+
+class UndeliveredError(Exception):
+    """Standard output takes no more.
+
+    Attributes:
+        code: the exit code.
+    """
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(str(error))
+        self.code = CLOSED if isinstance(error, BrokenPipeError) else UNWRITTEN
+
+
+@contextlib.contextmanager
+def delivering() -> Iterator[None]:
+    """Around a command: what it prints arrives, or the exit code says that it did not.
+
+    Raises:
+        UndeliveredError: standard output is full, or nobody reads it any more.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that has no such letter, and names that are no text, show as escapes.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            yield
+        finally:
+            with _sending():
+                if sys.stdout is None:
+                    raise OSError(errno.EBADF, "it is closed")
+                sys.stdout.flush()
+    except (UndeliveredError, OSError) as caught:
+        # The library has errors of its own for files; this is typer's, of its help.
+        error = caught if isinstance(caught, UndeliveredError) else UndeliveredError(caught)
+        # Python tries again when it ends, and would say so once more.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.code != CLOSED:
+            print_error(f"cannot write to standard output: {error}")
+        raise error from caught
+
+
+@contextlib.contextmanager
+def _sending() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        # typer would take a closed pipe for the exit code 1.
+        raise UndeliveredError(error) from error
 
 
 def print_text(text: object, style: str | None = None) -> None:
     """Print to stdout, word for word; in colour only on a terminal."""
-    Console(highlight=False).print(str(text), style=style, markup=False, soft_wrap=True)
+    with _sending():
+        _console().print(_visible(str(text)), style=style, markup=False, soft_wrap=True)
 
 
 def print_error(text: str) -> None:
     """One line on stderr."""
-    console = Console(stderr=True, highlight=False)
+    console = _console(stderr=True)
     console.print("error: ", style="bold red", end="")
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(_visible(text), markup=False, soft_wrap=True)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Say so; the base would end the process as if a check had found something."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+def _console(**options: Any) -> Console:
+    # Word for word: without emoji, or a name such as layer:x:0 would become a picture.
+    return _Console(highlight=False, emoji=False, **options)
+
+
+def _visible(text: str) -> str:
+    """The text with control characters as escapes: names in a file may hold any."""
+    return text.translate(_CONTROLS)
+
+
+_CONTROLS = {
+    code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"
+}
 
 
 def print_json(value: Any) -> None:
     """One JSON object on stdout; what JSON has no number for becomes text."""
-    text = json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
-    Console(highlight=False, no_color=True).print(text, markup=False, soft_wrap=True)
+    unicode = str(getattr(sys.stdout, "encoding", "")).lower().replace("-", "").startswith("utf")
+    text = json.dumps(_plain(value), ensure_ascii=not unicode, allow_nan=False)
+    with _sending():
+        _console(no_color=True).print(text, markup=False, soft_wrap=True)
 
 
 def _plain(value: Any) -> Any:
