@@ -83,8 +83,17 @@ def _sending() -> Iterator[None]:
 
 def print_text(text: object, style: str | None = None) -> None:
     """Print to stdout, word for word; in colour only on a terminal."""
+    _print(_visible(str(text)), style)
+
+
+def _print(text: str, style: str | None = None) -> None:
+    console = _console()
     with _sending():
-        _console().print(_visible(str(text)), style=style, markup=False, soft_wrap=True)
+        if style is not None and console.is_terminal:
+            console.print(text, style=style, markup=False, soft_wrap=True)
+        elif sys.stdout is not None:
+            # Not through rich, which lets a pipe be closed unnoticed.
+            print(text, flush=True)  # noqa: T201 - it is what this is for
 
 
 def print_error(text: str) -> None:
@@ -94,15 +103,9 @@ def print_error(text: str) -> None:
     console.print(_visible(text), markup=False, soft_wrap=True)
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Say so; the base would end the process as if a check had found something."""
-        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
-
-
 def _console(**options: Any) -> Console:
     # Word for word: without emoji, or a name such as layer:x:0 would become a picture.
-    return _Console(highlight=False, emoji=False, **options)
+    return Console(highlight=False, emoji=False, **options)
 
 
 def _visible(text: str) -> str:
@@ -119,8 +122,7 @@ def print_json(value: Any) -> None:
     """One JSON object on stdout; what JSON has no number for becomes text."""
     unicode = str(getattr(sys.stdout, "encoding", "")).lower().replace("-", "").startswith("utf")
     text = json.dumps(_plain(value), ensure_ascii=not unicode, allow_nan=False)
-    with _sending():
-        _console(no_color=True).print(text, markup=False, soft_wrap=True)
+    _print(text)
 
 
 def _plain(value: Any) -> Any:
