@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from . import layouts
 from .drafts import follow_initializer
@@ -73,7 +74,7 @@ def apply(
     model: nn.Module,
     rules: RulesLike,
     *,
-    optimizers: Iterable[Any] = (),
+    optimizers: Optimizer | Iterable[Any] = (),
     on_unmatched: OnUnmatched = "error",
 ) -> Report:
     """Put weight norm on the parameters that the rules match, in place.
@@ -85,7 +86,7 @@ def apply(
         model: any module tree.
         rules: a Rule, a list of rules or dicts, a path to YAML or JSON, or a preset's name.
         optimizers: optimizers that hold the model's parameters; g and v take the weight's
-            place in their groups.
+            place in their groups. A single one need not be in a list.
         on_unmatched: ``error``, ``warn`` or ``ignore`` a rule that decides nothing.
 
     Returns:
@@ -112,7 +113,7 @@ def remove(
     model: nn.Module,
     rules: RulesLike | None = None,
     *,
-    optimizers: Iterable[Any] = (),
+    optimizers: Optimizer | Iterable[Any] = (),
     on_unmatched: OnUnmatched = "error",
 ) -> Report:
     """Make weight-normed parameters plain again, in place and bit for bit.
@@ -183,7 +184,7 @@ def migrate(model: nn.Module, *, to: Literal["parametrized", "legacy"] = "parame
     return execute(build_migration(model, to), ())
 
 
-def execute(plan: Plan, optimizers: Iterable[Any] = ()) -> Report:
+def execute(plan: Plan, optimizers: Optimizer | Iterable[Any] = ()) -> Report:
     """Carry out a plan on the model it was made for.
 
     Args:
