@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .errors import ZeroNormError
+from .errors import NonFloatingError, ZeroNormError
 from .norm import Dim, magnitude, weight_norm, zero_slices
 
 __all__ = ["WeightNorm", "WeightNormList"]
@@ -54,14 +55,28 @@ class WeightNorm(nn.Module):
         """The g and v that give ``weight``; v is a copy, never an alias.
 
         Raises:
+            NonFloatingError: ``weight`` is of another kind, or not dense.
             ZeroNormError: a slice of ``weight`` has a norm that is zero (and ``eps`` is 0), not
                 finite, or too small or large for the dtype.
         """
-        bad = 0 if weight.is_meta else zero_slices(weight, self.dim, self.eps, self.norm_dtype)
-        if bad:
+        if not (weight.is_floating_point() or weight.is_complex()) or weight.itemsize < 2:
+            raise NonFloatingError(
+                f"the new weight has dtype {weight.dtype}; expected a floating-point tensor of 16 "
+                "bits or more; convert it first"
+            )
+        if weight.layout is not torch.strided:
+            raise NonFloatingError(
+                f"the new weight is stored as {str(weight.layout).removeprefix('torch.')}; "
+                "expected a dense tensor; call to_dense() first"
+            )
+        if not (weight.is_meta or is_fake(weight)) and (
+            bad := zero_slices(weight, self.dim, self.eps, self.norm_dtype)
+        ):
             raise ZeroNormError(
                 f"the new weight has {bad} slice(s) along dim={self.dim} whose norm is zero, not "
-                f"finite, or too small or large for its dtype; {_way_out(self.eps)}"
+                "finite, or too small or large for its dtype; write a weight without them, or "
+                f"apply weight norm with {'a larger eps' if self.eps else 'eps > 0'} or a wider "
+                "norm_dtype"
             )
         g = magnitude(weight, self.dim, self.eps, self.norm_dtype)
         return g, weight.detach().clone(memory_format=torch.preserve_format)
@@ -86,14 +101,6 @@ class WeightNorm(nn.Module):
         if self.norm_dtype is not None:
             parts.append(f"norm_dtype={self.norm_dtype}")
         return ", ".join(parts)
-
-
-def _way_out(eps: float) -> str:
-    if eps == 0.0:
-        return (
-            "write a weight without them, or apply weight norm with eps > 0 or a wider norm_dtype"
-        )
-    return "write a weight without them, or apply weight norm with a wider norm_dtype"
 
 
 class WeightNormList(ParametrizationList):
@@ -139,7 +146,7 @@ class WeightNormList(ParametrizationList):
         if g is None or v is None:  # a replica of DataParallel has them as attributes
             g, v = self.original0, self.original1
         # Called as a module, so that hooks on it run.
-        return cast(Tensor, held["0"](g, v))  # type: ignore[misc]
+        return cast(Tensor, held["0"](g, v))
 
     def right_inverse(self, value: Tensor) -> None:
         """Set g and v, in place, so that the weight becomes ``value``.
@@ -161,13 +168,14 @@ class WeightNormList(ParametrizationList):
                 f"expected a real weight, got one of dtype {value.dtype}; assign its real part"
             )
         with torch.no_grad():
-            value = value.detach().to(self.original1)
+            if value.layout is torch.strided:
+                value = value.detach().to(self.original1)
             g, v = cast(WeightNorm, self[0]).right_inverse(value)
             self.original0.copy_(g)
             self.original1.copy_(v)
 
     def _replicate_for_data_parallel(self) -> WeightNormList:
-        replica = cast(WeightNormList, super()._replicate_for_data_parallel())
+        replica = cast(WeightNormList, cast(Any, super())._replicate_for_data_parallel())
         for name in ("hold", "slot"):
             replica.__dict__.pop(name, None)
         return replica

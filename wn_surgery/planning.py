@@ -121,7 +121,9 @@ def _build(model: nn.Module, rules: tuple[Rule, ...], on_unmatched: OnUnmatched)
     # embeddings whose padding is zero.
     made.problems.extend(
         checks.before_division(
-            (step.site, step.norm) for step in made.changes if step.norm is not None
+            (step.site, step.norm, None if step.rule is None else step.rule.g_init)
+            for step in made.changes
+            if step.norm is not None
         )
     )
     _report_unmatched(made, nodes, winning, on_unmatched)
