@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 
 import wn_surgery as wn
 
+pytestmark = pytest.mark.processes
+
 convert_file, inspect = wn.checkpoints.convert_file, wn.checkpoints.inspect
 # make fuzz asks for many more.
 CASES = settings(
