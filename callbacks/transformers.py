@@ -11,7 +11,8 @@ from torch import nn
 from typing_extensions import override
 
 import wn_surgery as wn
-from wn_surgery.huggingface import WeightNormConfig, patch_model, save_pretrained
+from wn_surgery.huggingface import patch_model, save_pretrained
+from wn_surgery.huggingface.config import ConfigLike, as_config
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -35,7 +36,8 @@ class WeightNormCallback(TrainerCallback):
     :class:`WeightNormTrainer` does not.
 
     Args:
-        config: what to patch, as :func:`wn_surgery.huggingface.patch_model` takes it.
+        config: what to patch, as :func:`wn_surgery.huggingface.patch_model` takes it: a config,
+            rules, or None for the usual rules of the model's type. Invalid rules raise here.
         export_to: a folder, into which the model is saved without weight norm when training has
             ended; the live model is not changed.
 
@@ -44,14 +46,13 @@ class WeightNormCallback(TrainerCallback):
 
     Example:
         >>> from wn_surgery.callbacks.transformers import WeightNormCallback
-        >>> from wn_surgery.huggingface import WeightNormConfig
-        >>> callback = WeightNormCallback(WeightNormConfig(rules=[{"types": "Linear"}]))
+        >>> callback = WeightNormCallback([{"types": "Linear"}])
         >>> callback.report is None
         True
     """
 
-    def __init__(self, config: WeightNormConfig, export_to: str | Path | None = None) -> None:
-        self.config = config
+    def __init__(self, config: ConfigLike = None, export_to: str | Path | None = None) -> None:
+        self.config = as_config(config)
         self.export_to = export_to
         self.report: wn.Report | None = None
 

@@ -7,13 +7,14 @@ From outside this is torch's layout: ``module.parametrizations.weight.original0`
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Iterable, MutableMapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from . import savers
 from .errors import ZeroNormError
 from .norm import Dim, magnitude, weight_norm, zero_slices
 
@@ -142,3 +143,16 @@ class WeightNormList(ParametrizationList):
             g, v = cast(WeightNorm, self[0]).right_inverse(value)
             self.original0.copy_(g)
             self.original1.copy_(v)
+
+    def _save_to_state_dict(
+        self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        owner, _, param = prefix.removesuffix(".").rpartition("parametrizations.")
+        names = savers.names_for(destination, owner + param)
+        if names is None or len(self) > 1:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        with torch.no_grad():
+            values = (self.original0, self.original1) if len(names) == 2 else (self(),)
+        for name, value in zip(names, values, strict=True):
+            destination[name] = value if keep_vars else value.detach()

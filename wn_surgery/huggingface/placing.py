@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import wn_surgery as wn
@@ -12,12 +11,10 @@ from wn_surgery.rules import Rule
 from .adapters import without_adapters
 from .bases import PreTrainedModel
 from .config import WeightNormConfig
+from .noting import joined
 from .presets import rules_for
 
-__all__ = ["freeze", "joined", "put"]
-
-# What a site says of its g, beside what records.record() says of the weight norm.
-_OF_G = ("g_init", "train_g")
+__all__ = ["freeze", "put"]
 
 
 def put(model: PreTrainedModel, config: WeightNormConfig) -> wn.Report:
@@ -46,14 +43,6 @@ def _said(step: wn.Step) -> dict[str, Any]:
     if step.rule is not None and not step.rule.train_g:
         said["train_g"] = False
     return said
-
-
-def joined(
-    sites: Iterable[dict[str, Any]] | None, more: Iterable[dict[str, Any]] | None
-) -> list[dict[str, Any]]:
-    """The sites, with what is said of g elsewhere, unless they say it."""
-    known = {site["name"]: {key: site[key] for key in _OF_G if key in site} for site in more or ()}
-    return [{**site, **known.get(site["name"], {}), **site} for site in sites or ()]
 
 
 def freeze(model: PreTrainedModel, config: WeightNormConfig) -> None:
