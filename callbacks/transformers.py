@@ -14,6 +14,8 @@ import wn_surgery as wn
 from wn_surgery.huggingface import patch_model, save_pretrained
 from wn_surgery.huggingface.config import ConfigLike, as_config
 
+from .holding import refuse_unheld
+
 try:
     from transformers import Trainer, TrainerCallback
 except ModuleNotFoundError as error:
@@ -79,23 +81,14 @@ class WeightNormCallback(TrainerCallback):
                 "patch_model(model, config) in that function; and give the callback to "
                 "Trainer(callbacks=[...]), since add_callback() comes after the optimizer's time"
             )
-        held = {
-            id(parameter)
-            for group in getattr(optimizer, "param_groups", ())
-            for parameter in group["params"]
-        }
-        lacking = [
-            site.name
-            for site in sites
-            for part in (site.held.g, site.held.v)
-            if part is not None and part.requires_grad and id(part) not in held
-        ]
-        if lacking and held:
-            raise wn.CallbackError(
-                f"the optimizer does not hold g or v of {lacking[0]}"
-                f"{f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''}: it was made "
-                "before the model was patched. Give the callback to Trainer(callbacks=[...]), and "
-                "make optimizers for optimizers=(...) after patch_model(model, config)"
+        if optimizer is not None:
+            refuse_unheld(
+                model,
+                [optimizer],
+                "it was made before the model was patched, or from names that end in '.weight'. "
+                "Give the callback to Trainer(callbacks=[...]), and make optimizers for "
+                "optimizers=(...) after patch_model(model, config), from "
+                "wn_surgery.parameter_groups(model)",
             )
 
     @override

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as lp
 import pytest
 import torch
 import transformers as hf
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import wn_surgery as wn
+from wn_surgery.callbacks.lightning import WeightNorm
 from wn_surgery.huggingface import WeightNormConfig, patch_model, save_pretrained, unpatch_model
 
 TOKENS = torch.arange(8)[None]
@@ -367,3 +370,31 @@ def test_whatever_stands_for_rules(tmp_path: Path) -> None:
     with pytest.raises(wn.RuleError, match=r"expected a Rule, a dict.*got int"):
         patch_model(model, 3)  # type: ignore[arg-type]
     assert not normed(model) and not hasattr(model.config, "quantization_config")
+
+
+class Wrapped(lp.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = llama().train()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.model(batch[0], labels=batch[0]).loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_a_model_that_lightning_has_trained(tmp_path: Path) -> None:
+    module = Wrapped()
+    lp.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[WeightNorm([{"names": "model.model.layers.**", "types": "Linear"}])],
+    ).fit(module, DataLoader(TensorDataset(TOKENS.repeat(4, 1)), batch_size=2))
+    again = reloaded(module.model.eval(), tmp_path)
+    assert len(normed(again)) == 7
