@@ -319,6 +319,16 @@ def test_a_class_that_builds_it_needs_no_note(kind: str, tmp_path: Path) -> None
     assert not any(said.values()), said
 
 
+def test_other_weight_norm_than_the_class_puts_on(tmp_path: Path) -> None:
+    model = speech_encoder_decoder()
+    (name,) = normed(model)
+    rule = {"names": name.rpartition(".")[0], "dim": 0, "eps": 1e-6, "replace": True}
+    patch_model(model, [rule])
+    again = reloaded(shaken(model), tmp_path)
+    (site,) = [site for site in wn.sites(again) if site.normed]
+    assert site.dim == 0 and site.norm is not None and site.norm.eps == 1e-6
+
+
 class Writes(hf.LlamaForCausalLM):
     """Saves in a way of its own."""
 

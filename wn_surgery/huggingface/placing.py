@@ -17,14 +17,19 @@ from .presets import rules_for
 __all__ = ["freeze", "put"]
 
 
-def put(model: PreTrainedModel, config: WeightNormConfig) -> wn.Report:
+def put(model: PreTrainedModel, config: WeightNormConfig, *, replace: bool = False) -> wn.Report:
     """Put weight norm on a model by a config, and write into the config what was put where.
+
+    Args:
+        model: of transformers.
+        config: with rules, or with sites to replay.
+        replace: sites are replayed over weight norm with other options, of the model's class.
 
     Raises:
         WeightNormError: the config does not fit the model; neither has changed.
     """
     if config.sites is not None:
-        rules, meant = tuple(_replayed(model, config)), config.rules
+        rules, meant = tuple(_replayed(model, config, replace)), config.rules
     else:
         meant = rules_for(model.config.model_type) if config.rules is None else config.rules
         rules = without_adapters(model, meant)
@@ -53,7 +58,7 @@ def freeze(model: PreTrainedModel, config: WeightNormConfig) -> None:
             site.held.g.requires_grad_(False)
 
 
-def _replayed(model: PreTrainedModel, config: WeightNormConfig) -> list[Rule]:
+def _replayed(model: PreTrainedModel, config: WeightNormConfig, replace: bool) -> list[Rule]:
     """The rules for the sites that a config names, and for no others.
 
     A body is loaded from the checkpoint of the whole model, and the other way round: then the
@@ -82,4 +87,4 @@ def _replayed(model: PreTrainedModel, config: WeightNormConfig) -> list[Rule]:
             f"the weight-norm config names {lacking[0]}{more}, which {type(model).__name__} does "
             "not have; it is of another model, or of another release of transformers"
         )
-    return records.replay(found)
+    return records.replay(found, replace=replace)

@@ -45,7 +45,7 @@ class WeightNormQuantizer(HfQuantizer):
             WeightNormError: the config does not fit the model.
         """
         tied = ties.ties_of(model)
-        put(model, self.quantization_config)
+        put(model, self.quantization_config, replace=True)
         ties.follow(model, tied)
         draw_missing(model, self.quantization_config)
 
