@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import nn
+from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, TensorDataset
 
 import wn_surgery as wn
@@ -327,6 +328,32 @@ def test_other_weight_norm_than_the_class_puts_on(tmp_path: Path) -> None:
     again = reloaded(shaken(model), tmp_path)
     (site,) = [site for site in wn.sites(again) if site.normed]
     assert site.dim == 0 and site.norm is not None and site.norm.eps == 1e-6
+
+
+class Wide(hf.LlamaForCausalLM):
+    """Has an argument that is in no config."""
+
+    def __init__(self, config: Any, width: int) -> None:
+        super().__init__(config)
+        self.extra = nn.Linear(width, width)
+        if width > 4:
+            parametrizations.weight_norm(self.extra)
+
+
+def test_a_class_with_arguments_of_its_own(tmp_path: Path) -> None:
+    model: Any = Wide(hf.LlamaConfig(**SIZES), 4)
+    wn.apply(model, [*QUERIES, {"names": "extra"}])
+    shaken(model).save_pretrained(tmp_path / "a")
+    again = Wide.from_pretrained(tmp_path / "a", width=4)
+    assert normed(again) == normed(model) and len(normed(again)) == 2
+    assert torch.equal(again.extra.weight, model.extra.weight)
+    save_pretrained(again, tmp_path / "b", layout="plain")
+    assert not normed(Wide.from_pretrained(tmp_path / "b", width=4))
+    # What it puts on itself cannot be known: that is said, when it is saved.
+    model = Wide(hf.LlamaConfig(**SIZES), 6)
+    unpatch_model(model)
+    with pytest.warns(UserWarning, match=r"Wide cannot be built again from its config"):
+        model.save_pretrained(tmp_path / "c")
 
 
 class Writes(hf.LlamaForCausalLM):

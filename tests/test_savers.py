@@ -149,6 +149,43 @@ def test_other_weight_norm_than_the_class_builds_is_refused(tmp_path: Path) -> N
     reloaded(model, tmp_path)
 
 
+def files_of_its_own(kind: Any) -> Any:
+    """As vocoders have it: the state dict of a part, in a file of their own, read strictly."""
+
+    class Files(kind):  # type: ignore[misc]
+        def _save_pretrained(self, save_directory: Path) -> None:
+            torch.save({"generator": self.body.state_dict()}, save_directory / "body.pt")
+
+        @classmethod
+        def _from_pretrained(cls, *, model_id: str, out: int, **_: Any) -> Any:
+            model = cls(out=out)
+            saved = torch.load(Path(model_id) / "body.pt", weights_only=True)
+            model.body.load_state_dict(saved["generator"])
+            return model
+
+    return Files
+
+
+@LOCAL
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:Files.. builds no weight norm")
+@pytest.mark.parametrize("kind", [Plain, Ours, Torchs, Legacy])
+@pytest.mark.parametrize(
+    "way",
+    [
+        wn.migrate,
+        lambda model: wn.apply(model, {"types": "Linear", "replace": True}),
+        lambda model: unpatch_model(model.body),
+    ],
+    ids=["migrated", "applied", "unpatched"],
+)
+def test_a_class_that_saves_a_part_in_its_own_way(kind: Any, way: Any, tmp_path: Path) -> None:
+    model = shaken(files_of_its_own(kind)(out=3))
+    way(model)
+    again = reloaded(model, tmp_path)
+    torch.testing.assert_close(again.body(X), model.body(X))
+
+
 class Needs(Plain):
     def __init__(self, make: Any) -> None:
         super().__init__()

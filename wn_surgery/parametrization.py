@@ -147,12 +147,14 @@ class WeightNormList(ParametrizationList):
     def _save_to_state_dict(
         self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        owner, _, param = prefix.removesuffix(".").rpartition("parametrizations.")
-        names = savers.names_for(destination, owner + param)
-        if names is None or len(self) > 1:
+        layout = savers.layout_for(destination, self)
+        if layout is None or len(self) > 1:
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
-        with torch.no_grad():
-            values = (self.original0, self.original1) if len(names) == 2 else (self(),)
-        for name, value in zip(names, values, strict=True):
-            destination[name] = value if keep_vars else value.detach()
+        owner, _, param = prefix.removesuffix(".").rpartition("parametrizations.")
+        if layout == "plain":
+            with torch.no_grad():
+                destination[owner + param] = self()
+            return
+        for end, part in (("_g", self.original0), ("_v", self.original1)):
+            destination[f"{owner}{param}{end}"] = part if keep_vars else part.detach()

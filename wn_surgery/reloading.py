@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterable, Mapping, MutableMapping
 from importlib import import_module
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from torch import nn
 from . import savers
 from .errors import CheckpointMismatchError
 from .module_class import base_class
-from .savers import Names
+from .savers import Layouts
 from .state_keys import Keys, keys_of
 
 __all__ = ["AsBuilt", "built_keys", "fitting", "is_model_of", "match", "save_as_built"]
@@ -68,8 +68,8 @@ def built_keys(model: nn.Module) -> dict[str, Keys]:
 
 
 @savers.decided_by
-def fitting(frame: FrameType) -> Names:
-    """The names under which a running ``save_pretrained`` has to write our g and v.
+def fitting(frame: FrameType) -> Layouts:
+    """The layouts in which a running ``save_pretrained`` has to write our g and v.
 
     Raises:
         CheckpointMismatchError: the class puts on weight norm that computes something else.
@@ -82,15 +82,15 @@ def fitting(frame: FrameType) -> Names:
     if library == "transformers":
         # Its config can say where weight norm is. Not imported above: that needs transformers.
         noting = import_module("wn_surgery.huggingface.noting")
-        names: Names = noting.note(model, frame.f_locals, ours)
-        return names
+        layouts: Layouts = noting.note(model, frame.f_locals, ours)
+        return layouts
     built = _asked(model, frame)
     if built is None:
         return {}
-    plain = {key.weight: (key.weight,) for key in ours if key.weight not in built}
+    plain = [key for key in ours if key.weight not in built]
     if plain:
         name = base_class(model).__name__
-        first = next(iter(plain)) + (f" and {len(plain) - 1} more" if len(plain) > 1 else "")
+        first = plain[0].weight + (f" and {len(plain) - 1} more" if len(plain) > 1 else "")
         savers.warn(
             frame,
             f"{name}() builds no weight norm on {first}, and {name}.from_pretrained would not find "
@@ -98,16 +98,16 @@ def fitting(frame: FrameType) -> Names:
             "wn_surgery.apply(self, rules) in the constructor of a class of your own; to have "
             "weight norm again after from_pretrained, apply the rules to what it returns",
         )
-    return {**match(model, ours, built), **plain}
+    return {**match(model, ours, built), **{_holder(key): "plain" for key in plain}}
 
 
-def match(model: nn.Module, ours: Iterable[Keys], built: Mapping[str, Keys]) -> Names:
-    """The names of g and v in what a model's class builds, where they differ from ours.
+def match(model: nn.Module, ours: Iterable[Keys], built: Mapping[str, Keys]) -> Layouts:
+    """The layouts of weight norm in what a model's class builds, where they differ from ours.
 
     Raises:
         CheckpointMismatchError: the two compute different weights.
     """
-    names: dict[str, tuple[str, ...]] = {}
+    layouts: dict[int, Literal["plain", "legacy"]] = {}
     for key in ours:
         there = built.get(key.weight)
         if there is None or there.site.norm is None or key.site.norm is None:
@@ -119,9 +119,9 @@ def match(model: nn.Module, ours: Iterable[Keys], built: Mapping[str, Keys]) -> 
                 f"{key.site.norm}: from_pretrained would compute other weights. Give both the same "
                 f"options, or put wn_surgery.huggingface.unpatch_model(model) before saving"
             )
-        if (there.g, there.v) != (key.g, key.v):
-            names[key.weight] = (there.g, there.v)
-    return names
+        if there.site.layout == "legacy":
+            layouts[_holder(key)] = "legacy"
+    return layouts
 
 
 class AsBuilt:
@@ -142,15 +142,22 @@ class AsBuilt:
         if frame is None:
             return
         model = frame.f_locals["self"]
-        library = is_model_of(model)
-        # A whole model of transformers converts while it saves: huggingface/conversions.py.
-        if library is None or (library == "transformers" and model is module):
+        paths = [path for path, part in model.named_modules() if part is module]
+        if is_model_of(model) is None or not paths:
             return
+        # From the model's names to those in this state dict, which may be that of a part.
+        owner = f"{paths[0]}." if paths[0] else ""
         for key in (_asked(model, frame) or {}).values():
-            if key.weight.startswith(prefix) and key.weight in state and key.site.norm is not None:
-                with torch.no_grad():
-                    parts = key.site.norm.right_inverse(state.pop(key.weight))
-                state.update(zip((key.g, key.v), parts, strict=True))
+            weight = prefix + key.weight.removeprefix(owner)
+            value = state.get(weight) if key.weight.startswith(owner) else None
+            # What is on disk is on meta here; transformers' own conversions read it.
+            if value is None or value.is_meta or key.site.norm is None:
+                continue
+            with torch.no_grad():
+                parts = key.site.norm.right_inverse(value)
+            for name, part in zip((key.g, key.v), parts, strict=True):
+                state[prefix + name.removeprefix(owner)] = part
+            del state[weight]
 
 
 def save_as_built(module: nn.Module) -> None:
@@ -158,6 +165,12 @@ def save_as_built(module: nn.Module) -> None:
     if not any(isinstance(hook, AsBuilt) for hook in module._state_dict_hooks.values()):
         hook: Any = module.register_state_dict_post_hook
         hook(AsBuilt())
+
+
+def _holder(key: Keys) -> int:
+    """The list that holds g and v, as :mod:`savers` knows it."""
+    lists: Any = key.site.module.parametrizations
+    return id(lists[key.site.param])
 
 
 def _asked(model: nn.Module, frame: FrameType) -> dict[str, Keys] | None:

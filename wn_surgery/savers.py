@@ -2,7 +2,7 @@
 
 A training checkpoint goes back into the model that it came from. What ``save_pretrained`` writes is
 read by a model that its class builds anew, and finds no g and v where that has a plain weight. So
-g and v ask, before they go into a state dict, under which names they will be looked for.
+g and v ask, before they go into a state dict, in which layout they will be looked for.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping
 from types import FrameType
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-__all__ = ["Names", "asking", "decided_by", "names_for", "warn"]
+__all__ = ["Layouts", "asking", "decided_by", "layout_for", "warn"]
 
-Names: TypeAlias = Mapping[str, tuple[str, ...]]
-"""By a weight's key, what to save it as: the keys of g and v, or its own for the plain weight."""
+Layouts: TypeAlias = Mapping[int, Literal["plain", "legacy"]]
+"""How to save what is parametrized here, by the ``id`` of the list that holds g and v."""
 
 _METHOD = "save_pretrained"
 
@@ -34,29 +34,31 @@ def asking() -> FrameType | None:
     return None
 
 
-def decided_by(decide: Callable[[FrameType], Names]) -> Callable[[FrameType], Names]:
+def decided_by(decide: Callable[[FrameType], Layouts]) -> Callable[[FrameType], Layouts]:
     """Have this function say what a ``save_pretrained`` needs; a decorator."""
     _state.decide = decide
     return decide
 
 
-def names_for(destination: MutableMapping[str, Any], weight: str) -> tuple[str, ...] | None:
-    """The keys under which the one who asks for a state dict will look for a weight.
+def layout_for(
+    destination: MutableMapping[str, Any], parts: nn.Module
+) -> Literal["plain", "legacy"] | None:
+    """The layout in which the one who asks for a state dict will look for a weight.
 
     Args:
         destination: the state dict that is being filled.
-        weight: the key that the weight has without weight norm.
+        parts: the list that holds its g and v.
 
     Returns:
-        Two for g and v, one for the plain weight; None for those that g and v have anyway.
+        The layout; None for the one that it has.
     """
-    seen, names = _state.last
+    seen, layouts = _state.last
     if seen is None or seen() is not destination:
         frame = asking()
-        names = {} if frame is None or _state.decide is None else _state.decide(frame)
+        layouts = {} if frame is None or _state.decide is None else _state.decide(frame)
         # One decision for a state dict, of which every weight-normed layer asks.
-        _state.last = (_reference(destination), names)
-    return names.get(weight)
+        _state.last = (_reference(destination), layouts)
+    return layouts.get(id(parts))
 
 
 def warn(frame: FrameType, message: str) -> None:
@@ -66,8 +68,8 @@ def warn(frame: FrameType, message: str) -> None:
 
 
 class _State:
-    decide: Callable[[FrameType], Names] | None = None
-    last: tuple[Callable[[], Any] | None, Names] = (None, {})
+    decide: Callable[[FrameType], Layouts] | None = None
+    last: tuple[Callable[[], Any] | None, Layouts] = (None, {})
 
 
 _state = _State()

@@ -104,8 +104,15 @@ def is_ours(conversion: Any) -> bool:
 
 
 def built_in(model: PreTrainedModel) -> list[Keys]:
-    """The sites on which the model's class itself puts weight norm when it is built."""
-    return list(built_keys(model).values())
+    """The sites on which the model's class itself puts weight norm when it is built.
+
+    None for a class that cannot be built from its config alone: then nobody can tell, and what is
+    saved says where weight norm is, or that there is none.
+    """
+    try:
+        return list(built_keys(model).values())
+    except Exception:  # noqa: BLE001 - the constructor is not ours
+        return []
 
 
 def save_as_built(model: PreTrainedModel, removed: Iterable[str]) -> list[str]:

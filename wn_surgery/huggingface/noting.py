@@ -10,12 +10,13 @@ from torch import nn
 
 import wn_surgery as wn
 from wn_surgery import records
-from wn_surgery.reloading import built_keys, match
-from wn_surgery.savers import Names
+from wn_surgery.reloading import match
+from wn_surgery.savers import Layouts
 from wn_surgery.state_keys import Keys
 
 from .bases import PreTrainedConfig, PreTrainedModel
 from .config import WeightNormConfig, recorded
+from .conversions import built_in
 from .guard import guard, unguard
 from .ties import is_g_frozen
 
@@ -65,7 +66,7 @@ def joined(
     return [{**site, **known.get(site["name"], {}), **site} for site in sites or ()]
 
 
-def note(model: PreTrainedModel, call: Mapping[str, Any], ours: list[Keys]) -> Names:
+def note(model: PreTrainedModel, call: Mapping[str, Any], ours: list[Keys]) -> Layouts:
     """See that the folder which ``model.save_pretrained`` is writing says where weight norm is.
 
     It does for a model that :func:`patch_model` has patched. For one that got weight norm by
@@ -79,7 +80,7 @@ def note(model: PreTrainedModel, call: Mapping[str, Any], ours: list[Keys]) -> N
         ours: the weight norm of this library that it has.
 
     Returns:
-        Where g and v have to be saved under other names than theirs.
+        Which weights have to be saved in another layout than theirs.
 
     Raises:
         CheckpointMismatchError: nothing can be noted, or the class computes other weights.
@@ -92,7 +93,7 @@ def note(model: PreTrainedModel, call: Mapping[str, Any], ours: list[Keys]) -> N
     sites = {site["name"]: site for site in records.record(model)}
     if _bare(noted) == _bare(sites):
         return {}
-    built = built_keys(model)
+    built = {key.weight: key for key in built_in(model)}
     # What the class puts on itself is not noted, unless it was: it loads without this library.
     kept = [site for name, site in sites.items() if name not in built or name in noted]
     if kept or held is not None:
