@@ -228,6 +228,18 @@ def test_a_part_of_a_patched_whole_is_saved_by_itself(
     reloaded(again.get_submodule(part), tmp_path / "again")
 
 
+def test_parts_keep_their_part_of_the_config() -> None:
+    model = llava()
+    given = model.config
+    patch_model(model, LINEARS)
+    assert model.config is not given
+    assert model.model.language_model.config is model.config.text_config
+    assert model.model.language_model.layers[0].self_attn.config is model.config.text_config
+    unpatch_model(model)
+    assert model.model.vision_tower.config is model.config.vision_config
+    assert model.config.to_dict() == given.to_dict()
+
+
 def test_rules_of_two_patches_are_all_in_the_record(tmp_path: Path) -> None:
     model = vision_encoder_decoder()
     patch_model(model.decoder, LINEARS)

@@ -137,6 +137,15 @@ def test_what_was_taken_off_is_put_where_the_class_looks(
         assert normed(again) == ["body.0.weight", "head.weight"]
 
 
+def test_a_weight_without_a_direction_is_refused_by_name(tmp_path: Path) -> None:
+    model = Torchs()
+    unpatch_model(model)
+    nn.init.zeros_(model.head.weight)
+    with pytest.raises(wn.ZeroNormError, match=r"Torchs\(\) builds weight norm on head\.weight"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 def test_other_weight_norm_than_the_class_builds_is_refused(tmp_path: Path) -> None:
     model = Ours()
     wn.apply(model, {"names": "head", "eps": 1e-3, "replace": True})

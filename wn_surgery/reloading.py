@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from . import savers
-from .errors import CheckpointMismatchError
+from .errors import CheckpointMismatchError, ZeroNormError
 from .module_class import base_class
 from .savers import Layouts
 from .state_keys import Keys, keys_of
@@ -153,8 +153,14 @@ class AsBuilt:
             # What is on disk is on meta here; transformers' own conversions read it.
             if value is None or value.is_meta or key.site.norm is None:
                 continue
-            with torch.no_grad():
-                parts = key.site.norm.right_inverse(value)
+            try:
+                with torch.no_grad():
+                    parts = key.site.norm.right_inverse(value)
+            except ZeroNormError as error:
+                raise ZeroNormError(
+                    f"{base_class(model).__name__}() builds weight norm on {key.weight}, which "
+                    f"cannot be saved as g and v: {error}"
+                ) from error
             for name, part in zip((key.g, key.v), parts, strict=True):
                 state[prefix + name.removeprefix(owner)] = part
             del state[weight]
