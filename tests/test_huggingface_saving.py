@@ -393,6 +393,22 @@ def test_what_cannot_be_noted_is_refused(tmp_path: Path) -> None:
         save_pretrained(nn.Linear(2, 2), tmp_path)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("tied", ["together", "untie"])
+def test_ties_that_nobody_has_told_the_model_of(tied: str, tmp_path: Path) -> None:
+    def gpt2() -> Any:
+        sizes = {"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+        return hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
+
+    rule = {"names": "{transformer.wte,lm_head}", "tied": tied}
+    model = gpt2()
+    wn.apply(model, rule)
+    with pytest.raises(wn.CheckpointMismatchError, match=r"ties .*\.weight.*patch_model\("):
+        model.save_pretrained(tmp_path)
+    model = gpt2()
+    patch_model(model, rule)
+    reloaded(shaken(model), tmp_path)
+
+
 def test_ranks_that_do_not_write_do_not_write(tmp_path: Path) -> None:
     model = llama()
     wn.apply(model, QUERIES)

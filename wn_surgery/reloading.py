@@ -117,7 +117,7 @@ def match(model: nn.Module, ours: Iterable[Keys], built: Mapping[str, Keys]) -> 
             raise CheckpointMismatchError(
                 f"{name}() builds {there.site.norm} on {key.weight}, and the model to save has "
                 f"{key.site.norm}: from_pretrained would compute other weights. Give both the same "
-                f"options, or put wn_surgery.huggingface.unpatch_model(model) before saving"
+                f"options, or call wn_surgery.huggingface.unpatch_model(model) before saving"
             )
         if there.site.layout == "legacy":
             layouts[_holder(key)] = "legacy"

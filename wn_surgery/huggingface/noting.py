@@ -18,7 +18,7 @@ from .bases import PreTrainedConfig, PreTrainedModel
 from .config import WeightNormConfig, recorded
 from .conversions import built_in
 from .guard import guard, unguard
-from .ties import is_g_frozen
+from .ties import follows, is_g_frozen, ties_of
 
 __all__ = ["forget", "joined", "note", "of_its_own", "write"]
 
@@ -93,6 +93,13 @@ def note(model: PreTrainedModel, call: Mapping[str, Any], ours: list[Keys]) -> L
     sites = {site["name"]: site for site in records.record(model)}
     if _bare(noted) == _bare(sites):
         return {}
+    tied = {name for pair in ties_of(model).items() for name in pair}
+    if not follows(model) and (ends := [name for name in sites if name in tied]):
+        raise wn.CheckpointMismatchError(
+            f"{type(model).__name__} ties {ends[0]}, which has weight norm, and cannot save g and "
+            "v of a tie that it does not know: use wn_surgery.huggingface.patch_model(model, rules) "
+            "instead of wn_surgery.apply, or call wn_surgery.remove(model) before saving"
+        )
     built = {key.weight: key for key in built_in(model)}
     # What the class puts on itself is not noted, unless it was: it loads without this library.
     kept = [site for name, site in sites.items() if name not in built or name in noted]

@@ -14,7 +14,7 @@ from wn_surgery.state_keys import keys_of
 
 from .bases import PreTrainedModel
 
-__all__ = ["follow", "is_g_frozen", "ties_of", "unfollow"]
+__all__ = ["follow", "follows", "is_g_frozen", "ties_of", "unfollow"]
 
 _TIES = "get_expanded_tied_weights_keys"
 _KEYS = "_tied_weights_keys"
@@ -43,6 +43,11 @@ def follow(model: PreTrainedModel, ties: dict[str, str]) -> None:
         vars(model)[_KEYS] = _translated(model, ties)
     if any(site.normed and site.module in _embeddings(model) for site in wn.sites(model)):
         vars(model)[_RESIZE] = partial(_resize, model)
+
+
+def follows(model: PreTrainedModel) -> bool:
+    """Whether it ties what has weight norm: :func:`follow` has seen to that."""
+    return _TIES in vars(model)
 
 
 def unfollow(model: PreTrainedModel) -> None:
