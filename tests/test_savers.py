@@ -311,6 +311,27 @@ def test_a_codec_of_diffusers(quick: bool, way: str, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_a_class_of_diffusers_that_calls_this_library(tmp_path: Path) -> None:
+    diffusers = imported()
+    utils = pytest.importorskip("diffusers.configuration_utils")
+
+    class Net(diffusers.ModelMixin, utils.ConfigMixin):  # type: ignore[misc]
+        @utils.register_to_config
+        def __init__(self, width: int = 4) -> None:
+            super().__init__()
+            self.layer = nn.Linear(width, 3)
+            wn.apply(self, "linears")
+
+    model = shaken(Net(width=6))
+    for _ in range(2):
+        model.save_pretrained(tmp_path)  # type: ignore[operator]
+        again = Net.from_pretrained(tmp_path)
+        assert normed(again) == ["layer.weight"]
+        torch.testing.assert_close(again.layer(X), model.layer(X))  # type: ignore[operator]
+        unpatch_model(model)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("quick", [True, False])
 def test_a_unet_of_diffusers(quick: bool, tmp_path: Path) -> None:
     diffusers = imported()

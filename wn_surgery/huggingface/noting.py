@@ -97,8 +97,8 @@ def note(model: PreTrainedModel, call: Mapping[str, Any], ours: list[Keys]) -> L
     if not follows(model) and (ends := [name for name in sites if name in tied]):
         raise wn.CheckpointMismatchError(
             f"{type(model).__name__} ties {ends[0]}, which has weight norm, and cannot save g and "
-            "v of a tie that it does not know: use wn_surgery.huggingface.patch_model(model, rules) "
-            "instead of wn_surgery.apply, or call wn_surgery.remove(model) before saving"
+            "v of a tie that it does not know: use wn_surgery.huggingface.patch_model(model, "
+            "rules) instead of wn_surgery.apply, or call wn_surgery.remove(model) before saving"
         )
     built = {key.weight: key for key in built_in(model)}
     # What the class puts on itself is not noted, unless it was: it loads without this library.

@@ -115,7 +115,9 @@ def unpatch_model(model: nn.Module, *, optimizers: Any = ()) -> wn.Report:
     """
     keys = keys_of(model)
     report = wn.remove(model, optimizers=optimizers)
-    if any(key.site.held is not None and key.site.held.maker != "wn_surgery" for key in keys):
+    foreign = any(key.site.held and key.site.held.maker != "wn_surgery" for key in keys)
+    # Ours reads plain weights, but diffusers reads key by key, past the hooks of modules.
+    if foreign or reloading.is_model_of(model) == "diffusers":
         reloading.save_as_built(model)
     if isinstance(model, PreTrainedModel):
         save_as_built(model, [key.weight for key in keys])
