@@ -5,6 +5,7 @@ TORCH_PIP_ARGS ?=
 # How many test processes; each computes with one thread.
 WORKERS ?= 2
 TEST_ARGS ?=
+ROUNDS ?= 20
 BENCH_ARGS ?=
 HIFIGAN_ARGS ?=
 
@@ -15,7 +16,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo hifigan minilm test test-long fuzz lint format bench gpu clean
+.PHONY: help install demo hifigan minilm test test-long fuzz attack flaky lint format bench gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,10 +47,16 @@ test: $(STAMP) ## all tests and doctests
 
 test-long: $(STAMP) ## the property tests, with many more cases, and AOTInductor
 	$(ONE_THREAD) WN_SURGERY_CASES=20000 $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS) tests/test_properties.py
-	$(ONE_THREAD) WN_SURGERY_LONG=1 $(BIN)/python -m pytest $(TEST_ARGS) tests/test_export_verify.py
+	$(ONE_THREAD) WN_SURGERY_LONG=1 $(BIN)/python -m pytest $(TEST_ARGS) tests/test_export_verify.py tests/test_checkpoints_files.py
 
 fuzz: $(STAMP) ## hostile checkpoint files, many more of them
 	$(ONE_THREAD) WN_SURGERY_FUZZ=20000 $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS) tests/test_checkpoints_hostile.py
+
+attack: $(STAMP) ## random sequences of operations against a twin in float64, 100,000 of them
+	$(ONE_THREAD) WN_SURGERY_ATTACK=100000 $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS) tests/attack
+
+flaky: $(STAMP) ## the tests with processes, threads and kills, ROUNDS times beside two busy processes
+	$(ONE_THREAD) $(BIN)/python tests/flaky.py $(ROUNDS) -n $(WORKERS) --dist loadgroup $(TEST_ARGS)
 
 lint: $(STAMP) ## ruff, mypy --strict, pyright
 	$(BIN)/ruff check .

@@ -11,7 +11,10 @@ from torch import nn
 from typing_extensions import override
 
 import wn_surgery as wn
-from wn_surgery.huggingface import WeightNormConfig, patch_model, save_pretrained
+from wn_surgery.huggingface import patch_model, save_pretrained
+from wn_surgery.huggingface.config import ConfigLike, as_config
+
+from .holding import refuse_unheld
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -35,7 +38,8 @@ class WeightNormCallback(TrainerCallback):
     :class:`WeightNormTrainer` does not.
 
     Args:
-        config: what to patch, as :func:`wn_surgery.huggingface.patch_model` takes it.
+        config: what to patch, as :func:`wn_surgery.huggingface.patch_model` takes it: a config,
+            rules, or None for the usual rules of the model's type. Invalid rules raise here.
         export_to: a folder, into which the model is saved without weight norm when training has
             ended; the live model is not changed.
 
@@ -44,14 +48,13 @@ class WeightNormCallback(TrainerCallback):
 
     Example:
         >>> from wn_surgery.callbacks.transformers import WeightNormCallback
-        >>> from wn_surgery.huggingface import WeightNormConfig
-        >>> callback = WeightNormCallback(WeightNormConfig(rules=[{"types": "Linear"}]))
+        >>> callback = WeightNormCallback([{"types": "Linear"}])
         >>> callback.report is None
         True
     """
 
-    def __init__(self, config: WeightNormConfig, export_to: str | Path | None = None) -> None:
-        self.config = config
+    def __init__(self, config: ConfigLike = None, export_to: str | Path | None = None) -> None:
+        self.config = as_config(config)
         self.export_to = export_to
         self.report: wn.Report | None = None
 
@@ -78,23 +81,14 @@ class WeightNormCallback(TrainerCallback):
                 "patch_model(model, config) in that function; and give the callback to "
                 "Trainer(callbacks=[...]), since add_callback() comes after the optimizer's time"
             )
-        held = {
-            id(parameter)
-            for group in getattr(optimizer, "param_groups", ())
-            for parameter in group["params"]
-        }
-        lacking = [
-            site.name
-            for site in sites
-            for part in (site.held.g, site.held.v)
-            if part is not None and part.requires_grad and id(part) not in held
-        ]
-        if lacking and held:
-            raise wn.CallbackError(
-                f"the optimizer does not hold g or v of {lacking[0]}"
-                f"{f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''}: it was made "
-                "before the model was patched. Give the callback to Trainer(callbacks=[...]), and "
-                "make optimizers for optimizers=(...) after patch_model(model, config)"
+        if optimizer is not None:
+            refuse_unheld(
+                model,
+                [optimizer],
+                "it was made before the model was patched, or from names that end in '.weight'. "
+                "Give the callback to Trainer(callbacks=[...]), and make optimizers for "
+                "optimizers=(...) after patch_model(model, config), from "
+                "wn_surgery.parameter_groups(model)",
             )
 
     @override

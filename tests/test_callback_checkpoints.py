@@ -316,6 +316,22 @@ def test_the_mixin_leaves_a_module_alone_that_has_weight_norm(tmp_path: Path) ->
     resumed.on_load_checkpoint({"state_dict": {}})  # of a run without the callback
 
 
+class MixedNormed(Mixed):
+    """Puts weight norm on itself, and the callback another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parametrizations.weight_norm(self.model[0])
+
+
+def test_the_mixin_replaces_what_the_class_puts_on(tmp_path: Path) -> None:
+    module = MixedNormed()
+    rule = {"names": "model.0", "dim": 1, "replace": True}
+    _, path = run(module, tmp_path, callbacks=[WeightNorm(rule)])
+    loaded = MixedNormed.load_from_checkpoint(path)
+    assert_same_state(loaded.state_dict(), module.state_dict())
+
+
 def test_the_older_package_resumes_too(tmp_path: Path) -> None:
     whole, resumed = OldModule(), OldModule()
     for save_layout in ("parametrized", "plain"):

@@ -17,6 +17,7 @@ from lightning_tools import QUIET, normed
 from wn_surgery.callbacks.lightning import WeightNorm
 
 pytestmark = [
+    pytest.mark.processes,
     *QUIET,
     pytest.mark.filterwarnings("ignore:.*`rank_zero_only`|.*LightningCLI's args parameter"),
     # How Lightning 2.6 calls jsonargparse.
@@ -77,7 +78,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=900,
     )
 
 

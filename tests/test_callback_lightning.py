@@ -175,6 +175,44 @@ def test_an_optimizer_built_too_early_is_refused() -> None:
         trainer(WeightNorm(RULES)).fit(Early(), loader())
 
 
+def holding(pick: Any) -> Any:
+    class Picky(Module):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            chosen = [p for name, p in self.named_parameters() if pick(name)]
+            return torch.optim.SGD(chosen, lr=0.1)
+
+    return Picky()
+
+
+@pytest.mark.parametrize(
+    ("pick", "said"),
+    [
+        (lambda name: name.endswith((".weight", ".bias")), r"model\.0\.weight and 1 more"),
+        (lambda name: name == "model.head.weight", r"model\.0\.weight and 1 more"),
+        (lambda name: name != f"model.0.{G}", r"model\.0\.weight, which"),
+        (lambda name: name not in (f"model.2.{G}", f"model.2.{V}"), r"model\.2\.weight, which"),
+    ],
+    ids=["by name", "none", "v alone", "bias alone"],
+)
+def test_optimizers_that_leave_out_g_and_v_are_refused(pick: Any, said: str) -> None:
+    module = holding(pick)
+    with pytest.raises(wn.CallbackError, match=rf"no optimizer holds g and v of {said}.*groups"):
+        trainer(WeightNorm(RULES)).fit(module, loader())
+
+
+def test_an_optimizer_may_have_a_part_of_the_model() -> None:
+    module = holding(lambda name: "model.2." in name)
+    trainer(WeightNorm(RULES)).fit(module, loader())
+    module = holding(lambda name: "head" in name)
+    callback = WeightNorm(RULES)
+    callback.patch(module)
+    for site in wn.sites(module):
+        if site.held is not None:
+            site.held.g.requires_grad_(False)  # type: ignore[union-attr]
+            site.held.v.requires_grad_(False)  # type: ignore[union-attr]
+    trainer(callback).fit(module, loader())
+
+
 def test_layers_sharded_in_configure_model_are_refused(tmp_path: Path) -> None:
     class Shards(Late):
         def configure_model(self) -> None:

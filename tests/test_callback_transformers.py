@@ -169,7 +169,7 @@ def test_runs_in_which_g_and_v_would_not_train_are_refused(tmp_path: Path) -> No
     patch_model(patched.model, WeightNormConfig(RULES))
     patched.add_callback(callback())
     with pytest.raises(
-        wn.CallbackError, match=r"does not hold g or v of model\.layers\.0.* 15 more"
+        wn.CallbackError, match=r"no optimizer holds g and v of model\.layers\.0.* 7 more"
     ):
         patched.train()
     again = trainer(tmp_path, callback(), model_init=llama)
@@ -194,3 +194,35 @@ def test_model_init_that_patches_and_a_model_that_is_patched(tmp_path: Path) -> 
     model = init()
     optimizer = torch.optim.AdamW(wn.parameter_groups(model, weight_decay=0.1))
     trainer(tmp_path, callback(), model=model, optimizers=(optimizer, None)).train()
+
+
+def test_rules_stand_for_a_config(tmp_path: Path) -> None:
+    for rules, count in ((RULES, 8), (WeightNormConfig(RULES), 8), (None, 14)):
+        own = WeightNormCallback(rules)
+        trainer(tmp_path, own)
+        assert own.report is not None and len(own.report.changed) == count
+    with pytest.raises(wn.RuleError, match="'name'"):
+        WeightNormCallback([{"name": "head"}])
+
+
+@pytest.mark.parametrize("way", ["apply", "a part"])
+def test_weight_norm_from_elsewhere_is_in_the_checkpoints(way: str, tmp_path: Path) -> None:
+    """As the callback's: they reload by themselves, and the run goes on from them."""
+    runs = []
+    for name in ("whole", "parts"):
+        model = llama()
+        if way == "apply":
+            wn.apply(model, RULES)
+        else:
+            patch_model(model.model, "linears")
+        runs.append(trainer(tmp_path / name, model=model, save_strategy="steps", save_steps=4))
+    whole, resumed = runs
+    whole.train()
+    folder = tmp_path / "whole" / "checkpoint-4"
+    resumed.train(resume_from_checkpoint=str(folder))
+    assert list(whole.model.state_dict()) == list(resumed.model.state_dict())
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key]), key
+    loaded = hf.LlamaForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-8")
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[key]), key

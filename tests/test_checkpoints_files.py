@@ -25,6 +25,8 @@ import wn_surgery as wn
 from wn_surgery.checkpoints.atomic import Output
 from wn_surgery.checkpoints.safetensors_file import File
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[1]
 convert, convert_file = wn.checkpoints.convert, wn.checkpoints.convert_file
 
@@ -526,7 +528,7 @@ def test_a_limit_of_the_system(tmp_path: Path, kind: str) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=900,
     )
     assert run.stdout == "refused\n" * 4, run.stderr[-2000:]
     assert list(tmp_path.iterdir()) == [source]

@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
+import sys
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import wn_surgery as wn
+
+pytestmark = pytest.mark.processes
 
 convert_file, inspect = wn.checkpoints.convert_file, wn.checkpoints.inspect
 # make fuzz asks for many more.
@@ -221,3 +227,153 @@ def test_flipped_bytes(
     if data.draw(st.booleans()):
         content = content[: data.draw(st.integers(0, len(content)))]
     attempt(folder, ending, bytes(content))
+
+
+# PyTorch files ------------------------------------------------------------------------------------
+
+
+def good() -> dict[str, Any]:
+    return {"c.weight_g": torch.rand(8, 1, 1) + 1, "c.weight_v": torch.randn(8, 4, 3)}
+
+
+def pair(g: Any, v: Any) -> dict[str, Any]:
+    return {"c.weight_g": g, "c.weight_v": v}
+
+
+def nest(times: int, make: Any) -> Any:
+    content: Any = torch.ones(1)
+    for _ in range(times):
+        content = make(content)
+    return content
+
+
+def holds_itself() -> dict[str, Any]:
+    held: list[Any] = []
+    held.append(held)
+    return {"held": held, **good()}
+
+
+quantized = lambda: torch.quantize_per_tensor(torch.randn(8, 4), 0.1, 0, torch.qint8)  # noqa: E731
+COMPLEX = torch.randn(8, 4, dtype=torch.complex64)
+# What is refused by every command that computes, with what, and what is not refused at all.
+ODD: dict[str, tuple[Any, str | None]] = {
+    "stride 0, small": (
+        lambda: pair(torch.ones(1).expand(1 << 22, 1), torch.ones(1, 1).expand(1 << 22, 1 << 4)),
+        "share their elements",
+    ),
+    "stride 0, terabytes": (
+        lambda: pair(torch.ones(8, 1), torch.ones(1, 1).expand(8, 1 << 50)),
+        "share their elements",
+    ),
+    "lists of lists": (lambda: {"x": nest(40, lambda a: [a, a]), **good()}, "over and over"),
+    "dicts of dicts": (lambda: {"x": nest(40, lambda a: {"a": a, "b": a})}, "over and over"),
+    "deep": (lambda: {"x": nest(300, lambda a: [a]), **good()}, "deep"),
+    "a list in itself": (holds_itself, "holds itself"),
+    "quantized pair": (lambda: pair(torch.ones(8, 1), quantized()), "quantized"),
+    "sparse pair": (lambda: pair(torch.ones(8, 1), torch.eye(8).to_sparse()), "expected"),
+    "meta and not": (lambda: pair(torch.ones(8, 1), torch.ones(8, 4, device="meta")), "meta"),
+    "nested pair": (
+        lambda: pair(torch.ones(2, 1), torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])),
+        "",
+    ),
+    "quantized beside": (lambda: {**good(), "q": quantized()}, None),
+    "nested beside": (
+        lambda: {**good(), "n": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
+        None,
+    ),
+    "conjugated": (lambda: pair(torch.ones(8, 1), COMPLEX.conj()), None),
+    "negated": (lambda: pair(torch.ones(8, 1), COMPLEX.conj().imag), None),
+    "meta pair": (
+        lambda: pair(torch.ones(8, 1, device="meta"), torch.ones(8, 4, device="meta")),
+        None,
+    ),
+    "overlapping": (
+        lambda: pair(torch.ones(8, 1), torch.randn(99).as_strided((8, 4), (1, 2))),
+        None,
+    ),
+}
+LIMITS = """
+import pickle, resource, sys, time, warnings
+warnings.simplefilter("ignore")
+import torch, wn_surgery as wn
+from pathlib import Path
+torch.set_num_threads(1)
+convert, inspect = wn.checkpoints.convert_file, wn.checkpoints.inspect
+compare = wn.checkpoints.compare
+folder = Path(sys.argv[1])
+torch.save({"a.weight_g": torch.ones(2, 1), "a.weight_v": torch.ones(2, 2)}, folder / "warm")
+(folder / "warm").rename(folder / "warm.pt")
+convert(folder / "warm.pt", folder / "out.pt", verify=True)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30), resource.RLIM_INFINITY))
+rules = {"names": "**"}
+calls = {
+    "inspect": lambda path, out: str(inspect(path)),
+    "strip": lambda path, out: convert(path, out, verify=True),
+    "convert": lambda path, out: convert(path, out, "parametrized"),
+    "apply": lambda path, out: convert(path, out, "parametrized", rules=rules),
+    "compare": lambda path, out: str(compare(path, path)),
+}
+for path in sorted(folder.glob("odd*.pt")):
+    for name, call in calls.items():
+        (folder / "out.pt").unlink(missing_ok=True)
+        began = time.process_time()
+        try:
+            call(path, folder / "out.pt")
+            said = "done"
+        except wn.CheckpointError as error:
+            said = "refused: " + " ".join(str(error).split())
+        except wn.WeightNormError as error:
+            said = type(error).__name__
+        except BaseException as error:
+            said = f"FOREIGN {error!r}"
+        slow = "SLOW " if time.process_time() - began > 10 else ""
+        left = sorted(p.name for p in folder.glob(".wn-surgery-*"))
+        print(path.stem, name, slow + (f"LEFT {left} " if left else "") + said, sep="|")
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_odd_torch_files_in_bounded_time_and_memory(tmp_path: Path) -> None:
+    for number, (make, _) in enumerate(ODD.values()):
+        torch.save(make(), tmp_path / f"odd{number:02}.pt")
+    run = subprocess.run(
+        [sys.executable, "-c", LIMITS, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    lines = [line.split("|", 2) for line in run.stdout.splitlines()]
+    assert len(lines) == 5 * len(ODD)
+    names = list(ODD)
+    for stem, command, said in lines:
+        name = names[int(stem.removeprefix("odd"))]
+        assert not any(word in said for word in ("FOREIGN", "SLOW", "LEFT")), (name, command, said)
+        expected = ODD[name][1]
+        if expected is None and command in ("strip", "convert", "inspect"):
+            assert said == "done", (name, command, said)
+        elif expected is not None and command == "strip":
+            assert said.startswith("refused") and expected in said, (name, command, said)
+
+
+def test_compressed_records_are_refused(tmp_path: Path) -> None:
+    """torch maps the file, and would take the compressed bytes for the tensors'."""
+    torch.save(good(), tmp_path / "a.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pt") as old,
+        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for record in old.infolist():
+            new.writestr(record.filename, old.read(record.filename))
+    with pytest.raises(wn.CheckpointError, match="is compressed, as torch writes none"):
+        inspect(tmp_path / "b.pt")
+
+
+def test_a_quantized_tensor_cannot_be_compared(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save({**good(), "q": quantized()}, tmp_path / "a.pt")
+    with pytest.raises(wn.CheckpointError, match="'q' is quantized"):
+        wn.checkpoints.compare(tmp_path / "a.pt", tmp_path / "a.pt")

@@ -21,6 +21,8 @@ from torch import nn
 import wn_surgery as wn
 from wn_surgery.cli import main
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -341,7 +343,7 @@ def shell(line: str, folder: Path, **environment: str) -> subprocess.CompletedPr
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} | environment,
         capture_output=True,
         check=False,
-        timeout=300,
+        timeout=900,
     )
 
 

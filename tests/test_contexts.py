@@ -143,6 +143,7 @@ def test_a_fold_belongs_to_its_model_and_its_thread(make: Maker) -> None:
     assert in_a_thread(lambda: one(X).requires_grad) is True
 
 
+@pytest.mark.processes
 def test_a_thread_that_validates_takes_no_gradient_from_one_that_trains() -> None:
     model = nn.Sequential(ours(nn.Linear(3, 6)), parametrizations.weight_norm(nn.Linear(6, 2)))
     stop = threading.Event()
@@ -165,6 +166,7 @@ def test_a_thread_that_validates_takes_no_gradient_from_one_that_trains() -> Non
 
 
 @MAKERS
+@pytest.mark.processes
 def test_threads_that_fold_one_model(make: Maker) -> None:
     layer = make(nn.Linear(3, 4))
     keys = layer.__dict__.keys()

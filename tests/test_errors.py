@@ -498,9 +498,7 @@ def test_attention_never_runs_a_hook_on_its_output(own: bool) -> None:
 def test_values_that_a_weight_cannot_take() -> None:
     model = normed()
     before = state(model)
-    with pytest.raises(
-        ValueError, match=r"expected a real weight, got one of dtype torch\.complex64"
-    ):
+    with pytest.raises(ValueError, match="expected a real weight, got one of dtype"):
         model[0].weight = torch.ones(4, 3, dtype=torch.complex64)  # type: ignore[index]
     wrong = {"0.weight": torch.ones(4, 3, dtype=torch.complex64)}
     with pytest.raises(RuntimeError, match="expected a real tensor"):

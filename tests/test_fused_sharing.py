@@ -26,6 +26,7 @@ from wn_surgery.fused import shared
 
 
 @pytest.mark.parametrize("models", [1, 2])
+@pytest.mark.processes
 def test_threads(models: int) -> None:
     made = [fused() for _ in range(models)]
     wanted = normed()(X)
@@ -46,6 +47,7 @@ def test_threads(models: int) -> None:
     assert not problems
 
 
+@pytest.mark.processes
 def test_a_thread_that_steps_aside_leaves_the_others_forward_alone() -> None:
     model = fused()
     inside, leave = threading.Event(), threading.Event()
@@ -53,13 +55,13 @@ def test_a_thread_that_steps_aside_leaves_the_others_forward_alone() -> None:
     def wait(*_: Any) -> None:
         if threading.current_thread() is not threading.main_thread():
             inside.set()
-            assert leave.wait(10)
+            assert leave.wait(300)
 
     model.up.register_forward_pre_hook(wait)
     outs: list[Tensor] = []
     thread = threading.Thread(target=lambda: outs.append(model(X)))
     thread.start()
-    assert inside.wait(10)
+    assert inside.wait(300)
     here = model(X)
     leave.set()
     thread.join()
@@ -211,6 +213,7 @@ print("done")
 """
 
 
+@pytest.mark.processes
 def test_hooks_in_the_process_that_unpickles(tmp_path: Path) -> None:
     model = fused()
     model(X)
@@ -221,7 +224,7 @@ def test_hooks_in_the_process_that_unpickles(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=900,
     )
     assert run.stdout == "done\n", run.stderr[-2000:]
 

@@ -21,6 +21,8 @@ from wn_surgery.huggingface import (
 )
 from wn_surgery.huggingface.config import METHOD
 
+pytestmark = pytest.mark.processes
+
 TOKENS = torch.arange(8)[None]
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[1]
 MODULES = {
     f"wn_surgery/{path.relative_to(ROOT / 'wn_surgery').as_posix()}"

@@ -226,6 +226,7 @@ def _work(model: nn.Module, inputs: Tensor, outputs: Any) -> None:
         outputs.put((type(model[0]).__name__, model(inputs).tolist()))
 
 
+@pytest.mark.processes
 def test_a_spawned_process_gets_a_working_model() -> None:
     model = nn.Sequential(ours(nn.Linear(3, 4)))
     context = torch.multiprocessing.get_context("spawn")
@@ -233,9 +234,9 @@ def test_a_spawned_process_gets_a_working_model() -> None:
     child = context.Process(target=_work, args=(model, X, outputs))
     child.start()
     try:
-        name, out = outputs.get(timeout=120)
+        name, out = outputs.get(timeout=900)
     finally:
-        child.join(timeout=60)
+        child.join(timeout=900)
     assert child.exitcode == 0 and name == "ParametrizedLinear"
     torch.testing.assert_close(torch.tensor(out), model(X).detach())
 

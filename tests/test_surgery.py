@@ -352,6 +352,7 @@ print("done")
 """
 
 
+@pytest.mark.processes
 def test_a_legacy_hook_keeps_its_place_in_the_process_that_unpickles(tmp_path: Path) -> None:
     layer = ours(nn.Linear(3, 4))
     wn.migrate(layer, to="legacy")
@@ -361,6 +362,6 @@ def test_a_legacy_hook_keeps_its_place_in_the_process_that_unpickles(tmp_path: P
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=900,
     )
     assert run.stdout == "done\n", run.stderr[-2000:]

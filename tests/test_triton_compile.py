@@ -20,6 +20,7 @@ from wn_surgery.fused.evaluator import Spec
 from wn_surgery.norm import g_shape
 
 pytestmark = [
+    pytest.mark.processes,
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton not installed"),
     pytest.mark.skipif(
         os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"

@@ -23,7 +23,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ROOT = Path(__file__).parents[1]
 
 # numpy computes what the kernels mask, too.
-pytestmark = pytest.mark.filterwarnings("ignore:(invalid|divide|overflow).*:RuntimeWarning")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.filterwarnings("ignore:(invalid|divide|overflow).*:RuntimeWarning"),
+]
 
 if INTERPRETED:
     pytest.register_assert_rewrite("triton_tools", "triton_cases")
@@ -45,7 +48,7 @@ else:
             capture_output=True,
             text=True,
             check=False,
-            timeout=600,
+            timeout=900,
         )
         print(run.stdout, run.stderr)
         assert run.returncode == 0, run.stdout[-5000:]
@@ -56,7 +59,7 @@ else:
             "import sys, wn_surgery.fused.triton.evaluator, wn_surgery.fused.triton.tables\n"
             "assert 'triton' not in sys.modules"
         )
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=900)
 
     def test_why_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
         spec, cpu, cuda = Spec((4, 3)), torch.device("cpu"), torch.device("cuda", 0)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[1]
 
 MODEL = """
@@ -81,6 +83,6 @@ def test_a_model_on_the_triton_path() -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=900,
     )
     assert run.returncode == 0 and run.stdout == "done\n", run.stderr[-3000:]

@@ -1,6 +1,7 @@
 """Apply, remove and migrate weight norm on any PyTorch module tree, by rules."""
 
 from . import checkpoints, export
+from . import reloading as _reloading  # noqa: F401 - it is asked by what savers.py finds
 from .contexts import folded, writable
 from .errors import (
     CallbackError,

@@ -7,7 +7,7 @@ From outside this is torch's layout: ``module.parametrizations.weight.original0`
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.nn.utils.parametrize import ParametrizationList
 
+from . import savers
 from .errors import NonFloatingError, ZeroNormError
 from .norm import Dim, magnitude, weight_norm, zero_slices
 
@@ -179,3 +180,18 @@ class WeightNormList(ParametrizationList):
         for name in ("hold", "slot"):
             replica.__dict__.pop(name, None)
         return replica
+
+    def _save_to_state_dict(
+        self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        layout = savers.layout_for(destination, self)
+        if layout is None or len(self) > 1:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        owner, _, param = prefix.removesuffix(".").rpartition("parametrizations.")
+        if layout == "plain":
+            with torch.no_grad():
+                destination[owner + param] = self()
+            return
+        for end, part in (("_g", self.original0), ("_v", self.original1)):
+            destination[f"{owner}{param}{end}"] = part if keep_vars else part.detach()

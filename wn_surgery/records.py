@@ -39,7 +39,7 @@ def record(model: nn.Module) -> list[dict[str, Any]]:
     return [_options(site) for site in sites(model) if _ours(site)]
 
 
-def replay(records: Iterable[Mapping[str, Any]]) -> list[Rule]:
+def replay(records: Iterable[Mapping[str, Any]], *, replace: bool = False) -> list[Rule]:
     r"""The rules that put weight norm where :func:`record` found it.
 
     Sites with the same options share a rule. Tied parameters stay tied.
@@ -47,6 +47,7 @@ def replay(records: Iterable[Mapping[str, Any]]) -> list[Rule]:
     Args:
         records: what :func:`record` returned, or the same read from JSON. ``g_init`` and
             ``train_g`` are taken from a site that has them, as of a rule.
+        replace: put it also where a model that was just built has weight norm with other options.
 
     Returns:
         The rules; none for no records.
@@ -79,6 +80,7 @@ def replay(records: Iterable[Mapping[str, Any]]) -> list[Rule]:
             g_init=g_init,
             train_g=train_g,
             tied="together",
+            replace=replace,
         )
         for (param, dim, eps, norm_dtype, g_init, train_g), names in alike.items()
     ]

@@ -14,6 +14,7 @@ from torch import nn
 from typing_extensions import override
 
 import wn_surgery as wn
+from wn_surgery.callbacks.holding import refuse_unheld
 from wn_surgery.planning import OnUnmatched
 from wn_surgery.rules import as_rules
 
@@ -220,6 +221,14 @@ class WeightNorm(Callback):
         """See to the optimizers, which are there now but have not been restored."""
         refuse_stale(trainer.optimizers, self._replaced)
         self._replaced.clear()
+        if not neighbours.shards(trainer):  # which has parameters of its own
+            refuse_unheld(
+                pl_module,
+                trainer.optimizers,
+                "configure_optimizers() picks parameters by names that end in '.weight', say. Let "
+                "it take wn_surgery.parameter_groups(self), or self.parameters(); weight norm "
+                "that is not to be trained is frozen by requires_grad_(False)",
+            )
         if self._loaded is not None:
             rename_optimizer_states(self._loaded, trainer, pl_module)
             self._loaded = None

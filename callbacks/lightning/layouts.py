@@ -135,7 +135,7 @@ def apply_recorded(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     _check_version(info, "the checkpoint")
     if info["layout"] == "plain":
         return
-    if rules := records.replay(info["sites"]):
+    if rules := records.replay(info["sites"], replace=True):
         wn.apply(module, rules)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import Tensor
 
 import wn_surgery as wn
+from wn_surgery.callbacks.holding import held_by
 from wn_surgery.planning import OnUnmatched
 from wn_surgery.rules import Rule, RulesLike
 
@@ -70,12 +71,7 @@ def refuse_stale(optimizers: Sequence[Any], replaced: Replaced) -> None:
     Raises:
         wn_surgery.CallbackError: one does.
     """
-    held = {
-        id(parameter)
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
+    held = held_by(optimizers)
     stale = [name for name, weight in replaced if id(weight()) in held]
     if stale:
         more = f" and {len(stale) - 3} more" if len(stale) > 3 else ""

@@ -234,3 +234,6 @@ if __name__ == "__main__":
         found = run_sharded() if which == "sharded" else run(which, out)
     if lp.utilities.rank_zero_only.rank == 0:
         torch.save(found, out / f"{which}.pt")
+    if torch.distributed.is_initialized():
+        # Or its threads are there when the process ends, which then sometimes aborts.
+        torch.distributed.destroy_process_group()

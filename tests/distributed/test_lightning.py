@@ -15,7 +15,7 @@ import torch
 SCRIPT = Path(__file__).with_name("lightning_runs.py")
 ROOT = Path(__file__).parents[2]
 # One worker runs them all: the fixture is of a whole minute.
-pytestmark = pytest.mark.xdist_group("lightning strategies")
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("lightning strategies")]
 STRATEGIES = ("auto", "ddp", "ddp_spawn", "sharded")
 G, V = "parametrizations.weight.original0", "parametrizations.weight.original1"
 
@@ -33,7 +33,7 @@ def run(strategy: str, folder: Path) -> Any:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(folder / f"{strategy}.pt", weights_only=True)

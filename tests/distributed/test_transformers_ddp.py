@@ -16,7 +16,7 @@ import wn_surgery as wn
 
 SCRIPT = Path(__file__).with_name("trainer_run.py")
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.xdist_group("transformers ddp")
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("transformers ddp")]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             capture_output=True,
             text=True,
             check=False,
-            timeout=300,
+            timeout=900,
         )
         assert done.returncode == 0, done.stderr[-4000:]
     return made

@@ -80,3 +80,6 @@ if __name__ == "__main__":
     }
     if os.environ.get("RANK", "0") == "0":
         torch.save(found, out / f"{count}.pt")
+    if torch.distributed.is_initialized():
+        # Or its threads are there when the process ends, which then sometimes aborts.
+        torch.distributed.destroy_process_group()

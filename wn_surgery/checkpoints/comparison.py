@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from wn_surgery.differences import Difference, difference
+from wn_surgery.errors import CheckpointError
 from wn_surgery.tables import render
 
+from .bounds import not_dense
 from .folding import fold
 from .pairs import Axes, Pair, find_pairs
 from .reading import State, opened
@@ -173,16 +175,25 @@ def _of_state(state: State, dim: Axes) -> dict[str, Reader]:
     for one in find_spectral(state.shapes):
         readers[one.weight] = partial(_despectralized, state, one, dim)
         hidden |= {one.original, one.u, one.v}
-    plain = {name: partial(state.read, name) for name in state.shapes if name not in hidden}
+    plain = {name: partial(_read, state, name) for name in state.shapes if name not in hidden}
     return {**readers, **plain}
 
 
 def _folded(state: State, pair: Pair) -> Tensor:
-    return fold(state.read(pair.g), state.read(pair.v), pair.options)
+    return fold(_read(state, pair.g), _read(state, pair.v), pair.options)
+
+
+def _read(state: State, name: str) -> Tensor:
+    tensor = state.read(name)
+    if what := not_dense(tensor):
+        raise CheckpointError(
+            f"{state.path}{name!r} is {what}: its values cannot be compared; leave it out of both"
+        )
+    return tensor
 
 
 def _despectralized(state: State, one: Spectral, dim: Axes) -> Tensor:
-    w, u, v = (state.read(part) for part in (one.original, one.u, one.v))
+    w, u, v = (_read(state, part) for part in (one.original, one.u, one.v))
     return spectral_weight(w, u, v, one.original, dim)
 
 
@@ -190,6 +201,6 @@ def _identical(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype:
         return False
     # As bytes: NaN is itself then, and 0 is not -0.
-    return torch.equal(
-        a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8)
-    )
+    # What is conjugated or negated when it is read has other bytes.
+    a, b = (t.resolve_conj().resolve_neg().contiguous().reshape(-1) for t in (a, b))
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))

@@ -103,5 +103,6 @@ def shapes_of(state: Mapping[Any, Any]) -> dict[str, Shape]:
     return {
         key: tuple(value.shape)
         for key, value in state.items()
-        if isinstance(key, str) and isinstance(value, Tensor)
+        # A nested tensor has no shape; nothing is weight-normed by one.
+        if isinstance(key, str) and isinstance(value, Tensor) and not value.is_nested
     }

@@ -243,6 +243,11 @@ class _OneState:
 
     def _folded(self, pair: Pair) -> Tensor:
         g, v = self.state[pair.g], self.state[pair.v]
+        if g.is_meta != v.is_meta:
+            part = pair.g if g.is_meta else pair.v
+            raise CheckpointError(
+                f"{part!r} is on the meta device and has no values; load it first"
+            )
         w = fold(g, v, pair.options)
         if self.work.asked.non_finite == "error":
             refuse_non_finite(w, g, v, pair)

@@ -237,7 +237,7 @@ def _look(state: State, pair: Pair) -> tuple[NormedTensor, list[Finding]]:
 
 def _not_finite(tensor: Tensor) -> int:
     if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
+        tensor = torch.view_as_real(tensor.resolve_conj())
     return int((~torch.isfinite(tensor)).sum())
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from wn_surgery.errors import CheckpointError, CheckpointFileError
 
 from .atomic import PREFIX, SUFFIX, atomic
+from .bounds import not_dense, refuse_compressed, refuse_expanding
 from .convert import Conversion, converted
 from .request import Request
 from .safetensors_file import unreadable
@@ -51,10 +52,16 @@ def load(path: Path, *, full_pickle: bool = False) -> Any:
     try:
         # What is mapped is mapped privately: nothing that happens to a tensor reaches the file.
         mapped = zipfile.is_zipfile(path)
+        if mapped:
+            refuse_compressed(path)
         with warnings.catch_warnings():
             # That the storage class is deprecated, which is the file's doing.
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=not full_pickle, mmap=mapped)
+            found = torch.load(path, map_location="cpu", weights_only=not full_pickle, mmap=mapped)
+        refuse_expanding(found, path)
+        return found
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         what = _GLOBAL.search(str(error))
         said = f"holds {what[1]}" if what else "is damaged, or holds more than plain data"
@@ -133,7 +140,7 @@ def _check(made: Path, result: Any, full_pickle: bool, verify: bool) -> None:
         raise CheckpointFileError(f"what was written cannot be read again: {error}") from error
     written, wanted = list(_tensors(found)), list(_tensors(result))
     same = len(written) == len(wanted) and all(
-        (a.shape, a.dtype, a.layout) == (b.shape, b.dtype, b.layout)
+        (a.dtype, a.layout) == (b.dtype, b.layout) and (a.is_nested or a.shape == b.shape)
         for a, b in zip(written, wanted, strict=True)
     )
     if not same or (verify and not all(map(_equal, written, wanted))):
@@ -156,8 +163,8 @@ def _tensors(content: Any) -> Iterator[Tensor]:
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     # By their bytes: NaN is what it was.
-    if one.layout is not torch.strided or one.is_meta or not one.numel():
-        return True
+    if not_dense(one) or not_dense(other) or not one.numel():
+        return not_dense(one) == not_dense(other)
     one, other = (t.detach().resolve_conj().resolve_neg().contiguous() for t in (one, other))
     return torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (one, other)))
 
@@ -172,7 +179,7 @@ class _Parking:
         self._used = 0
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        if not tensor.nbytes:
+        if not tensor.nbytes or tensor.is_meta:
             return tensor
         if self._block is None or self._used + tensor.nbytes > self._block.nbytes():
             self._block, self._used = self._mapped(max(self._size, tensor.nbytes)), 0

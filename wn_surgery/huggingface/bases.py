@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 try:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
     from transformers.quantizers.auto import (
@@ -37,6 +37,7 @@ __all__ = [
     "ConversionOps",
     "Fusion",
     "HfQuantizer",
+    "PreTrainedConfig",
     "PreTrainedModel",
     "PrefixChange",
     "QuantizationConfigMixin",

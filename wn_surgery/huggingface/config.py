@@ -6,14 +6,16 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import wn_surgery as wn
+from wn_surgery import savers
 from wn_surgery.errors import RuleFileError
 from wn_surgery.rules import Rule, RulesLike, as_rules
 
-from .bases import QuantizationConfigMixin
+from .bases import PreTrainedModel, QuantizationConfigMixin
 
-__all__ = ["FILE", "METHOD", "WeightNormConfig"]
+__all__ = ["FILE", "METHOD", "ConfigLike", "WeightNormConfig", "as_config", "recorded"]
 
 VERSION = 1
 FILE = "weight_norm_config.json"
@@ -74,6 +76,7 @@ class WeightNormConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON data."""
+        self._warn_of_absent_sites()
         rules = None if self.rules is None else [rule.to_dict() for rule in self.rules]
         return {
             "quant_method": self.quant_method,
@@ -82,6 +85,29 @@ class WeightNormConfig(QuantizationConfigMixin):
             "sites": None if self.sites is None else [dict(site) for site in self.sites],
             "model_type": self.model_type,
         }
+
+    def _warn_of_absent_sites(self) -> None:
+        """Say so where a model is being saved that has none of the weight norm noted here.
+
+        ``from_config`` builds a plain model on a config that speaks of weight norm.
+        """
+        frame = savers.asking()
+        model = None if frame is None else frame.f_locals["self"]
+        if frame is None or not self.sites or not isinstance(model, PreTrainedModel):
+            return
+        if recorded(model.config) is self and not any(site.normed for site in wn.sites(model)):
+            name = type(model).__name__
+            savers.warn(
+                frame,
+                f"the config of {name} speaks of weight norm on {self.sites[0]['name']}, which the "
+                "model does not have; from_pretrained will put it there. patch_model(model, "
+                "model.config.quantization_config) puts it there now, and unpatch_model(model) "
+                "takes it out of the config",
+            )
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of the dict that transformers reads from a file: it asks either for its method."""
+        return self.to_dict().get(key, default)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write ``weight_norm_config.json`` into a folder, which is made if it is not there."""
@@ -107,7 +133,7 @@ class WeightNormConfig(QuantizationConfigMixin):
                 raise RuleFileError(f"{path} is not JSON: {error}") from error
             if name != FILE:
                 data = data.get("quantization_config") or {}
-            if isinstance(data, dict) and "weight_norm" in str(data.get("quant_method")):
+            if _is_ours(data):
                 return cls(**data)
         raise RuleFileError(
             f"{folder} has neither {FILE} nor a config.json of a model that patch_model() patched"
@@ -117,3 +143,47 @@ class WeightNormConfig(QuantizationConfigMixin):
         return isinstance(other, WeightNormConfig) and self.to_dict() == other.to_dict()
 
     __hash__ = None  # type: ignore[assignment]
+
+
+ConfigLike: TypeAlias = WeightNormConfig | RulesLike | None
+"""A config, whatever stands for rules, or None for the usual rules of the model's type."""
+
+
+def as_config(config: ConfigLike) -> WeightNormConfig:
+    """The config that somebody means.
+
+    Args:
+        config: a config, which is returned; the same as JSON data; a rule, a list of rules or
+            dicts, a path to YAML or JSON, or a preset's name; None for :func:`rules_for` the
+            model's type.
+
+    Returns:
+        The config.
+
+    Raises:
+        RuleError: the rules are wrong.
+
+    Example:
+        >>> from wn_surgery.huggingface.config import as_config
+        >>> as_config([{"names": "head"}]).rules[0].names
+        ('head',)
+        >>> as_config(None).rules is None
+        True
+    """
+    if isinstance(config, WeightNormConfig):
+        return config
+    if isinstance(config, Mapping) and _is_ours(config):
+        return WeightNormConfig(**config)
+    return WeightNormConfig(config)
+
+
+def recorded(config: Any) -> WeightNormConfig | None:
+    """What a model's config says about weight norm; as JSON data where no model was loaded."""
+    held = getattr(config, "quantization_config", None)
+    if isinstance(held, WeightNormConfig):
+        return held
+    return WeightNormConfig(**held) if isinstance(held, Mapping) and _is_ours(held) else None
+
+
+def _is_ours(data: Any) -> bool:
+    return isinstance(data, Mapping) and "weight_norm" in str(data.get("quant_method"))

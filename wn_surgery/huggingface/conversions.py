@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from wn_surgery.parametrization import WeightNorm
+from wn_surgery.reloading import built_keys
 from wn_surgery.state_keys import Keys, keys_of
 
 from .bases import (
@@ -104,9 +104,15 @@ def is_ours(conversion: Any) -> bool:
 
 
 def built_in(model: PreTrainedModel) -> list[Keys]:
-    """The sites on which the model's class itself puts weight norm when it is built."""
-    with torch.device("meta"):
-        return keys_of(type(model)(copy.deepcopy(model.config)))
+    """The sites on which the model's class itself puts weight norm when it is built.
+
+    None for a class that cannot be built from its config alone: then nobody can tell, and what is
+    saved says where weight norm is, or that there is none.
+    """
+    try:
+        return list(built_keys(model).values())
+    except Exception:  # noqa: BLE001 - the constructor is not ours
+        return []
 
 
 def save_as_built(model: PreTrainedModel, removed: Iterable[str]) -> list[str]:

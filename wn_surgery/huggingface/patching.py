@@ -9,19 +9,19 @@ from typing import Any
 from torch import nn
 
 import wn_surgery as wn
+from wn_surgery import records, reloading
 from wn_surgery.state_keys import keys_of
 
-from . import ties
+from . import noting, ties
 from .bases import PreTrainedModel
-from .config import WeightNormConfig
+from .config import ConfigLike, as_config, recorded
 from .conversions import is_ours, save_as_built
-from .guard import guard, unguard
-from .placing import joined, put
+from .placing import put
 
 __all__ = ["patch_model", "repair", "unpatch_model"]
 
 
-def patch_model(model: PreTrainedModel, config: WeightNormConfig) -> wn.Report:
+def patch_model(model: PreTrainedModel, config: ConfigLike = None) -> wn.Report:
     """Put weight norm on a model, and note in its config where.
 
     ``model.save_pretrained(folder)`` then saves g and v, and ``from_pretrained(folder)`` gives the
@@ -29,25 +29,28 @@ def patch_model(model: PreTrainedModel, config: WeightNormConfig) -> wn.Report:
 
     Args:
         model: any model of transformers; its outputs stay as they are (bit for bit in float32).
-        config: its rules are applied; one that has sites already, from another model of the same
-            kind, is replayed instead.
+        config: a :class:`WeightNormConfig`, or its rules: a rule, a list of rules or dicts, a
+            file, or a preset's name; None for :func:`rules_for` the model's type. A config that
+            has sites already, from another model of the same kind, is replayed instead.
 
     Returns:
-        What was done. ``model.config.quantization_config`` is the config with its sites.
+        What was done. ``model.config`` is a copy from now on, which no other model has, and
+        ``model.config.quantization_config`` the config with its sites.
 
     Raises:
         WeightNormError: the rules do not fit the model; see :func:`wn_surgery.apply`.
+        RuleError: the rules are wrong, or None for a model type that has no usual ones.
         QuantizedWeightError: the model is quantized, or its config says it will be.
         UnmatchedRuleError: the config is of another kind of model. Nothing has changed then.
         TypeError: ``model`` is not a model of transformers.
 
     Example:
         >>> from transformers import BertConfig, BertModel
-        >>> from wn_surgery.huggingface import WeightNormConfig, patch_model
+        >>> from wn_surgery.huggingface import patch_model
         >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
         ...                   intermediate_size=16, vocab_size=20)
         >>> model = BertModel(tiny)
-        >>> len(patch_model(model, WeightNormConfig()).changed)
+        >>> len(patch_model(model).changed)
         6
         >>> model.config.quantization_config.sites[0]["name"]
         'encoder.layer.0.attention.self.query.weight'
@@ -57,6 +60,7 @@ def patch_model(model: PreTrainedModel, config: WeightNormConfig) -> wn.Report:
             f"expected a model of transformers, got {type(model).__name__}; for any other module "
             "there is wn_surgery.apply(model, rules)"
         )
+    config = as_config(config)
     _refuse_quantized(model)
     model_type = model.config.model_type
     tied = ties.ties_of(model)
@@ -65,7 +69,10 @@ def patch_model(model: PreTrainedModel, config: WeightNormConfig) -> wn.Report:
             f"the config was made for a {config.model_type} model, this is a {model_type}; "
             "patch it with WeightNormConfig(rules=[...]) of its own"
         )
-    held = getattr(model.config, "quantization_config", None)
+    held = recorded(model.config)
+    # The config may be that of another model, and speak of what this one does not have.
+    there = {site["name"] for site in records.record(model)}
+    before = [site for site in (held.sites if held else None) or () if site["name"] in there]
     noted = copy.deepcopy(config)
     report = put(model, noted)
     ties.follow(model, tied)
@@ -73,10 +80,9 @@ def patch_model(model: PreTrainedModel, config: WeightNormConfig) -> wn.Report:
         # Left by a checkpoint or by unpatch_model(): saving would undo what has just been done.
         kept: Any = [each for each in conversions if not is_ours(each)]
         model._weight_conversions = kept
-    if isinstance(held, WeightNormConfig):
-        noted.sites = joined(noted.sites, held.sites)
-    model.config.quantization_config = noted
-    guard(model.config)
+    noted.sites = noting.joined(noted.sites, before)
+    noting.of_its_own(model)
+    noting.write(model.config, noted)
     return report
 
 
@@ -86,7 +92,8 @@ def unpatch_model(model: nn.Module, *, optimizers: Any = ()) -> wn.Report:
     Also the weight norm that a model of transformers puts on itself, in whichever form of torch:
     the vocoders and codecs whose own ``remove_weight_norm()`` raises (docs/huggingface.md). Where
     the class puts it on when it is built, ``model.save_pretrained`` goes on writing g and v, so
-    that the checkpoint loads as ever.
+    that the checkpoint loads as ever; also for a model of diffusers or a ``PyTorchModelHubMixin``,
+    and for a model of which this is a part.
 
     Args:
         model: any module.
@@ -106,14 +113,18 @@ def unpatch_model(model: nn.Module, *, optimizers: Any = ()) -> wn.Report:
         >>> len(unpatch_model(vocoder).changed)
         78
     """
-    weights = [key.weight for key in keys_of(model)]
+    keys = keys_of(model)
     report = wn.remove(model, optimizers=optimizers)
+    foreign = any(key.site.held and key.site.held.maker != "wn_surgery" for key in keys)
+    # Ours reads plain weights, but diffusers reads key by key, past the hooks of modules.
+    if foreign or reloading.is_model_of(model) == "diffusers":
+        reloading.save_as_built(model)
     if isinstance(model, PreTrainedModel):
-        save_as_built(model, weights)
+        save_as_built(model, [key.weight for key in keys])
         ties.unfollow(model)
-        if isinstance(getattr(model.config, "quantization_config", None), WeightNormConfig):
-            vars(model.config).pop("quantization_config")
-            unguard(model.config)
+        if recorded(model.config) is not None:
+            noting.of_its_own(model)
+            noting.forget(model.config)
     return report
 
 
@@ -154,7 +165,7 @@ def _remove_weight_norm(module: nn.Module) -> None:
 def _refuse_quantized(model: PreTrainedModel) -> None:
     held = getattr(model.config, "quantization_config", None)
     if getattr(model, "hf_quantizer", None) is None and (
-        held is None or isinstance(held, WeightNormConfig)
+        held is None or recorded(model.config) is not None
     ):
         return
     method = held.get("quant_method") if isinstance(held, dict) else type(held).__name__

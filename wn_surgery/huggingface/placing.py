@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import wn_surgery as wn
@@ -12,22 +11,25 @@ from wn_surgery.rules import Rule
 from .adapters import without_adapters
 from .bases import PreTrainedModel
 from .config import WeightNormConfig
+from .noting import joined
 from .presets import rules_for
 
-__all__ = ["freeze", "joined", "put"]
-
-# What a site says of its g, beside what records.record() says of the weight norm.
-_OF_G = ("g_init", "train_g")
+__all__ = ["freeze", "put"]
 
 
-def put(model: PreTrainedModel, config: WeightNormConfig) -> wn.Report:
+def put(model: PreTrainedModel, config: WeightNormConfig, *, replace: bool = False) -> wn.Report:
     """Put weight norm on a model by a config, and write into the config what was put where.
+
+    Args:
+        model: of transformers.
+        config: with rules, or with sites to replay.
+        replace: sites are replayed over weight norm with other options, of the model's class.
 
     Raises:
         WeightNormError: the config does not fit the model; neither has changed.
     """
     if config.sites is not None:
-        rules, meant = tuple(_replayed(model, config)), config.rules
+        rules, meant = tuple(_replayed(model, config, replace)), config.rules
     else:
         meant = rules_for(model.config.model_type) if config.rules is None else config.rules
         rules = without_adapters(model, meant)
@@ -48,14 +50,6 @@ def _said(step: wn.Step) -> dict[str, Any]:
     return said
 
 
-def joined(
-    sites: Iterable[dict[str, Any]] | None, more: Iterable[dict[str, Any]] | None
-) -> list[dict[str, Any]]:
-    """The sites, with what is said of g elsewhere, unless they say it."""
-    known = {site["name"]: {key: site[key] for key in _OF_G if key in site} for site in more or ()}
-    return [{**site, **known.get(site["name"], {}), **site} for site in sites or ()]
-
-
 def freeze(model: PreTrainedModel, config: WeightNormConfig) -> None:
     """Freeze each g that the config says is not trained: loading makes new Parameters."""
     frozen = {site["name"] for site in config.sites or () if not site.get("train_g", True)}
@@ -64,7 +58,7 @@ def freeze(model: PreTrainedModel, config: WeightNormConfig) -> None:
             site.held.g.requires_grad_(False)
 
 
-def _replayed(model: PreTrainedModel, config: WeightNormConfig) -> list[Rule]:
+def _replayed(model: PreTrainedModel, config: WeightNormConfig, replace: bool) -> list[Rule]:
     """The rules for the sites that a config names, and for no others.
 
     A body is loaded from the checkpoint of the whole model, and the other way round: then the
@@ -93,4 +87,4 @@ def _replayed(model: PreTrainedModel, config: WeightNormConfig) -> list[Rule]:
             f"the weight-norm config names {lacking[0]}{more}, which {type(model).__name__} does "
             "not have; it is of another model, or of another release of transformers"
         )
-    return records.replay(found)
+    return records.replay(found, replace=replace)

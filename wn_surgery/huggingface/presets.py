@@ -74,5 +74,5 @@ def rules_for(model_type: str) -> tuple[Rule, ...]:
     known = [*_DECODERS, *_VOCODERS, *_OTHERS]
     raise RuleError(
         f"there are no usual rules for model type {model_type!r}"
-        f"{did_you_mean(model_type, known)}; give WeightNormConfig(rules=[...])"
+        f"{did_you_mean(model_type, known)}; give the rules: patch_model(model, [{{...}}])"
     )

@@ -19,8 +19,9 @@ from .bases import (
 )
 from .config import METHOD, WeightNormConfig
 from .conversions import is_ours, reading_plain
-from .guard import guard, register_guard
+from .guard import register_guard
 from .missing import draw_missing, forget_missing
+from .noting import write
 from .placing import freeze, put
 
 __all__ = ["WeightNormQuantizer", "register"]
@@ -44,7 +45,7 @@ class WeightNormQuantizer(HfQuantizer):
             WeightNormError: the config does not fit the model.
         """
         tied = ties.ties_of(model)
-        put(model, self.quantization_config)
+        put(model, self.quantization_config, replace=True)
         ties.follow(model, tied)
         draw_missing(model, self.quantization_config)
 
@@ -56,8 +57,7 @@ class WeightNormQuantizer(HfQuantizer):
         """Leave a model that is not quantized, with the config that says where weight norm is."""
         forget_missing(model)
         freeze(model, self.quantization_config)
-        model.config.quantization_config = self.quantization_config
-        guard(model.config)
+        write(model.config, self.quantization_config)
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is not None:
             # Saving reverts what loading converted; g and v are to stay.

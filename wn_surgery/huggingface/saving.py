@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from wn_surgery.state_keys import plain_state_dict
+from wn_surgery.state_keys import keys_of, stripped
 
 from .bases import PreTrainedModel
-from .config import WeightNormConfig
-from .guard import guard, unguard
+from .config import recorded
+from .conversions import built_in
+from .noting import forget, write
 
 __all__ = ["save_pretrained"]
 
@@ -27,13 +28,14 @@ def save_pretrained(
         model: patched or not.
         folder: where to.
         layout: ``"parametrized"`` is what ``model.save_pretrained`` does itself. ``"plain"`` saves
-            the weights that were put under weight norm by :func:`patch_model`, and a config that
-            does not speak of it. Weight norm that the model's class puts on when it is built stays
-            g and v, which is what that class loads.
+            the weights that were put under weight norm by :func:`patch_model` or
+            ``wn_surgery.apply``, and a config that does not speak of it. Weight norm that the
+            model's class puts on when it is built stays g and v, which is what that class loads.
         kwargs: to ``model.save_pretrained``, such as ``max_shard_size``.
 
     Raises:
         ValueError: ``layout`` is none of these.
+        TypeError: ``model`` is not a model of transformers.
 
     Example:
         >>> import tempfile
@@ -50,18 +52,21 @@ def save_pretrained(
     """
     if layout not in ("parametrized", "plain"):
         raise ValueError(f"layout={layout!r}; expected 'parametrized' or 'plain'")
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"expected a model of transformers, got {type(model).__name__}; any other model's own "
+            "save_pretrained() saves what its class reads"
+        )
     if layout == "parametrized":
         model.save_pretrained(folder, **kwargs)
         return
-    held = getattr(model.config, "quantization_config", None)
-    ours = isinstance(held, WeightNormConfig)
-    state = plain_state_dict(model, maker="wn_surgery")
-    if ours:
-        vars(model.config).pop("quantization_config")
-        unguard(model.config)
+    held = recorded(model.config)
+    ours = [key for key in keys_of(model) if key.site.held and key.site.held.maker == "wn_surgery"]
+    built = {key.weight for key in built_in(model)} if ours else set()
+    state = stripped(model.state_dict(), [key for key in ours if key.weight not in built])
+    forget(model.config)
     try:
         model.save_pretrained(folder, state_dict=state, **kwargs)
     finally:
-        if ours:
-            model.config.quantization_config = held
-            guard(model.config)
+        if held is not None:
+            write(model.config, held)

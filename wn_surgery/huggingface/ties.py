@@ -14,7 +14,7 @@ from wn_surgery.state_keys import keys_of
 
 from .bases import PreTrainedModel
 
-__all__ = ["follow", "ties_of", "unfollow"]
+__all__ = ["follow", "follows", "is_g_frozen", "ties_of", "unfollow"]
 
 _TIES = "get_expanded_tied_weights_keys"
 _KEYS = "_tied_weights_keys"
@@ -43,6 +43,11 @@ def follow(model: PreTrainedModel, ties: dict[str, str]) -> None:
         vars(model)[_KEYS] = _translated(model, ties)
     if any(site.normed and site.module in _embeddings(model) for site in wn.sites(model)):
         vars(model)[_RESIZE] = partial(_resize, model)
+
+
+def follows(model: PreTrainedModel) -> bool:
+    """Whether it ties what has weight norm: :func:`follow` has seen to that."""
+    return _TIES in vars(model)
 
 
 def unfollow(model: PreTrainedModel) -> None:
@@ -74,7 +79,7 @@ def _resize(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     ties = ties_of(model)
     embeddings = _embeddings(model)
     paths = {path for path, module in model.named_modules() if module in embeddings}
-    frozen = {site.name for site in wn.sites(model) if _is_g_frozen(site)}
+    frozen = {site.name for site in wn.sites(model) if is_g_frozen(site)}
     own = [
         {**site, "train_g": site["name"] not in frozen}
         for site in records.record(model)
@@ -90,7 +95,8 @@ def _resize(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         follow(model, ties)
 
 
-def _is_g_frozen(site: Site) -> bool:
+def is_g_frozen(site: Site) -> bool:
+    """Whether g alone is not trained, as by a rule with ``train_g=False``."""
     held = site.held
     if held is None or held.g is None or held.v is None:
         return False

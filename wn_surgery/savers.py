@@ -1,0 +1,82 @@
+"""Who asks for a state dict: a ``save_pretrained``, whose files have to be read back without us.
+
+A training checkpoint goes back into the model that it came from. What ``save_pretrained`` writes is
+read by a model that its class builds anew, and finds no g and v where that has a plain weight. So
+g and v ask, before they go into a state dict, in which layout they will be looked for.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, MutableMapping
+from types import FrameType
+from typing import Any, Literal, TypeAlias
+
+from torch import nn
+
+__all__ = ["Layouts", "asking", "decided_by", "layout_for", "warn"]
+
+Layouts: TypeAlias = Mapping[int, Literal["plain", "legacy"]]
+"""How to save what is parametrized here, by the ``id`` of the list that holds g and v."""
+
+_METHOD = "save_pretrained"
+
+
+def asking() -> FrameType | None:
+    """The innermost call of a module's own ``save_pretrained`` that is running in this thread."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == _METHOD and isinstance(frame.f_locals.get("self"), nn.Module):
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def decided_by(decide: Callable[[FrameType], Layouts]) -> Callable[[FrameType], Layouts]:
+    """Have this function say what a ``save_pretrained`` needs; a decorator."""
+    _state.decide = decide
+    return decide
+
+
+def layout_for(
+    destination: MutableMapping[str, Any], parts: nn.Module
+) -> Literal["plain", "legacy"] | None:
+    """The layout in which the one who asks for a state dict will look for a weight.
+
+    Args:
+        destination: the state dict that is being filled.
+        parts: the list that holds its g and v.
+
+    Returns:
+        The layout; None for the one that it has.
+    """
+    seen, layouts = _state.last
+    if seen is None or seen() is not destination:
+        frame = asking()
+        layouts = {} if frame is None or _state.decide is None else _state.decide(frame)
+        # One decision for a state dict, of which every weight-normed layer asks.
+        _state.last = (_reference(destination), layouts)
+    return layouts.get(id(parts))
+
+
+def warn(frame: FrameType, message: str) -> None:
+    """Warn at the line that calls ``save_pretrained``, however deep below it this is."""
+    caller = frame.f_back or frame
+    warnings.warn_explicit(message, UserWarning, caller.f_code.co_filename, caller.f_lineno)
+
+
+class _State:
+    decide: Callable[[FrameType], Layouts] | None = None
+    last: tuple[Callable[[], Any] | None, Layouts] = (None, {})
+
+
+_state = _State()
+
+
+def _reference(destination: object) -> Callable[[], Any] | None:
+    try:
+        return weakref.ref(destination)
+    except TypeError:  # a plain dict, which somebody gave
+        return None
