@@ -175,6 +175,15 @@ CASES: list[tuple[Callable[[], nn.Module], RulesLike, type[wn.WeightNormError], 
     (Tied, {"types": "Linear"}, wn.TiedParameterError, "head.weight is tied to embed.weight"),
     (
         Tied,
+        [
+            {"types": "Linear", "tied": "together", "g_init": 2.0},
+            {"types": "Embedding", "tied": "together", "g_init": 3.0},
+        ],
+        wn.ConflictingNamesError,
+        "says apply dim=0, g_init=",
+    ),
+    (
+        Tied,
         [{"types": "Linear", "tied": "together"}, {"action": "skip", "types": "Embedding"}],
         wn.ConflictingNamesError,
         "embed.weight",

@@ -90,9 +90,13 @@ class WeightNorm(nn.Module):
         """A shared instance that only stands for its options; modules get their own."""
         return cls(dim, eps, norm_dtype)
 
-    def same_as(self, other: WeightNorm) -> bool:
+    def same_as(self, other: WeightNorm | None) -> bool:
         """Whether both compute the same function."""
-        return (self.dim, self.eps, self.norm_dtype) == (other.dim, other.eps, other.norm_dtype)
+        return other is not None and (self.dim, self.eps, self.norm_dtype) == (
+            other.dim,
+            other.eps,
+            other.norm_dtype,
+        )
 
     def extra_repr(self) -> str:
         """The options that differ from torch's defaults, and ``dim``."""
@@ -118,12 +122,15 @@ class WeightNormList(ParametrizationList):
             can put the weight back in its place.
 
     Attributes:
+        g_init: what a rule has filled g with, before it was trained; ``None`` for the norm, or
+            where that is not known.
         hold: a :class:`wn_surgery.slots.Hold`, while this weight is folded or an initializer
             runs.
         slot: a :class:`wn_surgery.slots.Slot`, while its model is fused.
     """
 
     # Not annotated: torch.jit.script would have to understand it.
+    g_init = None
     hold = None
     slot = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -256,6 +256,9 @@ class _Work:
         assert step.norm is not None
         put = layouts.put_legacy if step.after == "legacy" else layouts.put_parametrized
         put(step.site.module, step.site.param, step.norm, g, v, order)
+        if step.rule is not None and step.rule.g_init is not None:
+            plist = cast(Any, step.site.module._modules["parametrizations"])[step.site.param]
+            plist.g_init = step.rule.g_init
 
     @staticmethod
     def _old(step: Step) -> tuple[nn.Parameter, ...]:
@@ -273,7 +276,10 @@ class _Work:
         if step.action == "remove":
             return (weight,)
         assert step.norm is not None and step.rule is not None
-        return split(weight, step.norm, step.rule.g_init, step.rule.train_g, step.copies)
+        g_init = step.rule.g_init
+        if held is not None and held.g_init == g_init and step.norm.same_as(held.norm):
+            g_init = None  # it is thawed, and has been filled before
+        return split(weight, step.norm, g_init, step.rule.train_g, step.copies)
 
 
 def split(
