@@ -140,7 +140,7 @@ class WeightNormList(ParametrizationList):
         if g is None or v is None:  # a replica of DataParallel has them as attributes
             g, v = self.original0, self.original1
         # Called as a module, so that hooks on it run.
-        return cast(Tensor, held["0"](g, v))  # type: ignore[misc]
+        return cast(Tensor, held["0"](g, v))
 
     def right_inverse(self, value: Tensor) -> None:
         """Set g and v, in place, so that the weight becomes ``value``.
@@ -168,7 +168,7 @@ class WeightNormList(ParametrizationList):
             self.original1.copy_(v)
 
     def _replicate_for_data_parallel(self) -> WeightNormList:
-        replica = cast(WeightNormList, super()._replicate_for_data_parallel())
+        replica = cast(WeightNormList, cast(Any, super())._replicate_for_data_parallel())
         for name in ("hold", "slot"):
             replica.__dict__.pop(name, None)
         return replica
