@@ -146,6 +146,7 @@ class _Initializer:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Initializer:
         model = self._model()
+        assert model is not None  # it is being copied
         return _Initializer(memo.get(id(model), model))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 __all__ = ["Dim", "g_shape", "magnitude", "norm_except", "weight_norm", "zero_slices"]
@@ -410,7 +411,7 @@ def gradients(
         rows = (axes.before, axes.kept * axes.after)
         x, dw, buffer = x.view(rows), dw.view(rows), buffer.view(rows)
         scale, along = (_repeat(t, axes.after) for t in (scale, along))
-    if torch._C._functorch.is_legacy_batchedtensor(grad):  # is_grads_batched: no writing into
+    if is_legacy_batchedtensor(grad):  # is_grads_batched: no writing into
         grad_v = dw * scale - x * along
     else:
         # In memory that was used just now: fresh memory costs as much as the arithmetic.

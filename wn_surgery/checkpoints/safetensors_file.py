@@ -24,7 +24,7 @@ CHUNK = 1 << 24
 class Sink(Protocol):
     """What takes bytes: all that it is given, or it raises."""
 
-    def write(self, data: Any, /) -> int | None:
+    def write(self, data: Any, /) -> int:
         """Take them."""
         ...
 

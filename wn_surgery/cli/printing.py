@@ -65,8 +65,8 @@ def delivering() -> Iterator[None]:
         # The library has errors of its own for files; this is typer's, of its help.
         error = caught if isinstance(caught, UndeliveredError) else UndeliveredError(caught)
         # Python tries again when it ends, and would say so once more.
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if error.code != CLOSED:
             print_error(f"cannot write to standard output: {error}")
         raise error from caught

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -179,8 +180,9 @@ _KEY = cast(int, "wn_surgery.fused")
 
 def hook(root: nn.Module, fusion: Fusion) -> None:
     """Let ``fusion`` know of the calls of ``root``: before every other hook, after the forward."""
-    root._forward_pre_hooks[_KEY] = Enter(fusion)
-    root._forward_pre_hooks.move_to_end(_KEY, last=False)
+    before = cast("OrderedDict[int, Any]", root._forward_pre_hooks)
+    before[_KEY] = Enter(fusion)
+    before.move_to_end(_KEY, last=False)
     root._forward_hooks[_KEY] = Leave(fusion)
     root._forward_hooks_always_called[_KEY] = True
 
