@@ -1,7 +1,7 @@
 """Mutations of real checkpoint files, through every command, with limits on time and memory.
 
-Whatever a file holds, a command ends with a documented exit code, in time, and leaves nothing that is
-not whole. ``WN_SURGERY_ATTACK=100000`` asks for more files (``make attack``).
+Whatever a file holds, a command ends with a documented exit code, in time, and leaves nothing
+that is not whole. ``WN_SURGERY_ATTACK=100000`` asks for more files (``make attack``).
 """
 
 from __future__ import annotations
