@@ -69,6 +69,22 @@ def test_a_model_is_patched_once_over_every_stage_and_trainer() -> None:
     assert callback.report is report
 
 
+def test_a_later_stage_does_not_fill_g_again(tmp_path: Path) -> None:
+    rules = [{"types": "Linear", "g_init": 1.0, "replace": True}]
+    module = Module()
+    run = trainer(WeightNorm(rules))
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    trained = module.state_dict()[f"model.0.{G}"].clone()
+    assert not torch.equal(trained, torch.ones_like(trained))
+    trainer(WeightNorm(rules)).test(module, loader(), verbose=False)
+    assert torch.equal(module.state_dict()[f"model.0.{G}"], trained)
+    # And a checkpoint is good for whatever other value a run fills g with.
+    resumed = Module()
+    run = trainer(WeightNorm([{**rules[0], "g_init": 3.0}]), epochs=3)
+    run.fit(resumed, loader(), ckpt_path=tmp_path / "end.ckpt")
+
+
 def test_a_model_may_be_tested_before_it_is_trained() -> None:
     module, x = Module(), torch.randn(3, 4)
     expected = module.model(x)

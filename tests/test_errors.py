@@ -131,6 +131,15 @@ def sparse() -> nn.Module:
     return model
 
 
+def nested() -> nn.Module:
+    model = linear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rows = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)])
+    model[0]._parameters["weight"] = nn.Parameter(rows)  # type: ignore[index]
+    return model
+
+
 def plain_tensor() -> nn.Module:
     model = linear()
     model[0]._parameters["weight"] = torch.ones(4, 3)  # type: ignore[index]
@@ -164,6 +173,15 @@ CASES: list[tuple[Callable[[], nn.Module], RulesLike, type[wn.WeightNormError], 
     (normed, {"types": "Linear", "dim": 1}, wn.ExistingSiteError, "replace=True"),
     (normed, {"types": "Linear", "train_g": False}, wn.ExistingSiteError, "train_g=False"),
     (Tied, {"types": "Linear"}, wn.TiedParameterError, "head.weight is tied to embed.weight"),
+    (
+        Tied,
+        [
+            {"types": "Linear", "tied": "together", "g_init": 2.0},
+            {"types": "Embedding", "tied": "together", "g_init": 3.0},
+        ],
+        wn.ConflictingNamesError,
+        "says apply dim=0, g_init=",
+    ),
     (
         Tied,
         [{"types": "Linear", "tied": "together"}, {"action": "skip", "types": "Embedding"}],
@@ -202,6 +220,10 @@ CASES: list[tuple[Callable[[], nn.Module], RulesLike, type[wn.WeightNormError], 
     ),
     (lambda: filled(1e-22), LINEARS, wn.ZeroNormError, "too small or large for float32"),
     (linear, {"types": "Linear", "g_init": 1e300}, wn.RuleError, "g_init=1e+300 does not fit"),
+    (linear, {"types": "Linear", "g_init": -1e-300}, wn.RuleError, "at least 1.18e-38"),
+    (lambda: filled(1e-14), {"types": "Linear", "g_init": 1e30}, wn.ZeroNormError, "g_init=1e+30"),
+    (nested, {"names": "0"}, wn.NonFloatingError, "0.weight is stored as nested"),
+    (linear, {wn.Rule(types="Linear")}, wn.RuleError, "got a set; write a list"),
     (linear, {"types": "Linear", "eps": 1e300}, wn.RuleError, "eps=1e+300 does not fit float32"),
     (half_with_eps, {"types": "Linear", "eps": 1e6}, wn.RuleError, "does not fit float16"),
     (half_with_eps, {**WIDE, "eps": 1e6}, wn.RuleError, "does not fit float16"),
@@ -237,7 +259,9 @@ def state(model: nn.Module) -> list[Any]:
         found.append(list(module._load_state_dict_pre_hooks.items()))
         for key, parameter in module._parameters.items():
             found.append((key, id(parameter), getattr(parameter, "requires_grad", None)))
-            if parameter is not None and parameter.layout is not torch.strided:
+            if parameter is not None and parameter.is_nested:
+                found.append([row.tolist() for row in parameter.unbind()])
+            elif parameter is not None and parameter.layout is not torch.strided:
                 found.append(parameter.to_dense().tolist())
             elif parameter is not None and not nn.parameter.is_lazy(parameter):
                 found.append((parameter.data_ptr(), parameter.tolist()))
@@ -263,7 +287,7 @@ def test_bad_input_is_refused_whole(
     # The plan is the same refusal, and can be had for printing.
     with pytest.raises(kind):
         wn.plan(model, rules)
-    if "where" in says:  # which is the user's code: no plan comes of it
+    if "where" in says or isinstance(rules, set):  # no plan comes of it
         return
     shown = wn.plan(model, rules, check=False)
     assert shown.problems and says in str(shown)
@@ -384,6 +408,7 @@ CALLS: dict[str, Callable[[Any], object]] = {
     "initializing": lambda model: wn.initializing(model).__enter__(),
     "stripped_copy": wn.export.stripped_copy,
     "check": lambda model: wn.export.check(model, "onnx"),
+    "verify": lambda model: wn.export.verify(model, lambda x: x, torch.ones(1)),
 }
 
 
@@ -410,14 +435,19 @@ def test_optimizers_that_are_none() -> None:
     for given, says in (
         (None, "a NoneType"),
         ("sgd", "a str"),
-        (scheduler, "not iterable|a StepLR"),
+        ({"one": optimizer}, "a dict"),
+        (scheduler, "StepLR, which is a learning-rate scheduler"),
         ([scheduler], "StepLR, which is a learning-rate scheduler"),
         ([model], "expected a torch.optim.Optimizer"),
     ):
         with pytest.raises(TypeError, match=says):
             wn.apply(model, "linears", optimizers=given)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=says):
+            wn.statistics(model, given)  # type: ignore[arg-type]
     assert state(model) == before
-    wn.apply(model, "linears", optimizers=optimizer)  # type: ignore[arg-type]
+    wn.apply(model, "linears", optimizers=optimizer)
+    (site, _) = wn.statistics(model, optimizer).sites
+    assert site.effective_lr is not None
     assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters())) == 6
 
 
@@ -430,9 +460,10 @@ def test_names_and_patterns_of_the_wrong_type() -> None:
     ):
         with pytest.raises(wn.WeightNormError):
             call()
-    for decay in (torch.inf, torch.nan, -1.0):
+    for decay in (torch.inf, torch.nan, -1.0, "0.1", None):
         with pytest.raises(ValueError, match="finite number"):
-            wn.parameter_groups(model, weight_decay=decay)
+            wn.parameter_groups(model, weight_decay=decay)  # type: ignore[arg-type]
+    assert len(wn.parameter_groups(model, weight_decay=0.1, no_decay=[])) == 2
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
@@ -451,18 +482,24 @@ def test_fake_tensors_have_no_norms_to_look_at() -> None:
         model = linear()
         wn.apply(model, "linears")
         assert model(torch.ones(2, 3)).shape == (2, 2)
+        model[0].weight = torch.ones(4, 3)  # type: ignore[index]
+        model.load_state_dict({"0.weight": torch.ones(4, 3)}, strict=False)
         wn.remove(model)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_attention_never_runs_a_hook_on_its_output() -> None:
+@pytest.mark.parametrize("own", [False, True])
+def test_attention_never_runs_a_hook_on_its_output(own: bool) -> None:
     model = nn.MultiheadAttention(4, 1)
+    if own:  # put there by the user, of a class that tells nothing
+        model.out_proj = nn.Linear(4, 4)  # type: ignore[assignment]
     wn.apply(model, {"names": "out_proj"})
     before = state(model)
     with pytest.raises(wn.StackedParametrizationError, match="never calls the module"):
         wn.migrate(model, to="legacy")
     assert state(model) == before
     torch.nn.utils.weight_norm(wn.remove(model) and model.out_proj)
+    assert [each.effect for each in wn.export.check(model, "onnx").findings] == ["stale"]
     wn.migrate(model)  # out of it, that is the cure
     assert wn.sites(model)[-1].layout == "parametrized"
 
@@ -475,4 +512,19 @@ def test_values_that_a_weight_cannot_take() -> None:
     wrong = {"0.weight": torch.ones(4, 3, dtype=torch.complex64)}
     with pytest.raises(RuntimeError, match="expected a real tensor"):
         model.load_state_dict(wrong, strict=False)
+    assert state(model) == before
+
+
+def test_kinds_of_weights_that_g_and_v_cannot_follow() -> None:
+    model = normed()
+    before = state(model)
+    for wrong, says in (
+        (torch.ones(4, 3).to_sparse(), "stored as sparse_coo; expected a dense tensor"),
+        (torch.ones(4, 3).to_mkldnn(), "stored as _mkldnn"),
+    ):
+        with pytest.raises(wn.NonFloatingError, match=says):
+            model[0].weight = wrong  # type: ignore[index]
+    for dtype in (torch.int32, torch.bool, torch.float8_e4m3fn):
+        with pytest.raises(wn.NonFloatingError, match=f"dtype {dtype}"):
+            model[0].parametrizations.weight[0].right_inverse(torch.ones(4, 3).to(dtype))  # type: ignore[index,union-attr]
     assert state(model) == before

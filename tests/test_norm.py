@@ -11,6 +11,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from wn_surgery import apply
 from wn_surgery.norm import Dim, g_shape, magnitude, norm_except, weight_norm, zero_slices
@@ -402,6 +403,38 @@ def test_a_g_of_the_wrong_shape_is_refused() -> None:
         layer(torch.ones(1, 3))
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (64, 3), (2, 1)])
+def test_a_g_of_the_wrong_shape_is_refused_under_transforms_and_tracers(
+    shape: tuple[int, int],
+) -> None:
+    """Some of these shapes broadcast in the forward; the kernel of the backward then reads on."""
+    layer = torch.nn.Linear(3, 64)
+    apply(layer, {"names": ""})
+    layer.parametrizations.weight.original0 = torch.nn.Parameter(torch.ones(shape))  # type: ignore[union-attr]
+    x = torch.ones(2, 3)
+    for run in (
+        torch.compile(layer, backend="eager"),
+        lambda x: torch.export.export(layer, (x,)),
+        torch.func.vmap(layer),
+        lambda x: torch.func.jvp(layer, (x,), (x,)),
+    ):
+        with pytest.raises(ValueError, match=r"expected \(64, 1\)"):
+            run(x)
+
+
+def test_shapes_may_be_symbols() -> None:
+    layer = torch.nn.Linear(3, 4)
+    apply(layer, {"names": ""})
+    parameters = dict(layer.named_parameters())
+
+    def run(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, parameters, (x,))  # type: ignore[no-any-return]
+
+    x = torch.randn(2, 3)
+    graph = make_fx(run, tracing_mode="symbolic")(parameters, x)
+    torch.testing.assert_close(graph(parameters, x), layer(x))
+
+
 @pytest.mark.parametrize("dim", [0, 1])
 def test_inference_mode_with_grad_enabled(dim: int) -> None:
     v, g = pair((3, 4, 2), dim, torch.float32)
@@ -424,6 +457,10 @@ def test_inference_mode_with_grad_enabled(dim: int) -> None:
         (6e4, torch.float16, {"norm_dtype": torch.float32}, 2),  # g would be infinite
         (1e-7, torch.float16, {"norm_dtype": torch.float32}, 0),
         (0.0, torch.float32, {"eps": 1e-12}, 0),
+        # g would be stored as 0, and neither g nor v of a zero row would ever train.
+        (0.0, torch.float16, {"eps": 1e-8, "norm_dtype": torch.float32}, 2),
+        (0.0, torch.float16, {"eps": 1e-5, "norm_dtype": torch.float32}, 0),
+        (1e-18, torch.float32, {"eps": 1e-20}, 2),  # not clamped, and the squares are lost
         (0.0, torch.float32, {}, 2),
     ],
 )
@@ -435,3 +472,27 @@ def test_norms_are_judged_as_they_are_computed_and_stored(
     if not count:
         g = magnitude(v, 0, **options)
         torch.testing.assert_close(weight_norm(v, g, 0, **options), v)
+
+
+@pytest.mark.parametrize(
+    ("value", "g_init", "dtype", "dim", "count"),
+    [
+        (1e-14, 1e30, torch.float32, 0, 2),  # g / ‖v‖ is infinite
+        (1e15, 1e-30, torch.float32, 0, 2),  # and 0
+        (1e-14, 0.0, torch.float32, 0, 0),
+        (1.0, -2.0, torch.float32, 0, 0),
+        (1e-3, 6e4, torch.float16, 0, 0),  # torch's kernel divides in float32
+        (1e-3, 6e4, torch.float16, None, 1),
+        (6e4, 1.0, torch.float16, 0, 0),  # the norm need not be stored
+        (6e4, 1.0, torch.float16, None, 1),
+    ],
+)
+def test_a_g_that_is_filled_has_to_fit_the_norm(
+    value: float, g_init: float, dtype: torch.dtype, dim: Dim, count: int
+) -> None:
+    v = torch.full((2, 3), value, dtype=dtype)
+    assert zero_slices(v, dim, g_init=g_init) == count
+    weight = weight_norm(v, torch.full(g_shape(v.shape, dim), g_init, dtype=dtype), dim)
+    expected = g_init / (3 if dim == 0 else 6) ** 0.5
+    right = torch.allclose(weight.double(), torch.tensor(expected).double(), rtol=2e-3, atol=0)
+    assert right == (count == 0)

@@ -192,8 +192,8 @@ def zero_row() -> Tensor:
     [
         (ones(weight=torch.ones(2, 2)), r"size mismatch for .*original1.*\[2, 2\].*\[4, 3\]"),
         (ones(weight=torch.ones(12)), r"size mismatch for .*original1"),
-        (ones(weight=zero_row()), r"weight: the new weight has 1 slice\(s\) of zero or non-finite"),
-        (ones(weight=torch.full((4, 3), torch.nan)), "non-finite"),
+        (ones(weight=zero_row()), r"weight: the new weight has 1 slice\(s\) along dim=0"),
+        (ones(weight=torch.full((4, 3), torch.nan)), "not finite"),
         (ones(weight=[1.0]), r"expected torch.Tensor .* but received"),
         (ones(weight=torch.empty(4, 3, device="meta")), "weight: .* on the meta device"),
     ],

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 import wn_surgery as wn
+from wn_surgery import records
 
 
 def legacy(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.Module:
@@ -336,6 +337,49 @@ def test_replacing_thaws_and_refills_g() -> None:
         model = nn.Sequential(make(nn.Linear(3, 4)))
         assert wn.apply(model, filled).changed == ("0.weight",)
         assert model[0].parametrizations.weight.original0.flatten().tolist() == [2.0] * 4
+
+
+@pytest.mark.parametrize("make", [ours, legacy, modern, lambda module: module])
+def test_the_same_rule_does_not_fill_a_trained_g_again(
+    make: Callable[[nn.Module], nn.Module],
+) -> None:
+    """A framework gives the rules again for each of its stages."""
+    model = nn.Sequential(make(nn.Linear(3, 4)))
+    rule = {"types": "Linear", "g_init": 2.0, "replace": True}
+    assert wn.apply(model, rule).changed
+    with torch.no_grad():
+        model[0].parametrizations.weight.original0.mul_(3)
+    # As load_from_checkpoint does: built again, and told by the record what it had.
+    reloaded = nn.Sequential(nn.Linear(3, 4))
+    wn.apply(reloaded, records.replay(records.record(model)))
+    reloaded.load_state_dict(model.state_dict())
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), reloaded):
+        assert not wn.apply(each, rule).changed
+        assert each[0].parametrizations.weight.original0.flatten().tolist() == [6.0] * 4
+    other = {**rule, "g_init": 5.0}
+    kept = wn.apply(model, {**other, "replace": False})
+    assert kept.steps[0]["why"] == "rule 1, already there (replace=True fills g)"
+    assert not kept.changed and wn.apply(model, other).changed
+    assert model[0].parametrizations.weight.original0.flatten().tolist() == [5.0] * 4
+
+
+def test_thawing_does_not_fill_again() -> None:
+    model = nn.Sequential(nn.Linear(3, 4))
+    rule = {"types": "Linear", "g_init": 2.0, "train_g": False}
+    wn.apply(model, rule)
+    with torch.no_grad():
+        model[0].parametrizations.weight.original0.mul_(3)
+    assert wn.apply(model, {**rule, "train_g": True, "replace": True}).changed
+    g = model[0].parametrizations.weight.original0
+    assert g.requires_grad
+    torch.testing.assert_close(g.flatten(), torch.full((4,), 6.0))
+
+
+def test_replacing_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(3, 4))
+    rule = {"types": "Linear", "g_init": 2.0, "replace": True}
+    assert wn.apply(model, rule).changed and not wn.apply(model, rule).changed
 
 
 IN_ANOTHER_PROCESS = """

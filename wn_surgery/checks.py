@@ -93,12 +93,11 @@ def before_apply(site: Site) -> Iterator[Problem]:
             "parameter; exclude it from the rule",
         )
         return
-    if tensor.layout is not torch.strided or not isinstance(tensor, nn.Parameter):
-        what = (
-            "a plain tensor where a Parameter should be"
-            if tensor.layout is torch.strided
-            else f"stored as {str(tensor.layout).removeprefix('torch.')}"
-        )
+    layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+    if layout != "strided" or not isinstance(tensor, nn.Parameter):
+        what = "a plain tensor where a Parameter should be"
+        if layout != "strided":
+            what = f"stored as {layout}"
         yield Problem(
             NonFloatingError,
             site.name,
@@ -122,16 +121,17 @@ def before_norm(site: Site, norm: WeightNorm, g_init: float | None) -> Iterator[
     tensor = site.tensor
     assert tensor is not None  # checked by the caller
     for what, value, dtype in (
-        ("g_init", g_init or 0.0, tensor.dtype),
+        ("g_init", abs(g_init or 0.0), tensor.dtype),
         ("eps", norm.eps, norm.norm_dtype or tensor.dtype),
         ("eps", norm.eps, tensor.dtype),  # in which a g of that size is stored
     ):
-        if abs(value) > torch.finfo(dtype).max:
+        limits = torch.finfo(dtype)
+        if value > limits.max or (what == "g_init" and 0.0 < value < limits.smallest_normal):
             yield Problem(
                 RuleError,
                 site.name,
-                f"{what}={value} does not fit {_short(dtype)}, whose largest number is "
-                f"{torch.finfo(dtype).max:.3g}, for {site.name}; give a smaller one",
+                f"{what}={value} does not fit {_short(dtype)} for {site.name}; expected at most "
+                f"{limits.max:.3g}, and 0 or at least {limits.smallest_normal:.3g}",
             )
             return
     if norm.eps == 0.0:
@@ -146,47 +146,60 @@ def before_norm(site: Site, norm: WeightNorm, g_init: float | None) -> Iterator[
         )
 
 
-def before_division(wanted: Iterable[tuple[Site, WeightNorm]]) -> Iterator[Problem]:
-    """Sites whose weight would be divided by a norm that is zero, infinite or lost."""
+def before_division(
+    wanted: Iterable[tuple[Site, WeightNorm, float | None]],
+) -> Iterator[Problem]:
+    """Sites whose weight would be divided by a norm that is zero, infinite or lost.
+
+    Args:
+        wanted: the sites, each with the options and the ``g_init`` that it is to have.
+    """
     groups: dict[tuple[Any, ...], list[tuple[Site, Tensor]]] = {}
-    for site, norm in wanted:
+    for site, norm, g_init in wanted:
         weight = site.tensor if site.held is None else site.held.weight()
         assert weight is not None  # nothing is planned for a site without a tensor
         if not weight.is_meta and not is_fake(weight):
-            options = (norm.dim, norm.eps, norm.norm_dtype)
-            key = (*options, weight.shape, weight.dtype, weight.device)
+            options = (norm.eps, norm.norm_dtype, g_init)
+            key = (norm.dim, options, weight.shape, weight.dtype, weight.device)
             groups.setdefault(key, []).append((site, weight.detach()))
-    for (dim, eps, norm_dtype, *_), members in groups.items():
+    for (dim, options, *_), members in groups.items():
         # Models have few shapes and many layers: small weights are looked at together.
         together = max(1, _STACKED // max(1, members[0][1].numel()))
         for start in range(0, len(members), together):
             chunk = members[start : start + together]
-            if _none_is_zero([weight for _, weight in chunk], dim, eps, norm_dtype):
+            if len(chunk) > 1 and not zero_slices(*_stacked(chunk, dim), *options):
                 continue
             for site, weight in chunk:
-                if bad := zero_slices(weight, dim, eps, norm_dtype):
-                    yield Problem(
-                        ZeroNormError,
-                        site.name,
-                        f"{site.name} has {bad} slice(s) along dim={dim} whose norm is zero, not "
-                        f"finite, or too small or large for {_short(norm_dtype or weight.dtype)} "
-                        f"(g is stored in {_short(weight.dtype)}), so v/‖v‖ is no number that can "
-                        f"be trusted; initialise them, or give the rule "
-                        f"{'' if eps else 'eps > 0 or '}a wider norm_dtype",
-                    )
+                if bad := zero_slices(weight, dim, *options):
+                    yield _undivided(site, weight, bad, dim, *options)
 
 
 _STACKED = 1 << 18
 
 
-def _none_is_zero(
-    weights: Sequence[Tensor], dim: Dim, eps: float, norm_dtype: torch.dtype | None
-) -> bool:
-    if len(weights) == 1:
-        return zero_slices(weights[0], dim, eps, norm_dtype) == 0
+def _stacked(chunk: Sequence[tuple[Site, Tensor]], dim: Dim) -> tuple[Tensor, Dim]:
     axes = () if dim is None else (dim,) if isinstance(dim, int) else dim
-    stacked = (0, *(axis + 1 for axis in axes))
-    return zero_slices(torch.stack(list(weights)), stacked, eps, norm_dtype) == 0
+    return torch.stack([weight for _, weight in chunk]), (0, *(axis + 1 for axis in axes))
+
+
+def _undivided(
+    site: Site,
+    weight: Tensor,
+    bad: int,
+    dim: Dim,
+    eps: float,
+    norm_dtype: torch.dtype | None,
+    g_init: float | None,
+) -> Problem:
+    stored = f"g is stored in {_short(weight.dtype)}" if g_init is None else f"g_init={g_init}"
+    return Problem(
+        ZeroNormError,
+        site.name,
+        f"{site.name} has {bad} slice(s) along dim={dim} whose norm is zero, not finite, or too "
+        f"small or large for {_short(norm_dtype or weight.dtype)} ({stored}), so v/‖v‖ is no "
+        "number that can be trusted; initialise them, or give the rule "
+        f"{'a larger eps' if eps else 'eps > 0'} or a wider norm_dtype",
+    )
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -283,7 +296,8 @@ def runs_no_hook(site: Site) -> bool:
 
     ``nn.MultiheadAttention`` reads ``out_proj.weight`` so, in each of its paths.
     """
-    return isinstance(site.module, NonDynamicallyQuantizableLinear)
+    # The type says it where the model that was given is that layer alone.
+    return site.node.uncalled or isinstance(site.module, NonDynamicallyQuantizableLinear)
 
 
 def lazy(tensor: Tensor) -> bool:

@@ -38,6 +38,7 @@ class Held:
         v: the direction; ``None`` for ``other``.
         norm: dim, eps and norm_dtype; ``None`` for ``other``.
         compute: the weight as its maker computes it.
+        g_init: what a rule has filled g with, where that is known.
     """
 
     layout: Layout
@@ -46,6 +47,7 @@ class Held:
     v: nn.Parameter | None = None
     norm: WeightNorm | None = None
     compute: Callable[[], Tensor] | None = None
+    g_init: float | None = None
 
     def weight(self) -> nn.Parameter:
         """The weight as a Parameter: same bits as the last forward's, laid out like v."""
@@ -95,7 +97,8 @@ def _read_parametrized(plist: Any) -> Held:
     if len(plist) == 1 and {"original0", "original1"} <= parameters.keys():
         g, v = parameters["original0"], parameters["original1"]
         if isinstance(first, WeightNorm):
-            return Held("parametrized", "wn_surgery", g, v, first, plist)
+            g_init = getattr(plist, "g_init", None)
+            return Held("parametrized", "wn_surgery", g, v, first, plist, g_init)
         if type(first).__name__.endswith("WeightNorm") and hasattr(first, "dim"):
             maker = "torch" if type(first) is TorchParametrization else _dotted(type(first))
             return Held("parametrized", maker, g, v, _options(first.dim, v), plist)

@@ -112,29 +112,30 @@ def weight_norm(
     if traced():
         # A tracer wants one known operator; it never differentiates twice. For vectors,
         # though, torch's decomposition of it sums along the kept axis.
+        if not _jit_traced():  # to torch.jit a size is a tensor
+            _check_shape(v, g, dim)
         if has_kernel(v, dim, eps, norm_dtype) and g.dtype is v.dtype and v.ndim > 1:
             assert isinstance(dim, int)  # narrows the type; has_kernel has checked it
             return like(torch._weight_norm(v, g, dim), v)
-    # torch's kernel would read behind the end of a g that is too short.
-    elif g.shape != _expected(v.shape, dim):
-        raise ValueError(
-            f"g has shape {tuple(g.shape)}; expected {g_shape(v.shape, dim)} for a v of shape "
-            f"{tuple(v.shape)} and dim={dim}"
-        )
     elif (
         g.dtype is v.dtype in KERNEL_DTYPES
         and type(v) in _PLAIN_TYPES
         and type(g) in _PLAIN_TYPES
-        and g.is_cpu is v.is_cpu
+        and g.device == v.device
         and v.numel() > 0
         and not transformed()
     ):
+        # torch's kernel would read behind the end of a g that is too short.
+        if g.shape != _expected(v.shape, dim):
+            _check_shape(v, g, dim)
         if torch.is_grad_enabled() and (v.requires_grad or g.requires_grad):
             if not torch.is_inference_mode_enabled():
                 return _node(v, g, dim, eps, norm_dtype)
             with torch.no_grad():  # which inference mode does not imply
                 return values(v, g, dim, eps, norm_dtype)[0]
         return values(v, g, dim, eps, norm_dtype)[0]
+    else:
+        _check_shape(v, g, dim)
     return _composite(v, g, dim, eps, norm_dtype)
 
 
@@ -175,23 +176,28 @@ def magnitude(
 
 
 def zero_slices(
-    v: Tensor, dim: Dim, eps: float = 0.0, norm_dtype: torch.dtype | None = None
+    v: Tensor,
+    dim: Dim,
+    eps: float = 0.0,
+    norm_dtype: torch.dtype | None = None,
+    g_init: float | None = None,
 ) -> int:
     """How many slices of ``v`` have a norm that weight norm cannot divide by, or g cannot hold.
 
     The norm is taken as the forward takes it, in ``norm_dtype``, and stored as g, in v's dtype.
-    A slice counts if either of them is infinite, not a number, or zero where it is no slice
-    of zeros clamped by ``eps``; and if the norm is so small that the squares under it have lost
-    digits (3e-16 in float32) and ``eps`` does not stand above that.
+    A slice counts if its norm is not finite; if it is so small that the squares under it have
+    lost digits (3e-16 in float32), and ``eps`` does not stand above that; if g is not finite or
+    0; or if g divided by the norm does not fit the dtype of the norm.
 
     Args:
         v: floating or complex, any shape, not on the meta device.
         dim: as in :func:`weight_norm`.
         eps: as in :func:`weight_norm`.
         norm_dtype: as in :func:`weight_norm`.
+        g_init: what g is filled with; ``None`` where g is the norm.
 
     Returns:
-        The count; 0 means that :func:`magnitude` gives the weight back.
+        The count; 0 means that g and v give the weight back, or the one that ``g_init`` asks for.
 
     Example:
         >>> import torch
@@ -204,20 +210,35 @@ def zero_slices(
         1
     """
     real = v.dtype.to_real() if v.dtype.is_complex else v.dtype
+    if has_kernel(v, dim, eps, norm_dtype):  # which sums and divides in float32 at least
+        norm_dtype = torch.promote_types(real, torch.float32)
     norms = _norm(_cast(v.detach(), norm_dtype), dim)
     if norms.numel() == 0:
         return 0
     # Half precision is summed in float32.
     summed = torch.finfo(torch.promote_types(norms.dtype, torch.float32))
     least = math.sqrt(summed.smallest_normal / summed.eps)
-    most = min(torch.finfo(norms.dtype).max, torch.finfo(real).max)
+    divided = torch.finfo(norms.dtype)
     low, high = torch.aminmax(norms)
-    if low >= max(least, torch.finfo(real).smallest_normal) and high <= most:
+    held = torch.finfo(real)
+    if (
+        g_init is None
+        and low >= max(least, held.smallest_normal)
+        and high <= min(divided.max, held.max)
+    ):
         return 0
-    stored = norms.clamp_min(eps).to(real)
-    lost = (stored == 0) if eps == 0.0 else (stored == 0) & (norms > 0)
-    blurred = (norms < least) & (norms > eps) if eps else norms < least
-    return int((lost | blurred | ~stored.isfinite()).sum())
+    blurred = norms < least
+    if eps != 0.0:
+        blurred &= norms > eps
+    norms = norms.clamp_min(eps)
+    bad = blurred | ~norms.isfinite()
+    if g_init is None:
+        g = norms.to(real)
+        bad |= (g == 0) | ~g.isfinite()
+    elif g_init != 0.0:
+        ratio = abs(g_init) / norms
+        bad |= (ratio < divided.smallest_normal) | ~ratio.isfinite()
+    return int(bad.sum())
 
 
 def _norm(x: Tensor, dim: Dim) -> Tensor:
@@ -239,6 +260,15 @@ def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is None:
         return x
     return x.to(dtype.to_complex() if x.dtype.is_complex else dtype)
+
+
+def _check_shape(v: Tensor, g: Tensor, dim: Dim) -> None:
+    expected = g_shape(v.shape, dim)
+    if g.shape != expected:
+        raise ValueError(
+            f"g has shape {tuple(g.shape)}; expected {expected} for a v of shape "
+            f"{tuple(v.shape)} and dim={dim}"
+        )
 
 
 def _composite(
@@ -270,8 +300,12 @@ def _empty(v: Tensor) -> bool:
 
 def traced() -> bool:
     """Whether torch.compile, torch.export or torch.jit is recording what is called."""
+    return torch.compiler.is_compiling() or _jit_traced()
+
+
+def _jit_traced() -> bool:
     # In this order: torch.compile stops at the second question.
-    return torch.compiler.is_compiling() or torch._C._is_tracing()
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
 def transformed() -> bool:

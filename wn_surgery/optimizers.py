@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-__all__ = ["OptimizerChange", "OptimizerEdit", "Replacement", "unwrapped"]
+__all__ = ["OptimizerChange", "OptimizerEdit", "Replacement", "all_unwrapped", "unwrapped"]
 
 
 class Replacement(NamedTuple):
@@ -64,14 +64,7 @@ class OptimizerEdit:
     """
 
     def __init__(self, optimizers: Any) -> None:
-        if hasattr(optimizers, "param_groups"):
-            optimizers = [optimizers]
-        if isinstance(optimizers, str) or not isinstance(optimizers, Iterable):
-            raise TypeError(
-                f"optimizers is a {type(optimizers).__name__}; expected the optimizers that hold "
-                "the model's parameters, as in optimizers=[optimizer]"
-            )
-        self._optimizers = [unwrapped(optimizer) for optimizer in optimizers]
+        self._optimizers = all_unwrapped(optimizers)
         self._before: list[tuple[Any, list[dict[str, Any]], dict[Any, Any], Any]] = []
 
     def replace(self, replacements: Sequence[Replacement]) -> list[OptimizerChange]:
@@ -96,6 +89,22 @@ class OptimizerEdit:
             optimizer.state.update(state)
             if hasattr(optimizer, "_numel_cache"):
                 optimizer._numel_cache = numel
+
+
+def all_unwrapped(optimizers: Any) -> list[Any]:
+    """The torch optimizers inside one optimizer, or several.
+
+    Raises:
+        TypeError: one of them is something else.
+    """
+    if hasattr(optimizers, "param_groups") or hasattr(optimizers, "optimizer"):
+        optimizers = [optimizers]
+    if isinstance(optimizers, str | Mapping) or not isinstance(optimizers, Iterable):
+        raise TypeError(
+            f"optimizers is a {type(optimizers).__name__}; expected the optimizers that hold "
+            "the model's parameters, as in optimizers=[optimizer]"
+        )
+    return [unwrapped(optimizer) for optimizer in optimizers]
 
 
 def unwrapped(optimizer: Any) -> Any:

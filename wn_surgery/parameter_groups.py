@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from numbers import Real
+from typing import Any, cast
 
 from torch import nn
 
@@ -65,8 +66,8 @@ def parameter_groups(
         ``model.named_parameters()``.
 
     Raises:
-        ValueError: ``weight_decay`` is negative, a pattern is invalid or matches no trainable
-            parameter, or there is none to train.
+        ValueError: ``weight_decay`` is negative or not finite, a pattern is invalid or matches no
+            trainable parameter, or there is none to train.
 
     Example:
         >>> import torch, wn_surgery as wn
@@ -84,11 +85,11 @@ def parameter_groups(
         1 with weight decay, 4 without
         >>> optimizer = torch.optim.AdamW(groups)
     """
-    if not 0 <= weight_decay < math.inf:
+    if not isinstance(cast(object, weight_decay), Real) or not 0 <= weight_decay < math.inf:
         raise ValueError(
             f"weight_decay={weight_decay!r}; expected a finite number that is at least 0"
         )
-    sources = rule_fields.strings("no_decay", no_decay) if no_decay != () else ()
+    sources = rule_fields.strings("no_decay", no_decay, or_none=True)
     patterns = {source: PatternSet.of([source]) for source in sources}
     unused = set(sources)
     magnitudes: set[int] = set()

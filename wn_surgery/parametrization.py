@@ -12,10 +12,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn.utils.parametrize import ParametrizationList
 
 from . import savers
-from .errors import ZeroNormError
+from .errors import NonFloatingError, ZeroNormError
 from .norm import Dim, magnitude, weight_norm, zero_slices
 
 __all__ = ["WeightNorm", "WeightNormList"]
@@ -55,14 +56,28 @@ class WeightNorm(nn.Module):
         """The g and v that give ``weight``; v is a copy, never an alias.
 
         Raises:
+            NonFloatingError: ``weight`` is of another kind, or not dense.
             ZeroNormError: a slice of ``weight`` has a norm that is zero (and ``eps`` is 0), not
                 finite, or too small or large for the dtype.
         """
-        bad = 0 if weight.is_meta else zero_slices(weight, self.dim, self.eps, self.norm_dtype)
-        if bad:
+        if not (weight.is_floating_point() or weight.is_complex()) or weight.itemsize < 2:
+            raise NonFloatingError(
+                f"the new weight has dtype {weight.dtype}; expected a floating-point tensor of 16 "
+                "bits or more; convert it first"
+            )
+        if weight.layout is not torch.strided:
+            raise NonFloatingError(
+                f"the new weight is stored as {str(weight.layout).removeprefix('torch.')}; "
+                "expected a dense tensor; call to_dense() first"
+            )
+        if not (weight.is_meta or is_fake(weight)) and (
+            bad := zero_slices(weight, self.dim, self.eps, self.norm_dtype)
+        ):
             raise ZeroNormError(
                 f"the new weight has {bad} slice(s) along dim={self.dim} whose norm is zero, not "
-                f"finite, or too small or large for its dtype; {_way_out(self.eps)}"
+                "finite, or too small or large for its dtype; write a weight without them, or "
+                f"apply weight norm with {'a larger eps' if self.eps else 'eps > 0'} or a wider "
+                "norm_dtype"
             )
         g = magnitude(weight, self.dim, self.eps, self.norm_dtype)
         return g, weight.detach().clone(memory_format=torch.preserve_format)
@@ -75,9 +90,13 @@ class WeightNorm(nn.Module):
         """A shared instance that only stands for its options; modules get their own."""
         return cls(dim, eps, norm_dtype)
 
-    def same_as(self, other: WeightNorm) -> bool:
+    def same_as(self, other: WeightNorm | None) -> bool:
         """Whether both compute the same function."""
-        return (self.dim, self.eps, self.norm_dtype) == (other.dim, other.eps, other.norm_dtype)
+        return other is not None and (self.dim, self.eps, self.norm_dtype) == (
+            other.dim,
+            other.eps,
+            other.norm_dtype,
+        )
 
     def extra_repr(self) -> str:
         """The options that differ from torch's defaults, and ``dim``."""
@@ -87,14 +106,6 @@ class WeightNorm(nn.Module):
         if self.norm_dtype is not None:
             parts.append(f"norm_dtype={self.norm_dtype}")
         return ", ".join(parts)
-
-
-def _way_out(eps: float) -> str:
-    if eps == 0.0:
-        return (
-            "write a weight without them, or apply weight norm with eps > 0 or a wider norm_dtype"
-        )
-    return "write a weight without them, or apply weight norm with a wider norm_dtype"
 
 
 class WeightNormList(ParametrizationList):
@@ -111,12 +122,15 @@ class WeightNormList(ParametrizationList):
             can put the weight back in its place.
 
     Attributes:
+        g_init: what a rule has filled g with, before it was trained; ``None`` for the norm, or
+            where that is not known.
         hold: a :class:`wn_surgery.slots.Hold`, while this weight is folded or an initializer
             runs.
         slot: a :class:`wn_surgery.slots.Slot`, while its model is fused.
     """
 
     # Not annotated: torch.jit.script would have to understand it.
+    g_init = None
     hold = None
     slot = None
 
@@ -162,7 +176,8 @@ class WeightNormList(ParametrizationList):
                 f"expected a real weight, got one of dtype {value.dtype}; assign its real part"
             )
         with torch.no_grad():
-            value = value.detach().to(self.original1)
+            if value.layout is torch.strided:
+                value = value.detach().to(self.original1)
             g, v = cast(WeightNorm, self[0]).right_inverse(value)
             self.original0.copy_(g)
             self.original1.copy_(v)

@@ -121,7 +121,9 @@ def _build(model: nn.Module, rules: tuple[Rule, ...], on_unmatched: OnUnmatched)
     # embeddings whose padding is zero.
     made.problems.extend(
         checks.before_division(
-            (step.site, step.norm) for step in made.changes if step.norm is not None
+            (step.site, step.norm, None if step.rule is None else step.rule.g_init)
+            for step in made.changes
+            if step.norm is not None
         )
     )
     _report_unmatched(made, nodes, winning, on_unmatched)
@@ -232,8 +234,9 @@ def _plan_replacement(step: Step, rule: Rule) -> Iterator[Problem]:
         yield dim
         return
     wanted = WeightNorm.options(dim, rule.eps, rule.norm_dtype)
-    if wanted.same_as(held.norm) and not _refills(rule, held):
-        step.why += ", already there"
+    if wanted.same_as(held.norm) and not _differs(rule, held):
+        fills = rule.g_init is not None and rule.g_init != held.g_init
+        step.why += ", already there" + (" (replace=True fills g)" if fills else "")
         return
     if not rule.replace:
         frozen = "" if rule.train_g else ", train_g=False"
@@ -253,20 +256,19 @@ def _plan_replacement(step: Step, rule: Rule) -> Iterator[Problem]:
     yield from problems
 
 
-def _refills(rule: Rule, held: Held) -> bool:
+def _differs(rule: Rule, held: Held) -> bool:
     """Whether a g that is there is not as the rule wants it.
 
-    Without ``replace`` only a g that trains, and should not, is another one: g_init is where it
-    began, and whoever froze it may have done so since.
+    Without ``replace`` only a g that trains, and should not, is another one: ``g_init`` is where
+    it began, and whoever froze it may have done so since. With ``replace``, g is thawed; and it
+    is filled, but once, for to give the same rules again must not undo a training.
     """
     assert held.g is not None and held.v is not None
     if not rule.train_g and held.g.requires_grad:
         return True
-    if not rule.replace:
-        return False
     thaws = rule.train_g and held.v.requires_grad and not held.g.requires_grad
-    other = rule.g_init is not None and not bool((held.g.detach() == rule.g_init).all())
-    return thaws or other
+    fills = rule.g_init is not None and rule.g_init != held.g_init
+    return rule.replace and (thaws or fills)
 
 
 def _stacked(site: Site) -> Problem:

@@ -12,7 +12,9 @@ from .parametrization import WeightNorm
 from .rule import Rule
 from .sites import Site, sites
 
-__all__ = ["line", "record", "replay"]
+__all__ = ["bare", "line", "record", "replay"]
+
+_OF_G = ("g_init", "train_g")
 
 
 def record(model: nn.Module) -> list[dict[str, Any]]:
@@ -26,7 +28,8 @@ def record(model: nn.Module) -> list[dict[str, Any]]:
 
     Returns:
         For each site its name, ``dim`` (an int, a list or None), ``eps`` and ``norm_dtype`` (a name
-        or None), in the order of the model.
+        or None), in the order of the model; and ``g_init`` where a rule has filled g, so that the
+        same rule does not fill it again.
 
     Example:
         >>> import torch, wn_surgery as wn
@@ -86,6 +89,27 @@ def replay(records: Iterable[Mapping[str, Any]], *, replace: bool = False) -> li
     ]
 
 
+def bare(sites: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Sites by name, without what they say of g: what two have to share to compute the same.
+
+    Args:
+        sites: as of :func:`record`.
+
+    Returns:
+        For each name the name and the options.
+
+    Example:
+        >>> from wn_surgery.records import bare
+        >>> site = {"name": "0.weight", "dim": 0, "eps": 0.0, "norm_dtype": None, "g_init": 2.0}
+        >>> bare([site])
+        {'0.weight': {'name': '0.weight', 'dim': 0, 'eps': 0.0, 'norm_dtype': None}}
+    """
+    return {
+        site["name"]: {key: value for key, value in site.items() if key not in _OF_G}
+        for site in sites
+    }
+
+
 def line(site: Mapping[str, Any]) -> str:
     """One line for a site of a record, for messages."""
     more = "".join(f" {name}={site[name]}" for name in ("eps", "norm_dtype") if site[name])
@@ -99,9 +123,11 @@ def _ours(site: Site) -> bool:
 def _options(site: Site) -> dict[str, Any]:
     norm: WeightNorm | None = site.norm
     assert norm is not None  # of a weight-normed site
+    filled = site.held and site.held.g_init
     return {
         "name": site.name,
         "dim": list(norm.dim) if isinstance(norm.dim, tuple) else norm.dim,
         "eps": norm.eps,
         "norm_dtype": norm.norm_dtype and str(norm.norm_dtype).removeprefix("torch."),
+        **({} if filled is None else {"g_init": filled}),
     }

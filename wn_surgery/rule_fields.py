@@ -75,9 +75,12 @@ def flag(name: str, value: object) -> bool:
     raise FieldError(f"{name}: expected true or false, got {value!r}")
 
 
-def strings(name: str, value: object) -> tuple[str, ...]:
-    """Make a tuple of patterns out of one string or several; check each pattern."""
-    patterns = _items(name, value, str)
+def strings(name: str, value: object, *, or_none: bool = False) -> tuple[str, ...]:
+    """Make a tuple of patterns out of one string or several; check each pattern.
+
+    There has to be one, but in a field that excludes, or with ``or_none``.
+    """
+    patterns = _items(name, value, str, or_none or name.startswith("exclude_"))
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise FieldError(
@@ -95,7 +98,7 @@ def strings(name: str, value: object) -> tuple[str, ...]:
 
 def types(name: str, value: object) -> tuple[str | type, ...]:
     """Make a tuple of classes and class names out of one or several; check each."""
-    found = _items(name, value, (str, type))
+    found = _items(name, value, (str, type), name.startswith("exclude_"))
     for item in found:
         if isinstance(item, str):
             _check_type_name(name, item)
@@ -260,7 +263,9 @@ def _check_type_name(name: str, spelling: str) -> None:
     )
 
 
-def _items(name: str, value: object, single: type | tuple[type, ...]) -> tuple[Any, ...]:
+def _items(
+    name: str, value: object, single: type | tuple[type, ...], or_none: bool
+) -> tuple[Any, ...]:
     if isinstance(value, single):
         return (value,)
     if isinstance(value, bytes | Mapping) or not isinstance(value, Iterable):
@@ -268,7 +273,7 @@ def _items(name: str, value: object, single: type | tuple[type, ...]) -> tuple[A
             f"{name}: expected a string or a list, got {value!r} ({type(value).__name__})"
         )
     items = tuple(value)
-    if not items and not name.startswith("exclude_"):
+    if not items and not or_none:
         raise FieldError(f"{name}: an empty list matches nothing; leave {name} out instead")
     return items
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -71,6 +71,11 @@ def as_rules(rules: RulesLike) -> tuple[Rule, ...]:
         if set(rules) == {"rules"}:
             return _from_document(rules, None)
         return _from_mapping(rules)
+    if isinstance(rules, Set):
+        raise RuleError(
+            f"expected the rules in their order, for the last that matches wins; got a "
+            f"{type(rules).__name__}; write a list"
+        )
     if isinstance(cast("object", rules), Iterable) and not isinstance(rules, bytes):
         return tuple(rule for i, item in enumerate(rules) for rule in _item(item, i + 1))
     raise RuleError(

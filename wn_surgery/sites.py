@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from .norm import Dim
 from .parametrization import WeightNorm
 
 __all__ = ["Node", "Site", "as_module", "sites", "walk"]
+
+_T = TypeVar("_T")
 
 # Attribute under which a wrapper keeps what it wraps, by the wrapper's dotted name.
 # Compared as text along the MRO, so that nothing needs to be imported to know it.
@@ -35,6 +37,18 @@ _HOLDERS = {
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "FSDP",
     "torch.distributed.fsdp.FSDPModule": "fully_shard (FSDP2)",
 }
+# Modules that read the parameters of these children without calling them, so that no hook on the
+# children runs. (The fast path of nn.TransformerEncoderLayer does too, but not where a hook is.)
+_READERS = {
+    "torch.nn.modules.activation.MultiheadAttention": ("out_proj",),
+    "torch.ao.nn.quantizable.modules.activation.MultiheadAttention": (),
+    "transformers.models.wavlm.modeling_wavlm.WavLMAttention": (
+        *("q_proj", "k_proj", "v_proj", "out_proj"),
+    ),
+    "diffusers.models.embeddings.HunyuanDiTAttentionPool": (
+        *("q_proj", "k_proj", "v_proj", "c_proj"),
+    ),
+}
 
 
 @dataclass(eq=False, slots=True)
@@ -47,12 +61,14 @@ class Node:
             one ``named_modules`` gives.
         base: its class beneath any parametrized class.
         wrapped: the data-parallel wrapper that holds its parameters, if any.
+        uncalled: whether a parent reads its parameters without calling it: hooks never run.
     """
 
     module: nn.Module
     paths: list[str]
     base: type[nn.Module]
     wrapped: str | None
+    uncalled: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -111,7 +127,7 @@ class Site:
     @property
     def shape(self) -> tuple[int, ...]:
         """The weight's shape; empty where it is unknown."""
-        if self.tensor is None or nn.parameter.is_lazy(self.tensor):
+        if self.tensor is None or nn.parameter.is_lazy(self.tensor) or self.tensor.is_nested:
             return ()
         return tuple(self.tensor.shape)
 
@@ -206,29 +222,35 @@ class _Walk:
     # saw would outlive its last user until the collector comes by.
     def __init__(self) -> None:
         self.nodes: dict[int, Node] = {}
-        self._kinds: dict[type, tuple[str | None, str | None]] = {}
+        self._kinds: dict[type, tuple[str | None, str | None, tuple[str, ...]]] = {}
         self._active: set[int] = set()
 
-    def visit(self, module: nn.Module, path: str, wrapped: str | None) -> None:
+    def visit(
+        self, module: nn.Module, path: str, wrapped: str | None, uncalled: bool = False
+    ) -> None:
         """Add ``module``, which is at ``path``, and what is below it."""
         if id(module) in self._active or isinstance(module, torch.jit.ScriptModule):
             return
         cls = type(module)
         if cls not in self._kinds:
-            self._kinds[cls] = (_find(cls, _TRANSPARENT), _find(cls, _HOLDERS))
-        transparent, holder = self._kinds[cls]
+            read = _find(cls, _READERS) or ()
+            self._kinds[cls] = (_find(cls, _TRANSPARENT), _find(cls, _HOLDERS), read)
+        transparent, holder, read = self._kinds[cls]
         wrapped = holder or wrapped
         node = self.nodes.get(id(module))
         if node is None:
-            self.nodes[id(module)] = Node(module, [path], base_class(module), wrapped)
-        elif path not in node.paths:
-            node.paths.append(path)
+            self.nodes[id(module)] = Node(module, [path], base_class(module), wrapped, uncalled)
+        else:
+            node.uncalled |= uncalled
+            if path not in node.paths:
+                node.paths.append(path)
         self._active.add(id(module))
         prefix = f"{path}." if path else ""
         for name, child in module._modules.items():
             if child is None or (name == "parametrizations" and isinstance(child, nn.ModuleDict)):
                 continue
-            self.visit(child, path if name == transparent else prefix + name, wrapped)
+            below = path if name == transparent else prefix + name
+            self.visit(child, below, wrapped, name in read)
         self._active.discard(id(module))
 
 
@@ -237,7 +259,7 @@ def is_folded(node: Node) -> bool:
     return node.module in FOLDED
 
 
-def _find(cls: type, table: dict[str, str]) -> str | None:
+def _find(cls: type, table: Mapping[str, _T]) -> _T | None:
     for base in cls.__mro__:
         found = table.get(f"{base.__module__}.{base.__qualname__}")
         if found is not None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .norm import norm_except
-from .optimizers import unwrapped
+from .optimizers import all_unwrapped
 from .sites import Site, sites
 from .tables import render
 
@@ -102,7 +103,7 @@ class Statistics:
         return render(["site", *names, "lr/‖v‖²"], rows)
 
 
-def statistics(model: nn.Module, optimizers: Iterable[Any] = ()) -> Statistics:
+def statistics(model: nn.Module, optimizers: Optimizer | Iterable[Any] = ()) -> Statistics:
     """g, ‖v‖ and the effective learning rate of every weight-normed parameter.
 
     Gradient descent on v turns it without changing its scale's meaning: ‖v‖ only grows, and
@@ -112,11 +113,14 @@ def statistics(model: nn.Module, optimizers: Iterable[Any] = ()) -> Statistics:
     Args:
         model: any module tree, in any layout. Sharded parameters are gathered, so every rank
             has to call it.
-        optimizers: ``torch.optim.Optimizer`` objects, or what keeps one under ``.optimizer``; for
-            the effective learning rate.
+        optimizers: ``torch.optim.Optimizer`` objects, or what keeps one under ``.optimizer``, or
+            a single one; for the effective learning rate.
 
     Returns:
         The statistics, in float32, with one transfer from the device.
+
+    Raises:
+        TypeError: ``model`` is no module, or an optimizer is none.
 
     Example:
         >>> import torch, wn_surgery as wn
@@ -131,8 +135,8 @@ def statistics(model: nn.Module, optimizers: Iterable[Any] = ()) -> Statistics:
     """
     rates = {
         id(parameter): float(group["lr"])
-        for optimizer in optimizers
-        for group in unwrapped(optimizer).param_groups
+        for optimizer in all_unwrapped(optimizers)
+        for group in optimizer.param_groups
         for parameter in group["params"]
         if "lr" in group
     }

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from . import layouts
 from .drafts import follow_initializer
@@ -73,7 +74,7 @@ def apply(
     model: nn.Module,
     rules: RulesLike,
     *,
-    optimizers: Iterable[Any] = (),
+    optimizers: Optimizer | Iterable[Any] = (),
     on_unmatched: OnUnmatched = "error",
 ) -> Report:
     """Put weight norm on the parameters that the rules match, in place.
@@ -85,7 +86,7 @@ def apply(
         model: any module tree.
         rules: a Rule, a list of rules or dicts, a path to YAML or JSON, or a preset's name.
         optimizers: optimizers that hold the model's parameters; g and v take the weight's
-            place in their groups.
+            place in their groups. A single one need not be in a list.
         on_unmatched: ``error``, ``warn`` or ``ignore`` a rule that decides nothing.
 
     Returns:
@@ -112,7 +113,7 @@ def remove(
     model: nn.Module,
     rules: RulesLike | None = None,
     *,
-    optimizers: Iterable[Any] = (),
+    optimizers: Optimizer | Iterable[Any] = (),
     on_unmatched: OnUnmatched = "error",
 ) -> Report:
     """Make weight-normed parameters plain again, in place and bit for bit.
@@ -183,7 +184,7 @@ def migrate(model: nn.Module, *, to: Literal["parametrized", "legacy"] = "parame
     return execute(build_migration(model, to), ())
 
 
-def execute(plan: Plan, optimizers: Iterable[Any] = ()) -> Report:
+def execute(plan: Plan, optimizers: Optimizer | Iterable[Any] = ()) -> Report:
     """Carry out a plan on the model it was made for.
 
     Args:
@@ -255,6 +256,9 @@ class _Work:
         assert step.norm is not None
         put = layouts.put_legacy if step.after == "legacy" else layouts.put_parametrized
         put(step.site.module, step.site.param, step.norm, g, v, order)
+        if step.rule is not None and step.rule.g_init is not None:
+            plist = cast(Any, step.site.module._modules["parametrizations"])[step.site.param]
+            plist.g_init = step.rule.g_init
 
     @staticmethod
     def _old(step: Step) -> tuple[nn.Parameter, ...]:
@@ -272,7 +276,10 @@ class _Work:
         if step.action == "remove":
             return (weight,)
         assert step.norm is not None and step.rule is not None
-        return split(weight, step.norm, step.rule.g_init, step.rule.train_g, step.copies)
+        g_init = step.rule.g_init
+        if held is not None and held.g_init == g_init and step.norm.same_as(held.norm):
+            g_init = None  # it is thawed, and has been filled before
+        return split(weight, step.norm, g_init, step.rule.train_g, step.copies)
 
 
 def split(

@@ -183,11 +183,21 @@ def _alike(step: Step, other: Step | None) -> bool:
         return False
     if step.norm is None or other.norm is None:
         return step.norm is other.norm
-    return step.norm.same_as(other.norm)
+    return step.norm.same_as(other.norm) and _of_g(step) == _of_g(other)
+
+
+def _of_g(step: Step) -> str:
+    """What the rule says of g, if anything."""
+    if step.rule is None:
+        return ""
+    g_init = "" if step.rule.g_init is None else f", g_init={step.rule.g_init}"
+    return g_init + ("" if step.rule.train_g else ", train_g=False")
 
 
 def _told(step: Step) -> str:
-    return step.action if step.norm is None else f"{step.action} {step.norm.extra_repr()}"
+    if step.norm is None:
+        return step.action
+    return f"{step.action} {step.norm.extra_repr()}{_of_g(step)}"
 
 
 def _tied(step: Step, tied_to: str) -> Problem:

@@ -104,8 +104,8 @@ def check(checkpoint: Mapping[str, Any], pl_module: nn.Module, path: str) -> Non
         _check_foreign(checkpoint["state_dict"], pl_module, path)
         return
     _check_version(info, path)
-    there = {site["name"]: site for site in info["sites"]}
-    here = {site["name"]: site for site in records.record(pl_module)}
+    there = records.bare(info["sites"])
+    here = records.bare(records.record(pl_module))
     if there and there != here:
         lines = [
             f"- {records.line(site)}" for name, site in there.items() if here.get(name) != site

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..differences import Difference, difference
 from ..errors import ExportError
+from ..sites import as_module
 from ..tables import render
 from .runners import Exported, Inputs, copied, runner
 
@@ -102,7 +103,7 @@ def verify(model: nn.Module, exported: Exported, inputs: Inputs) -> Verification
         ------  -----  -------  -------  -------  -------  ---------
         output  3x2    float32  ...      0        0        0
     """
-    if model.training:
+    if as_module(model).training:
         raise ExportError(
             f"{type(model).__name__} is in training mode, where dropout and batch statistics make "
             "each run another; call model.eval() before exporting and verifying"
