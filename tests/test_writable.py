@@ -322,3 +322,23 @@ def test_wav2vec2_and_its_own_initialisation() -> None:
     wn.remove(model)
     for key, value in plain.state_dict().items():
         torch.testing.assert_close(model.state_dict()[key], value)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda w: w.to(torch.int32),
+        lambda w: w.to(torch.float8_e4m3fn),
+        lambda w: w.to_sparse(),
+    ],
+)
+def test_a_weight_that_has_no_norm(make: Any) -> None:
+    layer = nn.Linear(3, 4)
+    wn.apply(layer, {"names": ""})
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    refused = pytest.raises(ValueError, match="expected a dense floating-point one")
+    with refused as caught, wn.writable(layer):
+        layer.weight = nn.Parameter(make(layer.weight.detach()), requires_grad=False)
+    assert "\n" not in str(caught.value)
+    assert layer.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())

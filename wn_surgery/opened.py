@@ -74,6 +74,18 @@ class Weight:
                 "writable(); write into it or assign a Parameter, or remove weight norm first"
             )
         weight = now.detach()
+        # Integers and 8-bit floats have no norm, and sparse tensors none along an axis.
+        dense = weight.layout is torch.strided and not weight.is_quantized
+        if (
+            not dense
+            or not (weight.is_floating_point() or weight.is_complex())
+            or (weight.element_size() == 1)
+        ):
+            raise ValueError(
+                f"{name} was replaced by a tensor of dtype {weight.dtype} and layout "
+                f"{weight.layout}; expected a dense floating-point one of 16 bits or more; remove "
+                "weight norm first to store it otherwise"
+            )
         if weight.shape != self._before.shape:
             raise ValueError(
                 f"{name} was replaced by a tensor of shape {tuple(weight.shape)}; expected "
