@@ -368,6 +368,38 @@ def test_a_bias_that_is_frozen_or_computed() -> None:
     assert "its bias is computed" in result.skipped["0.weight"]
 
 
+def test_a_scale_that_does_not_fit_the_dtype() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    wn.apply(model, "linears")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(wn.InitializationError, match=r"varies by .*does not fit float32"):
+        wn.initialize_from_batch(model, torch.randn(50, 4) * 1e-41)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(4, 4))
+    wn.apply(empty, "linears")
+    with pytest.raises(wn.InitializationError, match="meta device"):
+        wn.initialize_from_batch(empty, torch.empty(50, 4, device="meta"))
+
+
+def test_a_buffer_that_the_forward_resizes_is_put_back() -> None:
+    class Growing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.register_buffer("cache", torch.zeros(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.cache.resize_(5).fill_(1.0)
+            return self.layer(x)
+
+    model = Growing()
+    wn.apply(model, "linears")
+    cache = model.cache
+    wn.initialize_from_batch(model, torch.randn(50, 4))
+    assert model.cache is cache and cache.tolist() == [0.0, 0.0]
+
+
 def test_buffers_that_the_forward_exchanges_are_put_back() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:

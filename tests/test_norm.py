@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -496,3 +497,44 @@ def test_a_g_that_is_filled_has_to_fit_the_norm(
     expected = g_init / (3 if dim == 0 else 6) ** 0.5
     right = torch.allclose(weight.double(), torch.tensor(expected).double(), rtol=2e-3, atol=0)
     assert right == (count == 0)
+
+
+def test_what_is_accepted_is_right() -> None:
+    """Weights of every size, against the definition in float64."""
+    torch.manual_seed(3)
+    draw = random.Random(3)
+    accepted = 0
+    for _ in range(2_000):
+        dtype, norm_dtype = draw.choice(HALF + EXACT), draw.choice([None, None, *HALF, *EXACT])
+        size = {torch.float16: (-8, 5), torch.float64: (-320, 308)}.get(dtype, (-45, 38))
+        shape = (draw.choice([1, 3]), draw.choice([1, 4]), draw.choice([1, 5, 300]))
+        wide = torch.randn(shape, dtype=torch.float64) * 10.0 ** draw.uniform(*size)
+        v = wide.to(dtype)
+        if draw.random() < 0.2:
+            v[0] = 0
+        dim: Dim = draw.choice([0, 1, 2, None, (0, 1)])
+        used = torch.finfo(norm_dtype or dtype)
+        eps = draw.choice([0.0, 0.0, *(e for e in (1e-12, 1e-6, 1.0) if e > used.smallest_normal)])
+        g_init = draw.choice([None, None, 2.0, 1e-3, -1e3])
+        if zero_slices(v, dim, eps, norm_dtype, g_init):
+            continue
+        accepted += 1
+        x = v.double()
+        expected, scale = x, torch.ones(())
+        if g_init is None:
+            g = magnitude(v, dim, eps, norm_dtype)
+        else:
+            g = torch.full(g_shape(shape, dim), g_init, dtype=dtype)
+            largest = x.abs().max().clamp_min(1e-300)
+            norms = norm_except(x / largest, dim) * largest
+            scale = g_init / norms.clamp_min(eps)
+            expected = scale * x
+        found = weight_norm(v, g, dim, eps, norm_dtype).double()
+        # What norm_dtype takes from the elements, it takes by the user's will.
+        limits = torch.finfo(dtype)
+        error = 8 * max(limits.eps, used.eps) * expected.abs()
+        flushed = 4 * limits.smallest_normal * limits.eps * max(1.0, abs(g_init or 1.0))
+        flushed += 4 * used.smallest_normal * used.eps * (1 + scale.abs())
+        case = (dtype, norm_dtype, dim, eps, g_init, shape, x.abs().max())
+        assert ((found - expected).abs() <= error + flushed).all(), case
+    assert accepted > 1_000

@@ -24,7 +24,7 @@ from .errors import (
     WrappedModuleError,
     ZeroNormError,
 )
-from .norm import Dim, zero_slices
+from .norm import Dim, has_easy_norms, zero_slices
 from .parametrization import WeightNorm
 from .rules import Rule
 from .sites import Node, Site, is_folded
@@ -162,16 +162,19 @@ def before_division(
             options = (norm.eps, norm.norm_dtype, g_init)
             key = (norm.dim, options, weight.shape, weight.dtype, weight.device)
             groups.setdefault(key, []).append((site, weight.detach()))
-    for (dim, options, *_), members in groups.items():
+    for (dim, (eps, norm_dtype, g_init), *_), members in groups.items():
         # Models have few shapes and many layers: small weights are looked at together.
         together = max(1, _STACKED // max(1, members[0][1].numel()))
         for start in range(0, len(members), together):
             chunk = members[start : start + together]
-            if len(chunk) > 1 and not zero_slices(*_stacked(chunk, dim), *options):
+            easy = g_init is None and len(chunk) > 1
+            if easy and has_easy_norms(*_stacked(chunk, dim), norm_dtype):
                 continue
             for site, weight in chunk:
-                if bad := zero_slices(weight, dim, *options):
-                    yield _undivided(site, weight, bad, dim, *options)
+                if bad := zero_slices(weight, dim, eps, norm_dtype, g_init):
+                    yield _undivided(
+                        site, weight, bad, WeightNorm.options(dim, eps, norm_dtype), g_init
+                    )
 
 
 _STACKED = 1 << 18
@@ -186,19 +189,17 @@ def _undivided(
     site: Site,
     weight: Tensor,
     bad: int,
-    dim: Dim,
-    eps: float,
-    norm_dtype: torch.dtype | None,
+    norm: WeightNorm,
     g_init: float | None,
 ) -> Problem:
     stored = f"g is stored in {_short(weight.dtype)}" if g_init is None else f"g_init={g_init}"
     return Problem(
         ZeroNormError,
         site.name,
-        f"{site.name} has {bad} slice(s) along dim={dim} whose norm is zero, not finite, or too "
-        f"small or large for {_short(norm_dtype or weight.dtype)} ({stored}), so v/‖v‖ is no "
-        "number that can be trusted; initialise them, or give the rule "
-        f"{'a larger eps' if eps else 'eps > 0'} or a wider norm_dtype",
+        f"{site.name} has {bad} slice(s) along dim={norm.dim} whose norm is zero, not finite, or "
+        f"too small or large for {_short(norm.norm_dtype or weight.dtype)} ({stored}), so v/‖v‖ is "
+        "no number that can be trusted; initialise them, or give the rule "
+        f"{'a larger eps' if norm.eps else 'eps > 0'} or a wider norm_dtype",
     )
 
 
@@ -269,6 +270,7 @@ def before_migration(site: Site, to: str) -> Iterator[Problem]:
             f"{site.name} is read by attention, which never calls the module it is in, so a legacy "
             "hook would never compute it; leave it parametrized, or remove its weight norm",
         )
+        return
     if to == "legacy" and (
         isinstance(norm.dim, tuple) or norm.eps != 0.0 or norm.norm_dtype is not None
     ):

@@ -78,8 +78,8 @@ def initialize_from_batch(
 
     Raises:
         InitializationError: no layer was reached that can be set, a layer sees one value for each
-            channel only, or its output is not finite. Nothing has changed then, nor when the
-            forward raises.
+            channel only, or its output is not finite, or so small that g would not be. Nothing has
+            changed then, nor when the forward raises.
 
     Example:
         >>> import torch, wn_surgery as wn
@@ -106,7 +106,11 @@ def initialize_from_batch(
                 model(*inputs, **kwargs)
         finally:
             for module, name, buffer, before in buffers:
-                module._buffers[name] = buffer.copy_(before)
+                if buffer.shape == before.shape:
+                    buffer.copy_(before)
+                else:
+                    buffer.data = before
+                module._buffers[name] = buffer
     return result
 
 
@@ -204,6 +208,8 @@ def _why_not(site: Site) -> str:
         return f"the output of {site.node.base.__name__} is not linear in it"
     if module._parameters.get("bias") is None and getattr(module, "bias", None) is not None:
         return "its bias is computed, by a parametrization or a hook"
+    if held.g.is_meta:
+        return "it is on the meta device and has no values"
     if type(held.g) is not nn.Parameter:
         return f"its g is a {type(held.g).__name__}"
     return ""
@@ -281,6 +287,11 @@ class _Layer:
         if self._bias is not None:
             self._before.append((self._bias, self._bias.clone()))
             self._bias.copy_((self._bias.to(mean.dtype) - mean) / std)
+        if not all(bool(tensor.isfinite().all()) for tensor, _ in self._before):
+            raise InitializationError(
+                f"the output of {name} varies by {total:.3g}, and a g or bias that makes it 1 does "
+                f"not fit {str(self._g.dtype).removeprefix('torch.')}; scale the inputs"
+            )
         self._result.initialized[name] = (float(mean.mean()), total)
         if count := int(constant.sum()):
             self._result.constant[name] = count

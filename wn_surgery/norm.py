@@ -165,14 +165,9 @@ def magnitude(
         >>> torch.equal(weight_norm(v, magnitude(v, dim=0), dim=0), v)
         True
     """
-    real = v.dtype.to_real() if v.dtype.is_complex else v.dtype
     with torch.no_grad():
-        x = v.detach()
-        if has_kernel(x, dim, eps, norm_dtype):
-            assert isinstance(dim, int)  # narrows the type; has_kernel has checked it
-            ones = x.new_ones(g_shape(x.shape, dim))
-            return torch._weight_norm_interface(x.contiguous(), ones, dim)[1].to(real)
-        return norm_except(_cast(x, norm_dtype), dim, eps).to(real)
+        norms = _computed_norms(v.detach(), dim, eps, norm_dtype)
+        return (norms if eps == 0.0 else norms.clamp_min(eps)).to(_real(v.dtype))
 
 
 def zero_slices(
@@ -209,36 +204,75 @@ def zero_slices(
         >>> zero_slices(torch.tensor([[1e30, 0.0]]), 0, eps=1e-6)
         1
     """
-    real = v.dtype.to_real() if v.dtype.is_complex else v.dtype
-    if has_kernel(v, dim, eps, norm_dtype):  # which sums and divides in float32 at least
-        norm_dtype = torch.promote_types(real, torch.float32)
-    norms = _norm(_cast(v.detach(), norm_dtype), dim)
-    if norms.numel() == 0:
+    if v.numel() == 0:
+        return math.prod(g_shape(v.shape, dim))
+    if g_init is None and has_easy_norms(v, dim, norm_dtype):
         return 0
-    # Half precision is summed in float32.
-    summed = torch.finfo(torch.promote_types(norms.dtype, torch.float32))
-    least = math.sqrt(summed.smallest_normal / summed.eps)
+    stored = _real(v.dtype)
+    norms = _computed_norms(v.detach(), dim, eps, norm_dtype)
+    # torch's kernel sums in float32 at least, and gives out that.
     divided = torch.finfo(norms.dtype)
-    low, high = torch.aminmax(norms)
-    held = torch.finfo(real)
-    if (
-        g_init is None
-        and low >= max(least, held.smallest_normal)
-        and high <= min(divided.max, held.max)
-    ):
-        return 0
-    blurred = norms < least
+    # Half precision is summed in float32, and would take the limits below for 0.
+    norms = norms.to(torch.promote_types(norms.dtype, torch.float32))
+    blurred = norms < max(_least(norms.dtype), divided.smallest_normal)
     if eps != 0.0:
         blurred &= norms > eps
     norms = norms.clamp_min(eps)
     bad = blurred | ~norms.isfinite()
     if g_init is None:
-        g = norms.to(real)
+        g = norms.to(stored)
         bad |= (g == 0) | ~g.isfinite()
     elif g_init != 0.0:
         ratio = abs(g_init) / norms
-        bad |= (ratio < divided.smallest_normal) | ~ratio.isfinite()
+        bad |= (ratio < divided.smallest_normal) | (ratio > divided.max)
     return int(bad.sum())
+
+
+def has_easy_norms(v: Tensor, dim: Dim, norm_dtype: torch.dtype | None = None) -> bool:
+    """Whether all norms are so far from every limit that no way of summing matters.
+
+    Then :func:`zero_slices` is 0 for any ``eps``, which this says in one pass.
+
+    Args:
+        v: floating or complex, not empty and not on the meta device.
+        dim: as in :func:`weight_norm`.
+        norm_dtype: as in :func:`weight_norm`.
+
+    Returns:
+        False also where a closer look may find nothing.
+
+    Example:
+        >>> import torch
+        >>> from wn_surgery.norm import has_easy_norms
+        >>> has_easy_norms(torch.ones(2, 3), 0), has_easy_norms(torch.full((2, 3), 1e-18), 0)
+        (True, False)
+    """
+    norms = _norm(_cast(v.detach(), norm_dtype), dim)
+    low, high = torch.stack(torch.aminmax(norms)).tolist()
+    dtypes = (norms.dtype, _real(v.dtype))
+    summed = torch.promote_types(norms.dtype, torch.float32)
+    least = max(_least(summed), *(torch.finfo(dtype).smallest_normal for dtype in dtypes))
+    most = min(math.sqrt(torch.finfo(summed).max), *(torch.finfo(dtype).max for dtype in dtypes))
+    return bool(2 * least <= low and high <= most / 2)
+
+
+def _least(summed: torch.dtype) -> float:
+    """The smallest norm whose squares lose no digits where they are summed."""
+    limits = torch.finfo(summed)
+    return math.sqrt(limits.smallest_normal / limits.eps)
+
+
+def _computed_norms(v: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None) -> Tensor:
+    """The norms of the forward, before they are clamped: of one kernel, or of the other."""
+    if has_kernel(v, dim, eps, norm_dtype):
+        ones = v.new_ones(g_shape(v.shape, dim))
+        # Through Any: has_kernel has checked that dim is an int.
+        return torch._weight_norm_interface(v.contiguous(), ones, cast(Any, dim))[1]
+    return _norm(_cast(v, norm_dtype), dim)
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return dtype.to_real() if dtype.is_complex else dtype
 
 
 def _norm(x: Tensor, dim: Dim) -> Tensor:
