@@ -69,6 +69,17 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[dict[str, Any]]]] = {
 }
 
 
+def without_uncalled(model: nn.Module) -> None:
+    """Attention reads its output weight without a call, which a legacy hook would wait for."""
+    if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        wn.remove(model, {"names": "**.out_proj"}, on_unmatched="ignore")
+
+
+def to_legacy(model: nn.Module) -> None:
+    without_uncalled(model)
+    wn.migrate(model, to="legacy")
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("layout", ["parametrized", "legacy", "folded"])
 def test_the_plain_state_dict_is_what_remove_gives(name: str, layout: str) -> None:
@@ -85,7 +96,7 @@ def test_the_plain_state_dict_is_what_remove_gives(name: str, layout: str) -> No
     if layout == "legacy":
         if name == "batch norm":
             pytest.skip("eps has no legacy layout")
-        wn.migrate(model, to="legacy")
+        to_legacy(model)
     if layout == "folded":
         with torch.no_grad(), wn.folded(model):
             found = plain_state_dict(model)
@@ -132,11 +143,13 @@ def test_names_then_are_those_of_the_model_then(name: str, optimizer: str, form:
     model = make()
     wn.apply(model, rules)
     then = make()
-    sites = [key.weight for key in keys_of(model)]
     if form == "legacy":
         wn.apply(then, rules)
-        wn.migrate(then, to="legacy")
+        for each in (model, then):
+            without_uncalled(each)
+        to_legacy(then)
     expected = names_in(OPTIMIZERS[optimizer](then), then)
+    sites = [key.weight for key in keys_of(model)]
     legacy = set(sites) if form == "legacy" else set()
     found = names_in_layout(names_in(OPTIMIZERS[optimizer](model), model), model, legacy)
     assert found == expected
