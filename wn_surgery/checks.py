@@ -24,7 +24,8 @@ from .errors import (
     WrappedModuleError,
     ZeroNormError,
 )
-from .norm import Dim, has_easy_norms, zero_slices
+from .limits import has_easy_norms, zero_slices
+from .norm import Dim
 from .parametrization import WeightNorm
 from .rules import Rule
 from .sites import Node, Site, is_folded

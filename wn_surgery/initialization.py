@@ -72,9 +72,10 @@ def initialize_from_batch(
         kwargs: keyword arguments of the model's forward.
 
     Returns:
-        What was done. Layers without a bias keep their mean. Where g is not one for each output
-        channel (``dim=None``, a transposed convolution with ``dim=0``), the whole output is
-        scaled by one number.
+        What was done. Layers without a bias, or with a frozen one, keep their mean. Of layers
+        that share a g or a bias, the first to be called is set. Where g is not one for each
+        output channel (``dim=None``, a transposed convolution with ``dim=0``), the whole output
+        is scaled by one number.
 
     Raises:
         InitializationError: no layer was reached that can be set, a layer sees one value for each

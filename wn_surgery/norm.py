@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
-__all__ = ["Dim", "g_shape", "magnitude", "norm_except", "weight_norm", "zero_slices"]
+__all__ = ["Dim", "g_shape", "magnitude", "norm_except", "weight_norm"]
 
 Dim: TypeAlias = "int | tuple[int, ...] | None"
 
@@ -166,112 +166,21 @@ def magnitude(
         True
     """
     with torch.no_grad():
-        norms = _computed_norms(v.detach(), dim, eps, norm_dtype)
-        return (norms if eps == 0.0 else norms.clamp_min(eps)).to(_real(v.dtype))
+        norms = computed_norms(v.detach(), dim, eps, norm_dtype)
+        return (norms if eps == 0.0 else norms.clamp_min(eps)).to(real_dtype(v.dtype))
 
 
-def zero_slices(
-    v: Tensor,
-    dim: Dim,
-    eps: float = 0.0,
-    norm_dtype: torch.dtype | None = None,
-    g_init: float | None = None,
-) -> int:
-    """How many slices of ``v`` have a norm that weight norm cannot divide by, or g cannot hold.
-
-    The norm is taken as the forward takes it, in ``norm_dtype``, and stored as g, in v's dtype.
-    A slice counts if its norm is not finite; if it is so small that the squares under it have
-    lost digits (3e-16 in float32), and ``eps`` does not stand above that; if g is not finite or
-    0; or if g divided by the norm does not fit the dtype of the norm.
-
-    Args:
-        v: floating or complex, any shape, not on the meta device.
-        dim: as in :func:`weight_norm`.
-        eps: as in :func:`weight_norm`.
-        norm_dtype: as in :func:`weight_norm`.
-        g_init: what g is filled with; ``None`` where g is the norm.
-
-    Returns:
-        The count; 0 means that g and v give the weight back, or the one that ``g_init`` asks for.
-
-    Example:
-        >>> import torch
-        >>> from wn_surgery.norm import zero_slices
-        >>> zero_slices(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), 0)
-        1
-        >>> zero_slices(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), 0, eps=1e-6)
-        0
-        >>> zero_slices(torch.tensor([[1e30, 0.0]]), 0, eps=1e-6)
-        1
-    """
-    if v.numel() == 0:
-        return math.prod(g_shape(v.shape, dim))
-    if g_init is None and has_easy_norms(v, dim, norm_dtype):
-        return 0
-    stored = _real(v.dtype)
-    norms = _computed_norms(v.detach(), dim, eps, norm_dtype)
-    # torch's kernel sums in float32 at least, and gives out that.
-    divided = torch.finfo(norms.dtype)
-    # Half precision is summed in float32, and would take the limits below for 0.
-    norms = norms.to(torch.promote_types(norms.dtype, torch.float32))
-    blurred = norms < max(_least(norms.dtype), divided.smallest_normal)
-    if eps != 0.0:
-        blurred &= norms > eps
-    norms = norms.clamp_min(eps)
-    bad = blurred | ~norms.isfinite()
-    if g_init is None:
-        g = norms.to(stored)
-        bad |= (g == 0) | ~g.isfinite()
-    elif g_init != 0.0:
-        ratio = abs(g_init) / norms
-        bad |= (ratio < divided.smallest_normal) | (ratio > divided.max)
-    return int(bad.sum())
-
-
-def has_easy_norms(v: Tensor, dim: Dim, norm_dtype: torch.dtype | None = None) -> bool:
-    """Whether all norms are so far from every limit that no way of summing matters.
-
-    Then :func:`zero_slices` is 0 for any ``eps``, which this says in one pass.
-
-    Args:
-        v: floating or complex, not empty and not on the meta device.
-        dim: as in :func:`weight_norm`.
-        norm_dtype: as in :func:`weight_norm`.
-
-    Returns:
-        False also where a closer look may find nothing.
-
-    Example:
-        >>> import torch
-        >>> from wn_surgery.norm import has_easy_norms
-        >>> has_easy_norms(torch.ones(2, 3), 0), has_easy_norms(torch.full((2, 3), 1e-18), 0)
-        (True, False)
-    """
-    norms = _norm(_cast(v.detach(), norm_dtype), dim)
-    low, high = torch.stack(torch.aminmax(norms)).tolist()
-    dtypes = (norms.dtype, _real(v.dtype))
-    summed = torch.promote_types(norms.dtype, torch.float32)
-    least = max(_least(summed), *(torch.finfo(dtype).smallest_normal for dtype in dtypes))
-    most = min(math.sqrt(torch.finfo(summed).max), *(torch.finfo(dtype).max for dtype in dtypes))
-    return bool(2 * least <= low and high <= most / 2)
-
-
-def _least(summed: torch.dtype) -> float:
-    """The smallest norm whose squares lose no digits where they are summed."""
-    limits = torch.finfo(summed)
-    return math.sqrt(limits.smallest_normal / limits.eps)
-
-
-def _computed_norms(v: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None) -> Tensor:
-    """The norms of the forward, before they are clamped: of one kernel, or of the other."""
+def computed_norms(v: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None) -> Tensor:
+    """The norms of the forward, before they are clamped: of torch's kernel, or of the formula."""
     if has_kernel(v, dim, eps, norm_dtype):
         ones = v.new_ones(g_shape(v.shape, dim))
         # Through Any: has_kernel has checked that dim is an int.
         return torch._weight_norm_interface(v.contiguous(), ones, cast(Any, dim))[1]
-    return _norm(_cast(v, norm_dtype), dim)
+    return _norm(in_dtype(v, norm_dtype), dim)
 
 
-def _real(dtype: torch.dtype) -> torch.dtype:
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a g and of norms, for weights of ``dtype``."""
     return dtype.to_real() if dtype.is_complex else dtype
 
 
@@ -290,7 +199,8 @@ def _norm(x: Tensor, dim: Dim) -> Tensor:
     return cast(Tensor, torch.linalg.vector_norm(x, 2, reduced, keepdim=True))
 
 
-def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+def in_dtype(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """``x`` in ``dtype``, or in the complex one of that precision."""
     if dtype is None:
         return x
     return x.to(dtype.to_complex() if x.dtype.is_complex else dtype)
@@ -308,7 +218,7 @@ def _check_shape(v: Tensor, g: Tensor, dim: Dim) -> None:
 def _composite(
     v: Tensor, g: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None
 ) -> Tensor:
-    x = _cast(v, norm_dtype)
+    x = in_dtype(v, norm_dtype)
     norms = norm_except(x, dim, eps)
     w = x * (g.to(norms.dtype) / norms if norm_dtype is not None else g / norms)
     return w.to(v.dtype)
@@ -389,7 +299,7 @@ def values(
         # Through Any: has_kernel has checked that dim is an int.
         w, norms = torch._weight_norm_interface(contiguous, g.contiguous(), cast(Any, dim))
         return (w if contiguous is v else like(w, v)), norms
-    x = _cast(v, norm_dtype)
+    x = in_dtype(v, norm_dtype)
     norms = _norm(x, dim)
     if eps != 0.0:
         norms = norms.clamp_min(eps)

@@ -17,7 +17,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from . import savers
 from .errors import NonFloatingError, ZeroNormError
-from .norm import Dim, magnitude, weight_norm, zero_slices
+from .limits import zero_slices
+from .norm import Dim, magnitude, weight_norm
 
 __all__ = ["WeightNorm", "WeightNormList"]
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from wn_surgery.errors import CheckpointError, ZeroNormError
-from wn_surgery.norm import KERNEL_DTYPES, g_shape, magnitude, weight_norm, zero_slices
+from wn_surgery.limits import zero_slices
+from wn_surgery.norm import KERNEL_DTYPES, g_shape, magnitude, weight_norm
 
 from .pairs import Options, Pair
 
