@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .drafts import following
-from .errors import FoldedModelError, ZeroNormError
+from .errors import FoldedModelError, NonFloatingError, ZeroNormError
 from .parametrization import WeightNorm, WeightNormList
 
 __all__ = ["FOLDED", "base_class", "class_for", "computed_names", "is_managed", "opener"]
@@ -354,5 +354,5 @@ def _split(weight: Any, plist: WeightNormList, assign: bool) -> tuple[Any, Any, 
         return *now, f"expected a floating-point tensor to assign, got {weight.dtype}"
     try:
         return cast(WeightNorm, plist[0]).right_inverse(weight)[0], weight, ""
-    except ZeroNormError as error:
+    except (NonFloatingError, ZeroNormError) as error:
         return *now, str(error)
