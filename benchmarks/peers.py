@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import wn_surgery as wn
-from wn_surgery.norm import norm_except
+from wn_surgery.norm.math import norm_except
 
 from .measure import Call
 from .models import Block

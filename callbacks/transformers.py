@@ -11,10 +11,9 @@ from torch import nn
 from typing_extensions import override
 
 import wn_surgery as wn
+from wn_surgery.callbacks.holding import refuse_unheld
 from wn_surgery.huggingface import patch_model, save_pretrained
 from wn_surgery.huggingface.config import ConfigLike, as_config
-
-from .holding import refuse_unheld
 
 try:
     from transformers import Trainer, TrainerCallback

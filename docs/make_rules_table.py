@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from wn_surgery.patterns import compile_pattern
-from wn_surgery.presets import PRESETS
+from wn_surgery.rules.patterns import compile_pattern
+from wn_surgery.rules.presets import PRESETS
 
 PAGE = Path(__file__).with_name("rules.md")
 MARKERS = "<!-- {name}: begin -->\n", "<!-- {name}: end -->\n"

@@ -193,7 +193,7 @@ def difference(
 
 def effective(model: nn.Module) -> dict[str, tuple[torch.dtype, bytes]]:
     """The weights as the layers would use them, by name, whatever their layout."""
-    from wn_surgery.sites import sites_of, walk
+    from wn_surgery.model.sites import sites_of, walk
 
     found = {}
     with torch.no_grad():

@@ -16,11 +16,12 @@ from strategies import Case, Tree
 from torch import nn
 
 import wn_surgery as wn
-from wn_surgery import layouts, surgery
-from wn_surgery.optimizers import OptimizerEdit
-from wn_surgery.plan import Plan
-from wn_surgery.sites import sites_of, walk
-from wn_surgery.undo import UndoLog
+from wn_surgery.model import layouts
+from wn_surgery.model.sites import sites_of, walk
+from wn_surgery.model.undo import UndoLog
+from wn_surgery.surgery import execution
+from wn_surgery.surgery.optimizers import OptimizerEdit
+from wn_surgery.surgery.plan import Plan
 
 CASES = int(os.environ.get("WN_SURGERY_CASES", "1000"))
 
@@ -115,7 +116,7 @@ def failing_at(number: int) -> Iterator[None]:
 
 _STEPS: dict[Any, tuple[str, ...]] = {
     layouts: ("clear", "put_plain", "put_parametrized", "put_legacy", "refresh", "hand_over"),
-    surgery: ("split", "magnitude"),
+    execution: ("split", "magnitude"),
     OptimizerEdit: ("replace",),
     UndoLog: ("record",),
 }

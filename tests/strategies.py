@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 import wn_surgery as wn
-from wn_surgery.limits import zero_slices
+from wn_surgery.norm.limits import zero_slices
 
 __all__ = ["Case", "Leaf", "Tree", "cases", "trees", "weights_of"]
 

@@ -64,7 +64,7 @@ def test_weights_are_plain_in_every_stage(stage: str, inference_mode: bool) -> N
 
 
 def test_a_weight_is_computed_once_for_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    from wn_surgery import parametrization
+    from wn_surgery.norm import parametrization
 
     counted = []
     original = parametrization.weight_norm

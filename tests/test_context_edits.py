@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import wn_surgery as wn
-from wn_surgery.module_class import FOLDED, is_managed
-from wn_surgery.parametrization import WeightNormList
+from wn_surgery.norm.module_class import FOLDED, is_managed
+from wn_surgery.norm.parametrization import WeightNormList
 
 
 def legacy(module: nn.Module) -> Any:

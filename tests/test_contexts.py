@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import wn_surgery as wn
-from wn_surgery.module_class import FOLDED
+from wn_surgery.norm.module_class import FOLDED
 
 
 def legacy(module: nn.Module) -> Any:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import wn_surgery as wn
-from wn_surgery.rules import RulesLike
+from wn_surgery.rules.sources import RulesLike
 
 
 class Tied(nn.Module):

@@ -18,11 +18,15 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import wn_surgery as wn
-from wn_surgery import layouts, norm, optimizers, parametrization, surgery, undo
-from wn_surgery.plan import Plan
-from wn_surgery.planning import build_migration, build_removal
+from wn_surgery.model import layouts, undo
+from wn_surgery.norm import math, parametrization
+from wn_surgery.surgery import execution, optimizers
+from wn_surgery.surgery.plan import Plan
+from wn_surgery.surgery.planning import build_migration, build_removal
 
-FILES = {module.__file__ for module in (layouts, norm, optimizers, parametrization, surgery, undo)}
+FILES = {
+    module.__file__ for module in (execution, layouts, math, optimizers, parametrization, undo)
+}
 
 
 class Injected(BaseException):
@@ -31,7 +35,7 @@ class Injected(BaseException):
 
 def _try_lines() -> range:
     """The lines of ``execute`` that may fail: the body of its ``try``."""
-    source, first = inspect.getsourcelines(surgery.execute)
+    source, first = inspect.getsourcelines(execution.execute)
     (function,) = ast.parse(textwrap.dedent("".join(source))).body
     (guarded,) = (node for node in ast.walk(function) if isinstance(node, ast.Try))
     last = guarded.body[-1].end_lineno
@@ -59,14 +63,14 @@ class Interruption:
 
     def _called(self, frame: FrameType, event: str, arg: Any) -> Callable[..., Any] | None:
         # Rolling back runs the same files, but from the lines of the handler.
-        if frame.f_code is surgery.execute.__code__ or (
+        if frame.f_code is execution.execute.__code__ or (
             self._inside and frame.f_code.co_filename in FILES
         ):
             return self._line
         return None
 
     def _line(self, frame: FrameType, event: str, arg: Any) -> Callable[..., Any]:
-        if frame.f_code is surgery.execute.__code__ and event == "line":
+        if frame.f_code is execution.execute.__code__ and event == "line":
             self._inside = frame.f_lineno in self._lines
         if event == "line" and self._inside:
             self.count += 1
@@ -165,7 +169,7 @@ def test_a_failure_at_any_line_leaves_all_as_it_was(
         interruption = Interruption(number, error)
         try:
             with interruption:
-                surgery.execute(plan, [optimizer])
+                execution.execute(plan, [optimizer])
         except error:
             # Raised between the last line of a `with torch.no_grad()` and its end, which a
             # trace function can do and code cannot, the context is never left.

@@ -11,7 +11,7 @@ from torch import Tensor
 from wn_surgery.fused.cpu import CpuEvaluator
 from wn_surgery.fused.evaluator import Axes, Spec
 from wn_surgery.fused.node import evaluate
-from wn_surgery.norm import Dim, g_shape, weight_norm
+from wn_surgery.norm.math import Dim, g_shape, weight_norm
 
 SPECS = [
     Spec((4, 3), 0),

@@ -8,8 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from wn_surgery.limits import has_easy_norms, zero_slices
-from wn_surgery.norm import Dim, g_shape, magnitude, norm_except, weight_norm
+from wn_surgery.norm.limits import has_easy_norms, zero_slices
+from wn_surgery.norm.math import (
+    Dim,
+    g_shape,
+    magnitude,
+    norm_except,
+    weight_norm,
+)
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float64, torch.float32]
 

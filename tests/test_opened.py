@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import wn_surgery as wn
-from wn_surgery.module_class import FOLDED
+from wn_surgery.norm.module_class import FOLDED
 
 
 def legacy(module: nn.Module) -> Any:

@@ -17,8 +17,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import wn_surgery as wn
-from wn_surgery.module_class import base_class, class_for, computed_names, is_managed
-from wn_surgery.parametrization import WeightNorm
+from wn_surgery.norm.module_class import (
+    base_class,
+    class_for,
+    computed_names,
+    is_managed,
+)
+from wn_surgery.norm.parametrization import WeightNorm
 
 X = torch.linspace(-1, 1, 6).view(2, 3)
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from wn_surgery.patterns import (
+from wn_surgery.rules.patterns import (
     MAX_ALTERNATIVES,
     PatternError,
     PatternSet,

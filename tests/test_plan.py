@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import wn_surgery as wn
-from wn_surgery.rules import RulesLike
+from wn_surgery.rules.sources import RulesLike
 
 
 def model() -> nn.Sequential:

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from wn_surgery.errors import RuleError
-from wn_surgery.presets import PRESETS, Preset, preset
-from wn_surgery.rules import Rule, as_rules
+from wn_surgery.rules.presets import PRESETS, Preset, preset
+from wn_surgery.rules.sources import Rule, as_rules
 
 
 def matched(name: str, model: nn.Module) -> list[str]:

@@ -32,10 +32,10 @@ from strategies import Case, Tree, cases, trees
 from torch import nn
 
 import wn_surgery as wn
-from wn_surgery import surgery
-from wn_surgery.checks import runs_no_hook
-from wn_surgery.plan import Plan
-from wn_surgery.planning import build_migration, build_removal
+from wn_surgery.surgery import execution
+from wn_surgery.surgery.checks import runs_no_hook
+from wn_surgery.surgery.plan import Plan
+from wn_surgery.surgery.planning import build_migration, build_removal
 
 _EXACT = (torch.float32, torch.float64, torch.complex64)
 
@@ -295,7 +295,7 @@ def test_a_failure_at_any_step_leaves_all_as_it_was(case: Case, what: str) -> No
     for number in range(1, 10_000):
         try:
             with failing_at(number):
-                surgery.execute(plan, [optimizer])
+                execution.execute(plan, [optimizer])
         except Injected:
             assert_same(before, of_model(model, identity=True))
             assert_same(steps, of_optimizer(optimizer))
@@ -315,7 +315,7 @@ def test_an_optimizer_holds_what_the_model_holds(case: Case) -> None:
     if (plan := planned(model, case)).problems:
         return
     kept = dict(optimizer.state)
-    gone = {id(p) for step in plan.changes for p in surgery._Work._old(step)}
+    gone = {id(p) for step in plan.changes for p in execution._Work._old(step)}
     apply(model, case, optimizers=[optimizer])
     _holds_all(optimizer, model)
     assert {id(p) for p in optimizer.state} == {id(p) for p in kept} - gone

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from wn_surgery.errors import RuleError
-from wn_surgery.patterns import PatternError, compile_pattern
-from wn_surgery.rules import (
+from wn_surgery.rules.patterns import PatternError, compile_pattern
+from wn_surgery.rules.sources import (
     Rule,
     as_rules,
     rules_from_json,

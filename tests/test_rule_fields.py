@@ -12,11 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from wn_surgery import rule_fields
 from wn_surgery.errors import RuleError
-from wn_surgery.rules import (
-    Rule,
-)
+from wn_surgery.rules import fields
+from wn_surgery.rules.sources import Rule
 
 
 def message(**fields: Any) -> str:
@@ -216,7 +214,7 @@ def test_a_local_class_is_named_with_its_function() -> None:
     class Local(nn.Module):
         pass
 
-    name = rule_fields.type_spelling(Local)
+    name = fields.type_spelling(Local)
     assert "<locals>" in name
     assert Rule(types=name).type_matches(Local)
 

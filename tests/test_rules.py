@@ -12,8 +12,8 @@ import pytest
 from torch import nn
 
 from wn_surgery.errors import RuleError, RuleFileError, WeightNormError
-from wn_surgery.presets import preset
-from wn_surgery.rules import (
+from wn_surgery.rules.presets import preset
+from wn_surgery.rules.sources import (
     Rule,
     as_rules,
     dump_rules,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
 import wn_surgery as wn
-from wn_surgery.optimizer_states import names_in, names_in_layout, remap
-from wn_surgery.state_keys import keys_of, plain_state_dict
+from wn_surgery.model.state_keys import keys_of, plain_state_dict
+from wn_surgery.training.optimizer_states import names_in, names_in_layout, remap
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 

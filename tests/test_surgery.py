@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 import wn_surgery as wn
-from wn_surgery import records
+from wn_surgery.model import records
 
 
 def legacy(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.Module:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wn_surgery.fused.evaluator import Spec
-from wn_surgery.norm import g_shape
+from wn_surgery.norm.math import g_shape
 
 pytestmark = [
     pytest.mark.processes,

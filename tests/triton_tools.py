@@ -14,7 +14,7 @@ from torch import Tensor
 from wn_surgery.fused.evaluator import Gradients, Spec
 from wn_surgery.fused.triton.evaluator import TritonEvaluator
 from wn_surgery.fused.triton.tables import HEIGHT, WIDTHS
-from wn_surgery.norm import g_shape, norm_except, weight_norm
+from wn_surgery.norm.math import g_shape, norm_except, weight_norm
 
 LONG = WIDTHS[-1] + 1
 MIXED = [

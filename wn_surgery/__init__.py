@@ -1,9 +1,7 @@
 """Apply, remove and migrate weight norm on any PyTorch module tree, by rules."""
 
-from . import checkpoints, export
-from . import reloading as _reloading  # noqa: F401 - it is asked by what savers.py finds
-from .contexts import folded, writable
-from .errors import (
+from wn_surgery import checkpoints, export, moved
+from wn_surgery.errors import (
     CallbackError,
     CheckpointError,
     CheckpointFileError,
@@ -28,15 +26,22 @@ from .errors import (
     WrappedModuleError,
     ZeroNormError,
 )
-from .fused import Fusion, fuse, unfuse
-from .initialization import Initialization, initialize_from_batch, initializing
-from .parameter_groups import ParameterGroups, parameter_groups
-from .plan import Plan, Step
-from .planning import UnmatchedRuleWarning, plan
-from .rules import Rule
-from .sites import Site, sites
-from .statistics import SiteStatistics, Statistics, statistics
-from .surgery import Report, apply, migrate, remove
+from wn_surgery.fused import Fusion, fuse, unfuse
+from wn_surgery.model import reloading as _reloading  # noqa: F401 - it is asked by what savers.py finds
+from wn_surgery.model.contexts import folded, writable
+from wn_surgery.model.sites import Site, sites
+from wn_surgery.rules.sources import Rule
+from wn_surgery.surgery.execution import (
+    Report,
+    apply,
+    migrate,
+    remove,
+)
+from wn_surgery.surgery.plan import Plan, Step
+from wn_surgery.surgery.planning import UnmatchedRuleWarning, plan
+from wn_surgery.training.initialization import Initialization, initialize_from_batch, initializing
+from wn_surgery.training.parameter_groups import ParameterGroups, parameter_groups
+from wn_surgery.training.statistics import SiteStatistics, Statistics, statistics
 
 __all__ = [
     "CallbackError",
@@ -89,3 +94,5 @@ __all__ = [
     "unfuse",
     "writable",
 ]
+
+moved.register()

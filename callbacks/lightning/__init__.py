@@ -3,9 +3,9 @@
 Works with ``lightning.pytorch`` and with ``pytorch_lightning``, whichever the Trainer is from.
 """
 
-from .callback import WeightNorm
-from .fusing import Fused
-from .layouts import SaveLayout
-from .mixin import WeightNormMixin
+from wn_surgery.callbacks.lightning.callback import WeightNorm
+from wn_surgery.callbacks.lightning.fusing import Fused
+from wn_surgery.callbacks.lightning.layouts import SaveLayout
+from wn_surgery.callbacks.lightning.mixin import WeightNormMixin
 
 __all__ = ["Fused", "SaveLayout", "WeightNorm", "WeightNormMixin"]

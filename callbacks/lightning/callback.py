@@ -15,23 +15,27 @@ from typing_extensions import override
 
 import wn_surgery as wn
 from wn_surgery.callbacks.holding import refuse_unheld
-from wn_surgery.planning import OnUnmatched
-from wn_surgery.rules import as_rules
-
-from . import exporting, layouts, neighbours
-from .bases import Callback
-from .evaluation import Folding
-from .fusing import Fused, fuse
-from .layouts import LayoutIO, SaveLayout
-from .monitoring import Monitor
-from .patching import Replaced, Rules, apply_rules, refuse_stale
-from .resuming import rename_optimizer_states
-from .timing import building_hooks, once_after
+from wn_surgery.callbacks.lightning import exporting, layouts, neighbours
+from wn_surgery.callbacks.lightning.bases import Callback
+from wn_surgery.callbacks.lightning.evaluation import Folding
+from wn_surgery.callbacks.lightning.fusing import Fused, fuse
+from wn_surgery.callbacks.lightning.layouts import LayoutIO, SaveLayout
+from wn_surgery.callbacks.lightning.monitoring import Monitor
+from wn_surgery.callbacks.lightning.patching import (
+    Replaced,
+    Rules,
+    apply_rules,
+    refuse_stale,
+)
+from wn_surgery.callbacks.lightning.resuming import rename_optimizer_states
+from wn_surgery.callbacks.lightning.timing import building_hooks, once_after
+from wn_surgery.rules.sources import as_rules
+from wn_surgery.surgery.planning import OnUnmatched
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-    from wn_surgery.history import History
+    from wn_surgery.training.history import History
 
 
 class WeightNorm(Callback):

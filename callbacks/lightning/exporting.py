@@ -11,7 +11,7 @@ from torch import Tensor
 
 import wn_surgery as wn
 from wn_surgery.export import stripped_copy
-from wn_surgery.state_keys import plain_state_dict
+from wn_surgery.model.state_keys import plain_state_dict
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

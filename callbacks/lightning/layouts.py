@@ -10,10 +10,9 @@ from torch import nn
 from typing_extensions import override
 
 import wn_surgery as wn
-from wn_surgery import records
-from wn_surgery.state_keys import Keys, keys_of, stripped
-
-from .bases import CheckpointIO
+from wn_surgery.callbacks.lightning.bases import CheckpointIO
+from wn_surgery.model import records
+from wn_surgery.model.state_keys import Keys, keys_of, stripped
 
 __all__ = ["KEY", "LayoutIO", "SaveLayout", "apply_recorded", "check", "record", "stored"]
 

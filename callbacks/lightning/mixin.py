@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .layouts import apply_recorded
+from wn_surgery.callbacks.lightning.layouts import apply_recorded
 
 __all__ = ["WeightNormMixin"]
 

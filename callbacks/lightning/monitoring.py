@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import wn_surgery as wn
-from wn_surgery.history import History
-
-from .neighbours import shards
+from wn_surgery.callbacks.lightning.neighbours import shards
+from wn_surgery.training.history import History
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

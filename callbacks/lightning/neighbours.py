@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 import wn_surgery as wn
-
-from .bases import Callback
+from wn_surgery.callbacks.lightning.bases import Callback
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import wn_surgery as wn
 from wn_surgery.callbacks.holding import held_by
-from wn_surgery.planning import OnUnmatched
-from wn_surgery.rules import Rule, RulesLike
+from wn_surgery.rules.sources import Rule, RulesLike
+from wn_surgery.surgery.planning import OnUnmatched
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from wn_surgery.optimizer_states import names_in, names_in_layout, remap
-
-from .layouts import KEY, stored
+from wn_surgery.callbacks.lightning.layouts import KEY, stored
+from wn_surgery.training.optimizer_states import names_in, names_in_layout, remap
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

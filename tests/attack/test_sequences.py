@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-import wn_surgery.norm
 from wn_surgery.fused.group import Slot
+from wn_surgery.norm import math
 
 from .operations import OPERATIONS, Pair
 from .twin import Layer
@@ -92,13 +92,13 @@ def test_the_twin_by_hand() -> None:
 
 
 def off_by_a_thousandth(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = wn_surgery.norm.values
+    values = math.values
 
     def wrong(*args: object, **options: object) -> object:
         w, norms = values(*args, **options)  # type: ignore[arg-type]
         return w * 1.01, norms
 
-    monkeypatch.setattr(wn_surgery.norm, "values", wrong)
+    monkeypatch.setattr(math, "values", wrong)
 
 
 def stale(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +112,7 @@ def shared_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def half_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wn_surgery.layouts.put_plain", lambda *_: None)
+    monkeypatch.setattr("wn_surgery.model.layouts.put_plain", lambda *_: None)
 
 
 @pytest.mark.parametrize("spoil", [off_by_a_thousandth, stale, shared_too_long, half_done])

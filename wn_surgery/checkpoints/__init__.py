@@ -1,12 +1,22 @@
-"""Weight-normed models as files and state dicts, without the model's class."""
+"""Weight-normed models as files and state dicts, without the model's class.
 
-from .comparison import Comparison, compare
-from .contents import layout_of, pairs_of
-from .convert import convert
-from .files import Converted, convert_file
-from .folding import fold
-from .inspection import Finding, Inspection, NormedTensor, inspect
-from .pairs import Options, Pair
+In: state dicts, files and folders.
+Out: the same in another layout; what is in them, and how two differ.
+Imports: errors, tables, differences, norm, rules, model.
+"""
+
+from wn_surgery.checkpoints.comparison import Comparison, compare
+from wn_surgery.checkpoints.contents import layout_of, pairs_of
+from wn_surgery.checkpoints.convert import convert
+from wn_surgery.checkpoints.files import Converted, convert_file
+from wn_surgery.checkpoints.folding import fold
+from wn_surgery.checkpoints.inspection import (
+    Finding,
+    Inspection,
+    NormedTensor,
+    inspect,
+)
+from wn_surgery.checkpoints.pairs import Options, Pair
 
 __all__ = [
     "Comparison",

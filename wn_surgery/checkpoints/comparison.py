@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wn_surgery.checkpoints.bounds import not_dense
+from wn_surgery.checkpoints.folding import fold
+from wn_surgery.checkpoints.pairs import Axes, Pair, find_pairs
+from wn_surgery.checkpoints.reading import State, opened
+from wn_surgery.checkpoints.spectral import Spectral, find_spectral, spectral_weight
 from wn_surgery.differences import Difference, difference
 from wn_surgery.errors import CheckpointError
 from wn_surgery.tables import render
-
-from .bounds import not_dense
-from .folding import fold
-from .pairs import Axes, Pair, find_pairs
-from .reading import State, opened
-from .spectral import Spectral, find_spectral, spectral_weight
 
 __all__ = ["Comparison", "compare"]
 

@@ -7,10 +7,15 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from wn_surgery.checkpoints.pairs import (
+    Axes,
+    Options,
+    Pair,
+    Shape,
+    find_pairs,
+)
+from wn_surgery.checkpoints.recorded import KEY, is_record, options_of
 from wn_surgery.errors import CheckpointError
-
-from .pairs import Axes, Options, Pair, Shape, find_pairs
-from .recorded import KEY, is_record, options_of
 
 __all__ = ["bound", "layout_of", "pairs_of", "shapes_of", "walk"]
 

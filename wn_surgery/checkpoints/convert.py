@@ -10,19 +10,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wn_surgery.checkpoints.contents import bound, shapes_of
+from wn_surgery.checkpoints.folding import (
+    computable,
+    fold,
+    magnitude_of,
+    refuse_non_finite,
+)
+from wn_surgery.checkpoints.optimizer_names import is_numbered, moments_of, renamed_lists
+from wn_surgery.checkpoints.pairs import (
+    Axes,
+    Options,
+    Pair,
+    Shape,
+    find_pairs,
+    keys_for,
+)
+from wn_surgery.checkpoints.recorded import (
+    KEY,
+    is_record,
+    options_of,
+    unpacked,
+)
+from wn_surgery.checkpoints.request import (
+    Also,
+    Choice,
+    Layout,
+    Request,
+    request,
+    unmatched,
+)
+from wn_surgery.checkpoints.selection import select
+from wn_surgery.checkpoints.spectral import Spectral, find_spectral, spectral_weight
 from wn_surgery.errors import CheckpointError, UnmatchedRuleError
-from wn_surgery.norm import g_shape
-from wn_surgery.rules import RulesLike
-from wn_surgery.sites import sites
-
-from .contents import bound, shapes_of
-from .folding import computable, fold, magnitude_of, refuse_non_finite
-from .optimizer_names import is_numbered, moments_of, renamed_lists
-from .pairs import Axes, Options, Pair, Shape, find_pairs, keys_for
-from .recorded import KEY, is_record, options_of, unpacked
-from .request import Also, Choice, Layout, Request, request, unmatched
-from .selection import select
-from .spectral import Spectral, find_spectral, spectral_weight
+from wn_surgery.model.sites import sites
+from wn_surgery.norm.math import g_shape
+from wn_surgery.rules.sources import RulesLike
 
 __all__ = ["Conversion", "convert", "converted", "written_shape"]
 

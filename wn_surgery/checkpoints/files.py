@@ -10,17 +10,27 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from wn_surgery.checkpoints.atomic import (
+    atomic_folder,
+    is_same,
+    refuse_overwriting_input,
+    writing,
+)
+from wn_surgery.checkpoints.convert import Conversion
+from wn_surgery.checkpoints.folders import Source, copy_companions, find
+from wn_surgery.checkpoints.pairs import Axes
+from wn_surgery.checkpoints.request import (
+    Also,
+    Choice,
+    Layout,
+    Request,
+    request,
+)
+from wn_surgery.checkpoints.safetensors_file import File
+from wn_surgery.checkpoints.streaming import Progress, Stream
+from wn_surgery.checkpoints.torch_file import convert_torch_file
 from wn_surgery.errors import CheckpointError
-from wn_surgery.rules import RulesLike
-
-from .atomic import atomic_folder, is_same, refuse_overwriting_input, writing
-from .convert import Conversion
-from .folders import Source, copy_companions, find
-from .pairs import Axes
-from .request import Also, Choice, Layout, Request, request
-from .safetensors_file import File
-from .streaming import Progress, Stream
-from .torch_file import convert_torch_file
+from wn_surgery.rules.sources import RulesLike
 
 __all__ = ["Converted", "convert_file"]
 

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wn_surgery.checkpoints.pairs import Options
+from wn_surgery.checkpoints.recorded import options_of
+from wn_surgery.checkpoints.safetensors_file import unreadable
+from wn_surgery.checkpoints.torch_file import SUFFIXES
 from wn_surgery.errors import CheckpointError, CheckpointFileError
-
-from .pairs import Options
-from .recorded import options_of
-from .safetensors_file import unreadable
-from .torch_file import SUFFIXES
 
 __all__ = ["Source", "copy_companions", "find", "read_json"]
 

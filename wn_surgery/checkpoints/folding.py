@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wn_surgery.checkpoints.pairs import Options, Pair
 from wn_surgery.errors import CheckpointError, ZeroNormError
-from wn_surgery.limits import zero_slices
-from wn_surgery.norm import KERNEL_DTYPES, g_shape, magnitude, weight_norm
-
-from .pairs import Options, Pair
+from wn_surgery.norm.limits import zero_slices
+from wn_surgery.norm.math import (
+    KERNEL_DTYPES,
+    g_shape,
+    magnitude,
+    weight_norm,
+)
 
 __all__ = ["all_finite", "computable", "fold", "magnitude_of", "refuse_non_finite"]
 
@@ -149,7 +153,7 @@ def magnitude_of(weight: Tensor, key: str, options: Options) -> Tensor:
         options: dim, eps and norm_dtype.
 
     Returns:
-        g, in the shape of ``wn_surgery.norm.g_shape`` and the weight's precision.
+        g, in the shape of ``wn_surgery.norm.math.g_shape`` and the weight's precision.
 
     Raises:
         ZeroNormError: a slice has zero or non-finite norm, so there is no direction.

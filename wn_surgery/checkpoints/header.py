@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
+from wn_surgery.checkpoints.pairs import Shape
 from wn_surgery.errors import CheckpointError
-
-from .pairs import Shape
 
 __all__ = ["BITS", "TORCH", "Entry", "Header", "name_of", "read_header", "written"]
 

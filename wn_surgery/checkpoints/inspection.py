@@ -12,14 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from wn_surgery.checkpoints.folding import computable
+from wn_surgery.checkpoints.pairs import Axes, Pair, examine
+from wn_surgery.checkpoints.reading import State, opened
+from wn_surgery.checkpoints.spectral import axes_of_spectral, find_spectral, spectral_weight
 from wn_surgery.errors import CheckpointError
-from wn_surgery.norm import norm_except
+from wn_surgery.norm.math import norm_except
 from wn_surgery.tables import render
-
-from .folding import computable
-from .pairs import Axes, Pair, examine
-from .reading import State, opened
-from .spectral import axes_of_spectral, find_spectral, spectral_weight
 
 __all__ = ["Finding", "Inspection", "NormedTensor", "inspect"]
 

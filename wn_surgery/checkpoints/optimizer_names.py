@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .pairs import Pair, examine
+from wn_surgery.checkpoints.pairs import Pair, examine
 
 __all__ = ["is_numbered", "moments_of", "renamed_lists"]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from wn_surgery.errors import CheckpointError
-from wn_surgery.norm import Dim
+from wn_surgery.norm.math import Dim
 
 __all__ = ["Options", "Pair", "Problem", "Shape", "axes_of", "examine", "find_pairs", "keys_for"]
 

@@ -10,14 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wn_surgery.checkpoints.contents import shapes_of, walk
+from wn_surgery.checkpoints.folders import Source, find
+from wn_surgery.checkpoints.header import TORCH
+from wn_surgery.checkpoints.pairs import Options, Shape
+from wn_surgery.checkpoints.safetensors_file import File
+from wn_surgery.checkpoints.torch_file import load
 from wn_surgery.errors import CheckpointError
-
-from .contents import shapes_of, walk
-from .folders import Source, find
-from .header import TORCH
-from .pairs import Options, Shape
-from .safetensors_file import File
-from .torch_file import load
 
 __all__ = ["State", "opened"]
 

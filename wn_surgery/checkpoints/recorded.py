@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from wn_surgery import rule_fields
+from wn_surgery.checkpoints.pairs import Options, keys_for
 from wn_surgery.errors import CheckpointError
-
-from .pairs import Options, keys_for
+from wn_surgery.rules import fields
 
 __all__ = ["KEY", "is_record", "options_of", "unpacked"]
 
@@ -25,7 +24,7 @@ def options_of(sites: Any, where: str) -> dict[str, Options]:
     """The options of each site, by its plain key.
 
     Args:
-        sites: what :func:`wn_surgery.records.record` gave, perhaps read from a hostile file.
+        sites: what :func:`wn_surgery.model.records.record` gave, perhaps read from a hostile file.
         where: the file or entry, for errors.
 
     Returns:
@@ -41,7 +40,7 @@ def options_of(sites: Any, where: str) -> dict[str, Options]:
     """
     try:
         return {str(site["name"]): _options(site) for site in sites}
-    except (TypeError, KeyError, rule_fields.FieldError) as error:
+    except (TypeError, KeyError, fields.FieldError) as error:
         raise CheckpointError(
             f"{where} has a record of weight norm that this release cannot read: {error}; update "
             "wn-surgery, or delete the record if nothing has an eps"
@@ -50,12 +49,12 @@ def options_of(sites: Any, where: str) -> dict[str, Options]:
 
 def _options(site: Mapping[str, Any]) -> Options:
     dim = tuple(site["dim"]) if isinstance(site["dim"], list) else site["dim"]
-    dim = rule_fields.dim(dim)
-    dtype = rule_fields.norm_dtype(site["norm_dtype"])
+    dim = fields.dim(dim)
+    dtype = fields.norm_dtype(site["norm_dtype"])
     if dim == "out":
-        raise rule_fields.FieldError("dim='out' in a record")
+        raise fields.FieldError("dim='out' in a record")
     name = None if dtype is None else str(dtype).removeprefix("torch.")
-    return Options(dim, rule_fields.eps(site["eps"]), name)
+    return Options(dim, fields.eps(site["eps"]), name)
 
 
 def unpacked(checkpoint: Mapping[str, Any], to: str) -> Mapping[str, Any]:

@@ -6,12 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from wn_surgery.checkpoints.pairs import Axes, Options
+from wn_surgery.checkpoints.selection import checked_rules
 from wn_surgery.errors import CheckpointError
-from wn_surgery.rule import Rule
-from wn_surgery.rules import RulesLike
-
-from .pairs import Axes, Options
-from .selection import checked_rules
+from wn_surgery.rules.rule import Rule
+from wn_surgery.rules.sources import RulesLike
 
 __all__ = ["LAYOUTS", "Also", "Choice", "Layout", "Request", "request", "unmatched"]
 

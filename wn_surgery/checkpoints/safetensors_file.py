@@ -12,9 +12,13 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from wn_surgery.checkpoints.header import (
+    TORCH,
+    Entry,
+    Header,
+    read_header,
+)
 from wn_surgery.errors import CheckpointError, CheckpointFileError
-
-from .header import TORCH, Entry, Header, read_header
 
 __all__ = ["File", "Sink", "unreadable"]
 

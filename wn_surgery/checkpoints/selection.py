@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from wn_surgery.checkpoints.pairs import Options, Shape
 from wn_surgery.errors import DimensionError, RuleError
-from wn_surgery.rule import Rule
-from wn_surgery.rules import RulesLike, as_rules
-
-from .pairs import Options, Shape
+from wn_surgery.rules.rule import Rule
+from wn_surgery.rules.sources import RulesLike, as_rules
 
 __all__ = ["checked_rules", "select"]
 

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wn_surgery.checkpoints.pairs import Shape
 from wn_surgery.errors import CheckpointError
-
-from .pairs import Shape
 
 __all__ = ["Spectral", "axes_of_spectral", "find_spectral", "spectral_weight"]
 

@@ -12,18 +12,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wn_surgery.checkpoints.atomic import atomic, start_writeback
+from wn_surgery.checkpoints.convert import written_shape
+from wn_surgery.checkpoints.folding import (
+    all_finite,
+    computable,
+    fold,
+    magnitude_of,
+    refuse_non_finite,
+)
+from wn_surgery.checkpoints.header import (
+    BITS,
+    TORCH,
+    name_of,
+    written,
+)
+from wn_surgery.checkpoints.pairs import (
+    Options,
+    Pair,
+    Shape,
+    find_pairs,
+    keys_for,
+)
+from wn_surgery.checkpoints.request import Request, unmatched
+from wn_surgery.checkpoints.safetensors_file import File, Sink
+from wn_surgery.checkpoints.selection import select
+from wn_surgery.checkpoints.spectral import Spectral, find_spectral, spectral_weight
 from wn_surgery.errors import CheckpointError, CheckpointFileError, UnmatchedRuleError
-from wn_surgery.norm import g_shape
-
-from .atomic import atomic, start_writeback
-from .convert import written_shape
-from .folding import all_finite, computable, fold, magnitude_of, refuse_non_finite
-from .header import BITS, TORCH, name_of, written
-from .pairs import Options, Pair, Shape, find_pairs, keys_for
-from .request import Request, unmatched
-from .safetensors_file import File, Sink
-from .selection import select
-from .spectral import Spectral, find_spectral, spectral_weight
+from wn_surgery.norm.math import g_shape
 
 __all__ = ["Progress", "Stream"]
 

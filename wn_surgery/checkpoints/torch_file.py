@@ -17,13 +17,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from wn_surgery.checkpoints.atomic import PREFIX, SUFFIX, atomic
+from wn_surgery.checkpoints.bounds import not_dense, refuse_compressed, refuse_expanding
+from wn_surgery.checkpoints.convert import Conversion, converted
+from wn_surgery.checkpoints.request import Request
+from wn_surgery.checkpoints.safetensors_file import unreadable
 from wn_surgery.errors import CheckpointError, CheckpointFileError
-
-from .atomic import PREFIX, SUFFIX, atomic
-from .bounds import not_dense, refuse_compressed, refuse_expanding
-from .convert import Conversion, converted
-from .request import Request
-from .safetensors_file import unreadable
 
 __all__ = ["SUFFIXES", "convert_torch_file", "load"]
 

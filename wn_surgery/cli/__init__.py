@@ -1,4 +1,9 @@
-"""The command line ``wn-surgery``."""
+"""The command line ``wn-surgery``.
+
+In: a command line.
+Out: files, text or JSON, and an exit code.
+Imports: errors, rules, checkpoints, huggingface.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +22,8 @@ def main() -> None:
         SystemExit: always, with the exit code; without typer and rich, with the extra to install.
     """
     try:
-        from .commands import app
-        from .printing import UndeliveredError, delivering
+        from wn_surgery.cli.commands import app
+        from wn_surgery.cli.printing import UndeliveredError, delivering
     except ModuleNotFoundError as missing:
         if missing.name not in ("typer", "rich"):
             raise

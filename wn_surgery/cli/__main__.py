@@ -1,5 +1,5 @@
 """``python -m wn_surgery.cli``, where the script is not on the path."""
 
-from . import main
+from wn_surgery.cli import main
 
 main()

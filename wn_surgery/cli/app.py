@@ -11,9 +11,8 @@ from typing import Annotated, Any, ParamSpec
 import typer
 
 from wn_surgery.checkpoints.pairs import Axes
+from wn_surgery.cli.printing import print_error, print_json
 from wn_surgery.errors import CheckpointFileError, WeightNormError
-
-from .printing import print_error, print_json
 
 __all__ = ["Dim", "Json", "Pickle", "Source", "app", "axes", "command"]
 

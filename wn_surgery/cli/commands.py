@@ -12,11 +12,19 @@ import typer
 from wn_surgery import checkpoints
 from wn_surgery.checkpoints.folders import find
 from wn_surgery.checkpoints.request import Layout
+from wn_surgery.cli.app import (
+    FOUND,
+    Dim,
+    Json,
+    Pickle,
+    Source,
+    app,
+    axes,
+    command,
+)
+from wn_surgery.cli.printing import print_json, print_text, progress
 from wn_surgery.errors import RuleError
-from wn_surgery.rules import RulesLike
-
-from .app import FOUND, Dim, Json, Pickle, Source, app, axes, command
-from .printing import print_json, print_text, progress
+from wn_surgery.rules.sources import RulesLike
 
 __all__ = ["app"]
 

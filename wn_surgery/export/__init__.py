@@ -9,11 +9,21 @@ Example:
     >>> program = torch.export.export(export.stripped_copy(model), (x,))
     >>> export.verify(model, program, x).exact
     True
+
+In: a model, and what was exported from it.
+Out: stripped copies, what would break a target, how an export differs from the model.
+Imports: errors, tables, differences, norm, model, surgery.
 """
 
-from .copies import stripped_copy
-from .preflight import Effect, Finding, Preflight, Target, check
-from .verification import Difference, Verification, verify
+from wn_surgery.export.copies import stripped_copy
+from wn_surgery.export.preflight import (
+    Effect,
+    Finding,
+    Preflight,
+    Target,
+    check,
+)
+from wn_surgery.export.verification import Difference, Verification, verify
 
 __all__ = [
     "Difference",

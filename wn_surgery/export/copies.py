@@ -9,11 +9,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import ExportError, WrappedModuleError
-from ..layouts import carried, hand_over
-from ..module_class import FOLDED
-from ..sites import sites_of, walk
-from ..surgery import remove
+from wn_surgery.errors import ExportError, WrappedModuleError
+from wn_surgery.model.layouts import carried, hand_over
+from wn_surgery.model.sites import sites_of, walk
+from wn_surgery.norm.module_class import FOLDED
+from wn_surgery.surgery.execution import remove
 
 __all__ = ["stripped_copy"]
 

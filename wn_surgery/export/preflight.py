@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..checks import runs_no_hook
-from ..sites import Site, sites_of, walk
-from ..tables import render
+from wn_surgery.model.sites import Site, sites_of, walk
+from wn_surgery.surgery.checks import runs_no_hook
+from wn_surgery.tables import render
 
 __all__ = ["Effect", "Finding", "Preflight", "Target", "check"]
 

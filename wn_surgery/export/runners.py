@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from ..errors import ExportError
+from wn_surgery.errors import ExportError
 
 __all__ = ["Exported", "Inputs", "Session", "copied", "runner"]
 

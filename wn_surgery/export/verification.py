@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..differences import Difference, difference
-from ..errors import ExportError
-from ..sites import as_module
-from ..tables import render
-from .runners import Exported, Inputs, copied, runner
+from wn_surgery.differences import Difference, difference
+from wn_surgery.errors import ExportError
+from wn_surgery.export.runners import (
+    Exported,
+    Inputs,
+    copied,
+    runner,
+)
+from wn_surgery.model.sites import as_module
+from wn_surgery.tables import render
 
 __all__ = ["Difference", "Verification", "verify"]
 

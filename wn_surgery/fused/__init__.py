@@ -1,4 +1,9 @@
-"""Whole-model evaluation: the weights of a model computed in groups, once a forward."""
+"""Whole-model evaluation: the weights of a model computed in groups, once a forward.
+
+In: a model.
+Out: a :class:`Fusion`; weights, a group at a time.
+Imports: errors, tables, norm, model, surgery.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +13,23 @@ from typing import get_args
 
 from torch import nn
 
-from ..errors import FoldedModelError, FusionError
-from ..planning import build_migration
-from ..sites import as_module, is_folded, sites_of, walk
-from ..surgery import execute
-from .choice import Mode
-from .fusion import Enter, Fusion, Member, hook, unhook
+from wn_surgery.errors import FoldedModelError, FusionError
+from wn_surgery.fused.choice import Mode
+from wn_surgery.fused.fusion import (
+    Enter,
+    Fusion,
+    Member,
+    hook,
+    unhook,
+)
+from wn_surgery.model.sites import (
+    as_module,
+    is_folded,
+    sites_of,
+    walk,
+)
+from wn_surgery.surgery.execution import execute
+from wn_surgery.surgery.planning import build_migration
 
 __all__ = ["Fusion", "Member", "Mode", "fuse", "is_fused", "shared", "unfuse"]
 

@@ -10,12 +10,12 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..module_class import is_managed
-from ..norm import KERNEL_DTYPES
-from ..parametrization import WeightNormList
-from ..sites import Site
-from .evaluator import Spec
-from .group import gradient_hooks, module_hooks_of
+from wn_surgery.fused.evaluator import Spec
+from wn_surgery.fused.group import gradient_hooks, module_hooks_of
+from wn_surgery.model.sites import Site
+from wn_surgery.norm.math import KERNEL_DTYPES
+from wn_surgery.norm.module_class import is_managed
+from wn_surgery.norm.parametrization import WeightNormList
 
 __all__ = ["Choice", "Mode", "Path", "choose", "cut", "is_castable"]
 

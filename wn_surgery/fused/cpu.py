@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..norm import gradients, values
-from .evaluator import Gradients, Spec
+from wn_surgery.fused.evaluator import Gradients, Spec
+from wn_surgery.norm.math import gradients, values
 
 __all__ = ["CpuEvaluator"]
 
@@ -17,7 +17,7 @@ __all__ = ["CpuEvaluator"]
 class CpuEvaluator:
     """Weights and gradients of a group with torch's own operators, on any device.
 
-    The weights are those of :func:`wn_surgery.norm.weight_norm` bit for bit.
+    The weights are those of :func:`wn_surgery.norm.math.weight_norm` bit for bit.
 
     Args:
         specs: what each weight is.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..norm import Axes, Dim
+from wn_surgery.norm.math import Axes, Dim
 
 __all__ = ["Evaluator", "Gradients", "Spec"]
 

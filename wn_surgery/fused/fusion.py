@@ -15,16 +15,28 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..norm import traced, transformed
-from ..parametrization import WeightNormList
-from ..sites import sites_of, walk
-from ..slots import RootHook, changes
-from ..tables import render
-from .choice import Choice, Mode, Path, choose, cut, is_castable
-from .cpu import CpuEvaluator
-from .evaluator import Evaluator
-from .group import CudaSlot, Group, Slot, infrastructure_mode
-from .scope import Scope
+from wn_surgery.fused.choice import (
+    Choice,
+    Mode,
+    Path,
+    choose,
+    cut,
+    is_castable,
+)
+from wn_surgery.fused.cpu import CpuEvaluator
+from wn_surgery.fused.evaluator import Evaluator
+from wn_surgery.fused.group import (
+    CudaSlot,
+    Group,
+    Slot,
+    infrastructure_mode,
+)
+from wn_surgery.fused.scope import Scope
+from wn_surgery.model.sites import sites_of, walk
+from wn_surgery.norm.math import traced, transformed
+from wn_surgery.norm.parametrization import WeightNormList
+from wn_surgery.norm.slots import RootHook, changes
+from wn_surgery.tables import render
 
 _is_compiling = torch.compiler.is_dynamo_compiling
 
@@ -211,7 +223,7 @@ class Enter(RootHook):
             self.fusion.enter(module, sys._getframe(1))
 
     def settle(self, root: nn.Module) -> None:
-        """See :class:`wn_surgery.slots.RootHook`."""
+        """See :class:`wn_surgery.norm.slots.RootHook`."""
         self.fusion.build(root)
         if not self.fusion.members:
             unhook(root)

@@ -10,13 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-from ..norm import builds_graph, g_shape, traced, transformed
-from ..parametrization import WeightNorm, WeightNormList
-from ..slots import NotCopied
-from .cpu import CpuEvaluator
-from .evaluator import Evaluator, Spec
-from .node import evaluate
-from .scope import Scope
+from wn_surgery.fused.cpu import CpuEvaluator
+from wn_surgery.fused.evaluator import Evaluator, Spec
+from wn_surgery.fused.node import evaluate
+from wn_surgery.fused.scope import Scope
+from wn_surgery.norm.math import (
+    builds_graph,
+    g_shape,
+    traced,
+    transformed,
+)
+from wn_surgery.norm.parametrization import WeightNorm, WeightNormList
+from wn_surgery.norm.slots import NotCopied
 
 __all__ = ["CudaSlot", "Group", "Slot", "gradient_hooks", "infrastructure_mode", "module_hooks_of"]
 

@@ -8,8 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..norm import builds_graph, check_unwritten, differentiable_gradients, versions
-from .evaluator import Evaluator, Spec
+from wn_surgery.fused.evaluator import Evaluator, Spec
+from wn_surgery.norm.math import (
+    builds_graph,
+    check_unwritten,
+    differentiable_gradients,
+    versions,
+)
 
 __all__ = ["evaluate"]
 

@@ -2,15 +2,19 @@
 
 Importing this module lets ``from_pretrained`` rebuild the weight norm that a checkpoint's config
 speaks of.
+
+In: models, configs and folders of transformers.
+Out: the same with weight norm, or without.
+Imports: errors, norm, rules, model, checkpoints.
 """
 
-from .adapters import merge_adapter, merge_and_unload
-from .config import WeightNormConfig
-from .folders import apply_folder, built_in_keys, model_on_meta
-from .patching import patch_model, repair, unpatch_model
-from .presets import rules_for
-from .reload import register
-from .saving import save_pretrained
+from wn_surgery.huggingface.adapters import merge_adapter, merge_and_unload
+from wn_surgery.huggingface.config import WeightNormConfig
+from wn_surgery.huggingface.folders import apply_folder, built_in_keys, model_on_meta
+from wn_surgery.huggingface.patching import patch_model, repair, unpatch_model
+from wn_surgery.huggingface.presets import rules_for
+from wn_surgery.huggingface.reload import register
+from wn_surgery.huggingface.saving import save_pretrained
 
 __all__ = [
     "WeightNormConfig",

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 import wn_surgery as wn
-from wn_surgery.rules import Rule
+from wn_surgery.rules.sources import Rule
 
 __all__ = ["merge_and_unload", "merge_adapter", "without_adapters"]
 

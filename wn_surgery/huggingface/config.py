@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import wn_surgery as wn
-from wn_surgery import savers
 from wn_surgery.errors import RuleFileError
-from wn_surgery.rules import Rule, RulesLike, as_rules
-
-from .bases import PreTrainedModel, QuantizationConfigMixin
+from wn_surgery.huggingface.bases import PreTrainedModel, QuantizationConfigMixin
+from wn_surgery.norm import savers
+from wn_surgery.rules.sources import Rule, RulesLike, as_rules
 
 __all__ = ["FILE", "METHOD", "ConfigLike", "WeightNormConfig", "as_config", "recorded"]
 

@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wn_surgery.parametrization import WeightNorm
-from wn_surgery.reloading import built_keys
-from wn_surgery.state_keys import Keys, keys_of
-
-from .bases import (
+from wn_surgery.huggingface.bases import (
     ConversionOps,
     PrefixChange,
     PreTrainedModel,
     WeightConverter,
     get_model_conversion_mapping,
 )
+from wn_surgery.model.reloading import built_keys
+from wn_surgery.model.state_keys import Keys, keys_of
+from wn_surgery.norm.parametrization import WeightNorm
 
 __all__ = ["built_in", "is_ours", "reading_plain", "save_as_built"]
 

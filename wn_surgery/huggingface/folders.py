@@ -13,13 +13,12 @@ import wn_surgery as wn
 from wn_surgery.checkpoints.atomic import atomic_folder
 from wn_surgery.checkpoints.folders import copy_companions, find
 from wn_surgery.errors import CheckpointError
-from wn_surgery.rules import RulesLike, as_rules
-from wn_surgery.state_keys import keys_of
-
-from . import reload
-from .bases import PreTrainedModel
-from .config import WeightNormConfig
-from .patching import patch_model
+from wn_surgery.huggingface import reload
+from wn_surgery.huggingface.bases import PreTrainedModel
+from wn_surgery.huggingface.config import WeightNormConfig
+from wn_surgery.huggingface.patching import patch_model
+from wn_surgery.model.state_keys import keys_of
+from wn_surgery.rules.sources import RulesLike, as_rules
 
 __all__ = ["apply_folder", "built_in_keys", "model_on_meta"]
 

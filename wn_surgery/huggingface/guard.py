@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .bases import FUSIONS, Fusion
-from .config import METHOD
+from wn_surgery.huggingface.bases import FUSIONS, Fusion
+from wn_surgery.huggingface.config import METHOD
 
 __all__ = ["guard", "register_guard", "unguard"]
 

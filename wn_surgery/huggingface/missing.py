@@ -6,10 +6,9 @@ from contextlib import ExitStack
 from functools import partial
 
 import wn_surgery as wn
-from wn_surgery.sites import Site
-
-from .bases import PreTrainedModel
-from .config import WeightNormConfig
+from wn_surgery.huggingface.bases import PreTrainedModel
+from wn_surgery.huggingface.config import WeightNormConfig
+from wn_surgery.model.sites import Site
 
 __all__ = ["draw_missing", "forget_missing"]
 

@@ -9,16 +9,15 @@ from typing import Any
 from torch import nn
 
 import wn_surgery as wn
-from wn_surgery import records
-from wn_surgery.reloading import match
-from wn_surgery.savers import Layouts
-from wn_surgery.state_keys import Keys
-
-from .bases import PreTrainedConfig, PreTrainedModel
-from .config import WeightNormConfig, recorded
-from .conversions import built_in
-from .guard import guard, unguard
-from .ties import follows, is_g_frozen, ties_of
+from wn_surgery.huggingface.bases import PreTrainedConfig, PreTrainedModel
+from wn_surgery.huggingface.config import WeightNormConfig, recorded
+from wn_surgery.huggingface.conversions import built_in
+from wn_surgery.huggingface.embeddings import follows, is_g_frozen, ties_of
+from wn_surgery.huggingface.guard import guard, unguard
+from wn_surgery.model import records
+from wn_surgery.model.reloading import match
+from wn_surgery.model.state_keys import Keys
+from wn_surgery.norm.savers import Layouts
 
 __all__ = ["forget", "joined", "note", "of_its_own", "write"]
 

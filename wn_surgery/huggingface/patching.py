@@ -9,14 +9,13 @@ from typing import Any
 from torch import nn
 
 import wn_surgery as wn
-from wn_surgery import records, reloading
-from wn_surgery.state_keys import keys_of
-
-from . import noting, ties
-from .bases import PreTrainedModel
-from .config import ConfigLike, as_config, recorded
-from .conversions import is_ours, save_as_built
-from .placing import put
+from wn_surgery.huggingface import embeddings, noting
+from wn_surgery.huggingface.bases import PreTrainedModel
+from wn_surgery.huggingface.config import ConfigLike, as_config, recorded
+from wn_surgery.huggingface.conversions import is_ours, save_as_built
+from wn_surgery.huggingface.placing import put
+from wn_surgery.model import records, reloading
+from wn_surgery.model.state_keys import keys_of
 
 __all__ = ["patch_model", "repair", "unpatch_model"]
 
@@ -63,7 +62,7 @@ def patch_model(model: PreTrainedModel, config: ConfigLike = None) -> wn.Report:
     config = as_config(config)
     _refuse_quantized(model)
     model_type = model.config.model_type
-    tied = ties.ties_of(model)
+    tied = embeddings.ties_of(model)
     if config.sites is not None and config.model_type not in (None, model_type):
         raise wn.UnmatchedRuleError(
             f"the config was made for a {config.model_type} model, this is a {model_type}; "
@@ -75,7 +74,7 @@ def patch_model(model: PreTrainedModel, config: ConfigLike = None) -> wn.Report:
     before = [site for site in (held.sites if held else None) or () if site["name"] in there]
     noted = copy.deepcopy(config)
     report = put(model, noted)
-    ties.follow(model, tied)
+    embeddings.follow(model, tied)
     if (conversions := getattr(model, "_weight_conversions", None)) is not None:
         # Left by a checkpoint or by unpatch_model(): saving would undo what has just been done.
         kept: Any = [each for each in conversions if not is_ours(each)]
@@ -121,7 +120,7 @@ def unpatch_model(model: nn.Module, *, optimizers: Any = ()) -> wn.Report:
         reloading.save_as_built(model)
     if isinstance(model, PreTrainedModel):
         save_as_built(model, [key.weight for key in keys])
-        ties.unfollow(model)
+        embeddings.unfollow(model)
         if recorded(model.config) is not None:
             noting.of_its_own(model)
             noting.forget(model.config)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import wn_surgery as wn
-from wn_surgery import records
-from wn_surgery.rules import Rule
-
-from .adapters import without_adapters
-from .bases import PreTrainedModel
-from .config import WeightNormConfig
-from .noting import joined
-from .presets import rules_for
+from wn_surgery.huggingface.adapters import without_adapters
+from wn_surgery.huggingface.bases import PreTrainedModel
+from wn_surgery.huggingface.config import WeightNormConfig
+from wn_surgery.huggingface.noting import joined
+from wn_surgery.huggingface.presets import rules_for
+from wn_surgery.model import records
+from wn_surgery.rules.sources import Rule
 
 __all__ = ["freeze", "put"]
 

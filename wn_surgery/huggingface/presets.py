@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from wn_surgery.errors import RuleError
-from wn_surgery.rule_fields import did_you_mean
-from wn_surgery.rules import Rule, as_rules
+from wn_surgery.rules.fields import did_you_mean
+from wn_surgery.rules.sources import Rule, as_rules
 
 __all__ = ["rules_for"]
 

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import ties
-from .bases import (
+from wn_surgery.huggingface import embeddings
+from wn_surgery.huggingface.bases import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
     HfQuantizer,
     PreTrainedModel,
 )
-from .config import METHOD, WeightNormConfig
-from .conversions import is_ours, reading_plain
-from .guard import register_guard
-from .missing import draw_missing, forget_missing
-from .noting import write
-from .placing import freeze, put
+from wn_surgery.huggingface.config import METHOD, WeightNormConfig
+from wn_surgery.huggingface.conversions import is_ours, reading_plain
+from wn_surgery.huggingface.guard import register_guard
+from wn_surgery.huggingface.missing import draw_missing, forget_missing
+from wn_surgery.huggingface.noting import write
+from wn_surgery.huggingface.placing import freeze, put
 
 __all__ = ["WeightNormQuantizer", "register"]
 
@@ -44,9 +44,9 @@ class WeightNormQuantizer(HfQuantizer):
         Raises:
             WeightNormError: the config does not fit the model.
         """
-        tied = ties.ties_of(model)
+        tied = embeddings.ties_of(model)
         put(model, self.quantization_config, replace=True)
-        ties.follow(model, tied)
+        embeddings.follow(model, tied)
         draw_missing(model, self.quantization_config)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:

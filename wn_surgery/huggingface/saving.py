@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from wn_surgery.state_keys import keys_of, stripped
-
-from .bases import PreTrainedModel
-from .config import recorded
-from .conversions import built_in
-from .noting import forget, write
+from wn_surgery.huggingface.bases import PreTrainedModel
+from wn_surgery.huggingface.config import recorded
+from wn_surgery.huggingface.conversions import built_in
+from wn_surgery.huggingface.noting import forget, write
+from wn_surgery.model.state_keys import keys_of, stripped
 
 __all__ = ["save_pretrained"]
 

@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from ..evaluator import Spec
+from wn_surgery.fused.evaluator import Spec
 
 __all__ = ["why_not"]
 

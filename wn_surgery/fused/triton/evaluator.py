@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import FusionError
-from ...norm import like
-from ..evaluator import Gradients, Spec
-from . import why_not
-from .tables import Layout, Tables
+from wn_surgery.errors import FusionError
+from wn_surgery.fused.evaluator import Gradients, Spec
+from wn_surgery.fused.triton import why_not
+from wn_surgery.fused.triton.tables import Layout, Tables
+from wn_surgery.norm.math import like
 
 __all__ = ["TritonEvaluator"]
 

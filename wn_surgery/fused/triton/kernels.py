@@ -19,7 +19,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .tables import FIELDS, TILE
+from wn_surgery.fused.triton.tables import FIELDS, TILE
 
 __all__ = [
     "WARPS",

@@ -9,8 +9,24 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from .kernels import address_of, along_v, eps_of, is_aligned, jit, multiple, norm_of, pointer_to
-from .tables import COLUMNS, FIELDS, FINISH_KEPT, FINISH_PARTS, HEIGHT, TILE
+from wn_surgery.fused.triton.kernels import (
+    address_of,
+    along_v,
+    eps_of,
+    is_aligned,
+    jit,
+    multiple,
+    norm_of,
+    pointer_to,
+)
+from wn_surgery.fused.triton.tables import (
+    COLUMNS,
+    FIELDS,
+    FINISH_KEPT,
+    FINISH_PARTS,
+    HEIGHT,
+    TILE,
+)
 
 __all__ = ["finish_backward", "finish_forward", "split_backward", "split_forward", "split_sums"]
 

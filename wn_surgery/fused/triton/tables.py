@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...errors import FusionError
-from ...norm import g_shape
-from ..evaluator import Spec
+from wn_surgery.errors import FusionError
+from wn_surgery.fused.evaluator import Spec
+from wn_surgery.norm.math import g_shape
 
 __all__ = [
     "ALIGNMENT",

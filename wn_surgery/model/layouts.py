@@ -1,0 +1,290 @@
+"""The three ways a weight-normed parameter is stored: reading them, and moving between them.
+
+Each edit here changes one parameter of one module and may stop half-way; callers take a
+:class:`wn_surgery.model.undo.Snapshot` first.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _WeightNorm as TorchParametrization
+from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
+
+from wn_surgery.norm.module_class import (
+    base_class,
+    class_for,
+    computed_names,
+    is_managed,
+)
+from wn_surgery.norm.parametrization import WeightNorm, WeightNormList
+from wn_surgery.norm.slots import note_change
+
+__all__ = ["Held", "Layout", "carried", "clear", "put_legacy", "put_parametrized", "put_plain"]
+
+Layout: TypeAlias = Literal["plain", "legacy", "parametrized", "other"]
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """How one weight-normed parameter is stored now.
+
+    Attributes:
+        layout: ``legacy`` or ``parametrized``; ``other`` for what is not weight norm, or
+            not weight norm alone.
+        maker: who computes the weight: ``torch``, ``wn_surgery``, or a dotted class name.
+        g: the magnitude; ``None`` for ``other``.
+        v: the direction; ``None`` for ``other``.
+        norm: dim, eps and norm_dtype; ``None`` for ``other``.
+        compute: the weight as its maker computes it.
+        g_init: what a rule has filled g with, where that is known.
+    """
+
+    layout: Layout
+    maker: str
+    g: nn.Parameter | None = None
+    v: nn.Parameter | None = None
+    norm: WeightNorm | None = None
+    compute: Callable[[], Tensor] | None = None
+    g_init: float | None = None
+
+    def weight(self) -> nn.Parameter:
+        """The weight as a Parameter: same bits as the last forward's, laid out like v."""
+        assert self.compute is not None and self.v is not None and self.g is not None
+        with torch.no_grad():
+            w = self.compute()
+            if w.stride() != self.v.stride():
+                w = torch.empty_like(self.v).copy_(w)
+        weight = nn.Parameter(w.detach(), self.g.requires_grad or self.v.requires_grad)
+        hand_over(self.v, weight)
+        return weight
+
+
+def hand_over(source: Tensor, target: Tensor) -> None:
+    """Give ``target`` the attributes that users and frameworks have set on ``source``."""
+    for name, value in vars(source).items():
+        setattr(target, name, value)
+
+
+# Reading --------------------------------------------------------------------------------
+
+
+def carried(module: nn.Module) -> dict[str, Held]:
+    """The parameters of ``module`` itself that are computed from others, by name."""
+    held: dict[str, Held] = {}
+    children = module.__dict__["_modules"]
+    if "parametrizations" in children and isinstance(children["parametrizations"], nn.ModuleDict):
+        for name, plist in children["parametrizations"].items():
+            held[name] = _read_parametrized(plist)
+    for entry in module.__dict__["_forward_pre_hooks"].values():
+        hook = getattr(entry, "folds", entry)  # what stands in for a hook inside folded()
+        # Pruning keeps the name in _tensor_name; every other torch hook in name.
+        owner: Any = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
+        if not isinstance(owner, str):
+            continue
+        name = owner
+        if found := _read_legacy(module, hook, name):
+            held[name] = found
+        elif f"{name}_orig" in module._parameters:
+            held[name] = Held("other", _dotted(type(hook)))
+    return held
+
+
+def _read_parametrized(plist: Any) -> Held:
+    first = plist[0]
+    parameters = plist._parameters
+    if len(plist) == 1 and {"original0", "original1"} <= parameters.keys():
+        g, v = parameters["original0"], parameters["original1"]
+        if isinstance(first, WeightNorm):
+            g_init = getattr(plist, "g_init", None)
+            return Held("parametrized", "wn_surgery", g, v, first, plist, g_init)
+        if type(first).__name__.endswith("WeightNorm") and hasattr(first, "dim"):
+            maker = "torch" if type(first) is TorchParametrization else _dotted(type(first))
+            return Held("parametrized", maker, g, v, _options(first.dim, v), plist)
+    return Held("other", " + ".join(_dotted(type(p)) for p in _parametrizations(plist)))
+
+
+def _parametrizations(plist: Any) -> Iterator[nn.Module]:
+    return (child for key, child in plist._modules.items() if key.isdigit())
+
+
+def _read_legacy(module: nn.Module, hook: Any, name: str) -> Held | None:
+    g, v = (module._parameters.get(f"{name}_{part}") for part in "gv")
+    if g is None or v is None or not (hasattr(hook, "compute_weight") and hasattr(hook, "dim")):
+        return None
+    maker = "torch" if type(hook) is LegacyHook else _dotted(type(hook))
+
+    def compute() -> Tensor:
+        return cast(Tensor, hook.compute_weight(module))
+
+    return Held("legacy", maker, g, v, _options(hook.dim, v), compute)
+
+
+def _options(dim: int | None, v: Tensor) -> WeightNorm:
+    """The options behind torch's ``dim``: -1 is the whole tensor, while -2 is an axis."""
+    if dim is None or dim == -1:
+        return WeightNorm.options(None)
+    return WeightNorm.options(dim + v.ndim if dim < 0 else dim)
+
+
+def _dotted(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+# Editing --------------------------------------------------------------------------------
+
+
+def clear(module: nn.Module, name: str) -> tuple[str, ...]:
+    """Take parameter ``name`` out of the module, whatever its layout.
+
+    Returns:
+        The names of the module's parameters in the order they should come in once
+        ``name`` is a plain parameter again.
+    """
+    if name in module._parameters:
+        order = tuple(module._parameters)
+        del module._parameters[name]
+        return order
+    if name in module.__dict__["_modules"].get("parametrizations", ()):
+        return _clear_parametrized(module, name)
+    return _clear_legacy(module, name)
+
+
+def _clear_parametrized(module: nn.Module, name: str) -> tuple[str, ...]:
+    note_change()
+    lists = cast(nn.ModuleDict, module._modules["parametrizations"])
+    order = getattr(lists[name], "order", ()) or _usual_order(module, name)
+    remaining = [other for other in lists if other != name]
+    cls: type[nn.Module]
+    if not remaining:
+        cls = base_class(module)
+    elif is_managed(type(module)) and name in computed_names(type(module)):
+        below = cast("type[nn.Module]", type(module).__bases__[0])
+        ours = [other for other in remaining if other in computed_names(type(module))]
+        cls = class_for(below, ours) if ours else below
+    else:
+        cls = class_for(base_class(module), remaining)
+    del lists[name]
+    if not remaining:
+        del module._modules["parametrizations"]
+    object.__setattr__(module, "__class__", cls)
+    _drop_compatibility_hooks(module, name)
+    return order
+
+
+def _clear_legacy(module: nn.Module, name: str) -> tuple[str, ...]:
+    order: tuple[str, ...] = ()
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if getattr(hook, "name", None) == name and _read_legacy(module, hook, name):
+            order = getattr(hook, "order", ())
+            del module._forward_pre_hooks[key]
+    order = order or _usual_order(module, name)
+    for part in "gv":
+        del module._parameters[f"{name}_{part}"]
+    module.__dict__.pop(name, None)
+    return order
+
+
+def put_plain(module: nn.Module, name: str, weight: nn.Parameter, order: Iterable[str]) -> None:
+    """Register ``weight`` as a plain parameter, in its place in ``order``."""
+    module.register_parameter(name, weight)
+    rank = {key: i for i, key in enumerate(order)}
+    # Names unknown to the order were registered since; they stay behind, in their order.
+    entries = sorted(module._parameters.items(), key=lambda item: rank.get(item[0], len(rank)))
+    module._parameters.clear()
+    module._parameters.update(entries)
+
+
+def put_parametrized(
+    module: nn.Module,
+    name: str,
+    norm: WeightNorm,
+    g: nn.Parameter,
+    v: nn.Parameter,
+    order: Sequence[str],
+) -> None:
+    """Register g and v under ``parametrizations`` and give the module a class that reads them."""
+    note_change()
+    if "parametrizations" not in module._modules:
+        module.add_module("parametrizations", nn.ModuleDict())
+    lists = cast(nn.ModuleDict, module._modules["parametrizations"])
+    # With several parameters, only the first to leave saw the whole order.
+    known: list[Sequence[str]] = [order, *(getattr(other, "order", ()) for other in lists.values())]
+    longest: Sequence[str] = max(known, key=len)
+    lists[name] = WeightNormList(norm, g, v, longest)
+    lists.train(module.training)
+    cls = type(module)
+    if is_managed(cls):
+        ours = [other for other in computed_names(cls) if other in lists]
+        cls = class_for(cast("type[nn.Module]", cls.__bases__[0]), [*ours, name])
+    else:
+        cls = class_for(cls, [name])
+    object.__setattr__(module, "__class__", cls)
+
+
+def put_legacy(
+    module: nn.Module,
+    name: str,
+    norm: WeightNorm,
+    g: nn.Parameter,
+    v: nn.Parameter,
+    order: Sequence[str],
+) -> None:
+    """Register ``name_g``, ``name_v`` and the hook of ``torch.nn.utils.weight_norm``."""
+    assert not isinstance(norm.dim, tuple)  # the plan has refused it
+    module.register_parameter(f"{name}_g", g)
+    module.register_parameter(f"{name}_v", v)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        hook = LegacyHook(name, -1 if norm.dim is None else norm.dim)
+    hook.order = tuple(order)  # type: ignore[attr-defined]
+    with torch.no_grad():
+        # As torch does: the attribute exists before the first forward. Without a graph,
+        # so that the module can be deep-copied.
+        module.__dict__[name] = hook.compute_weight(module)
+    # Not by a number, as torch counts them anew in each process: a later hook would take the place
+    # of one that was unpickled.
+    module._forward_pre_hooks[cast(int, f"wn_surgery.{name}")] = hook
+
+
+def refresh(module: nn.Module) -> None:
+    """Let modules that keep a list of their own weights (RNNs) read them again."""
+    if isinstance(module, nn.RNNBase):
+        with torch.no_grad():
+            module._init_flat_weights()
+
+
+def _usual_order(module: nn.Module, name: str) -> tuple[str, ...]:
+    """Where others took ``name`` out without leaving a note: as torch's own layers register it."""
+    order = [key for key in module._parameters if key not in (f"{name}_g", f"{name}_v")]
+    if isinstance(module, nn.RNNBase):
+        return tuple(module._flat_weights_names)
+    if isinstance(module, nn.RNNCellBase):
+        return ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    if isinstance(module, nn.MultiheadAttention):
+        apart = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        both = (
+            ("in_proj_weight", *apart) if module._qkv_same_embed_dim else (*apart, "in_proj_weight")
+        )
+        return (*both, "in_proj_bias", "bias_k", "bias_v")
+    bias = name.replace("weight", "bias")
+    order.insert(order.index(bias) if bias != name and bias in order else len(order), name)
+    return tuple(order)
+
+
+def _drop_compatibility_hooks(module: nn.Module, name: str) -> None:
+    """Remove the load hook that torch's weight_norm leaves behind for ``name``."""
+    for key, wrapped in list(module._load_state_dict_pre_hooks.items()):
+        hook = getattr(wrapped, "hook", wrapped)
+        if (
+            getattr(hook, "__module__", None) == "torch.nn.utils.parametrizations"
+            and getattr(hook, "__name__", None) == "_weight_norm_compat_hook"
+            and inspect.getclosurevars(hook).nonlocals.get("name") == name
+        ):
+            del module._load_state_dict_pre_hooks[key]

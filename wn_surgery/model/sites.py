@@ -1,0 +1,267 @@
+"""Walk a module tree: every parameter that carries, or could carry, weight norm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from wn_surgery.model.layouts import Held, Layout, carried
+from wn_surgery.norm.math import Dim
+from wn_surgery.norm.module_class import FOLDED, base_class
+from wn_surgery.norm.parametrization import WeightNorm
+
+__all__ = ["Node", "Site", "as_module", "sites", "walk"]
+
+_T = TypeVar("_T")
+
+# Attribute under which a wrapper keeps what it wraps, by the wrapper's dotted name.
+# Compared as text along the MRO, so that nothing needs to be imported to know it.
+_TRANSPARENT = {
+    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+    "torch.nn.parallel.data_parallel.DataParallel": "module",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": (
+        "_fsdp_wrapped_module"
+    ),
+    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper": (
+        "_checkpoint_wrapped_module"
+    ),
+}
+# Wrappers that hold references to the parameters they were given.
+_HOLDERS = {
+    "torch.nn.parallel.distributed.DistributedDataParallel": "DistributedDataParallel",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "FSDP",
+    "torch.distributed.fsdp.FSDPModule": "fully_shard (FSDP2)",
+}
+# Modules that read the parameters of these children without calling them, so that no hook on the
+# children runs. (The fast path of nn.TransformerEncoderLayer does too, but not where a hook is.)
+_READERS = {
+    "torch.nn.modules.activation.MultiheadAttention": ("out_proj",),
+    "torch.ao.nn.quantizable.modules.activation.MultiheadAttention": (),
+    "transformers.models.wavlm.modeling_wavlm.WavLMAttention": (
+        *("q_proj", "k_proj", "v_proj", "out_proj"),
+    ),
+    "diffusers.models.embeddings.HunyuanDiTAttentionPool": (
+        *("q_proj", "k_proj", "v_proj", "c_proj"),
+    ),
+}
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """One module of the tree, with every path it is reachable by.
+
+    Attributes:
+        module: the module.
+        paths: dotted paths as rules see them, wrapper segments left out; the first is the
+            one ``named_modules`` gives.
+        base: its class beneath any parametrized class.
+        wrapped: the data-parallel wrapper that holds its parameters, if any.
+        uncalled: whether a parent reads its parameters without calling it: hooks never run.
+    """
+
+    module: nn.Module
+    paths: list[str]
+    base: type[nn.Module]
+    wrapped: str | None
+    uncalled: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class Site:
+    """One parameter of one module: a place where weight norm is, or could be.
+
+    Attributes:
+        node: the module and its paths.
+        param: the parameter's name in its module.
+        held: how g and v are stored; ``None`` for a plain parameter.
+        tensor: the plain weight, or v: same shape, dtype and device as the weight.
+            ``None`` where something other than weight norm computes it.
+    """
+
+    node: Node
+    param: str
+    held: Held | None
+    tensor: Tensor | None = field(repr=False)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that owns the parameter."""
+        return self.node.module
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every dotted name of the parameter, e.g. ``('encoder.0.weight',)``."""
+        return tuple(f"{path}.{self.param}" if path else self.param for path in self.node.paths)
+
+    @property
+    def name(self) -> str:
+        """The first of :attr:`names`."""
+        path = self.node.paths[0]
+        return f"{path}.{self.param}" if path else self.param
+
+    @property
+    def layout(self) -> Layout:
+        """``plain``, ``legacy``, ``parametrized``, or ``other`` (not weight norm alone)."""
+        return "plain" if self.held is None else self.held.layout
+
+    @property
+    def normed(self) -> bool:
+        """Whether the parameter carries weight norm that can be removed."""
+        return self.held is not None and self.held.norm is not None
+
+    @property
+    def norm(self) -> WeightNorm | None:
+        """dim, eps and norm_dtype of the weight norm it carries."""
+        return None if self.held is None else self.held.norm
+
+    @property
+    def dim(self) -> Dim:
+        """The axes with a norm of their own; ``None`` for one norm, and for plain sites."""
+        return None if self.norm is None else self.norm.dim
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape; empty where it is unknown."""
+        if self.tensor is None or nn.parameter.is_lazy(self.tensor) or self.tensor.is_nested:
+            return ()
+        return tuple(self.tensor.shape)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The site as plain JSON data."""
+        norm = self.norm
+        return {
+            "names": list(self.names),
+            "type": self.node.base.__name__,
+            "layout": self.layout,
+            "shape": list(self.shape),
+            "dtype": None if self.tensor is None else str(self.tensor.dtype).split(".")[-1],
+            "maker": None if self.held is None else self.held.maker,
+            "dim": None if norm is None else norm.dim,
+            "eps": None if norm is None else norm.eps,
+        }
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """What carries, or could carry, weight norm.
+
+    Args:
+        model: any module tree.
+
+    Returns:
+        The weight-normed parameters in any layout and the plain floating ones with at
+        least two dimensions, in the order of ``model.named_modules()``. A shared module
+        appears once, with all its names.
+
+    Example:
+        >>> import wn_surgery as wn
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8))
+        >>> [(site.name, site.layout) for site in wn.sites(model)]
+        [('0.weight', 'plain')]
+    """
+    return [site for node in walk(model) for site in sites_of(node) if site.normed or could(site)]
+
+
+def could(site: Site) -> bool:
+    """Whether a plain site may carry weight norm without being asked for by name."""
+    tensor = site.tensor
+    if site.held is not None or tensor is None:
+        return False
+    if nn.parameter.is_lazy(tensor):
+        return True
+    return tensor.ndim >= 2 and (tensor.is_floating_point() or tensor.is_complex())
+
+
+def sites_of(node: Node) -> Iterator[Site]:
+    """The parameters of one module: plain ones, then computed ones."""
+    module = node.module
+    if "parametrizations" not in module._modules and not module._forward_pre_hooks:
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield Site(node, name, None, parameter)
+        return
+    held = carried(module)
+    parts = {f"{name}_{part}" for name, h in held.items() if h.layout == "legacy" for part in "gv"}
+    for name, parameter in module._parameters.items():
+        if parameter is not None and name not in parts:
+            yield Site(node, name, None, parameter)
+    for name, how in held.items():
+        yield Site(node, name, how, how.v)
+
+
+def as_module(model: object) -> nn.Module:
+    """The model, if it is one.
+
+    Raises:
+        TypeError: it is not, but for example a class, a list or ``None``.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+    advice = "; make an object of it" if isinstance(model, type) else ""
+    raise TypeError(f"expected a model, which is an nn.Module; got {got}{advice}")
+
+
+def walk(model: nn.Module) -> list[Node]:
+    """Every module of the tree once, in the order of ``named_modules``, with all its paths.
+
+    Modules inside ``parametrizations`` are left out: they are storage, not layers.
+    """
+    found = _Walk()
+    found.visit(as_module(model), "", None)
+    return list(found.nodes.values())
+
+
+class _Walk:
+    # Not a function in a function: one that calls itself is a cycle, by which the model it
+    # saw would outlive its last user until the collector comes by.
+    def __init__(self) -> None:
+        self.nodes: dict[int, Node] = {}
+        self._kinds: dict[type, tuple[str | None, str | None, tuple[str, ...]]] = {}
+        self._active: set[int] = set()
+
+    def visit(
+        self, module: nn.Module, path: str, wrapped: str | None, uncalled: bool = False
+    ) -> None:
+        """Add ``module``, which is at ``path``, and what is below it."""
+        if id(module) in self._active or isinstance(module, torch.jit.ScriptModule):
+            return
+        cls = type(module)
+        if cls not in self._kinds:
+            read = _find(cls, _READERS) or ()
+            self._kinds[cls] = (_find(cls, _TRANSPARENT), _find(cls, _HOLDERS), read)
+        transparent, holder, read = self._kinds[cls]
+        wrapped = holder or wrapped
+        node = self.nodes.get(id(module))
+        if node is None:
+            self.nodes[id(module)] = Node(module, [path], base_class(module), wrapped, uncalled)
+        else:
+            node.uncalled |= uncalled
+            if path not in node.paths:
+                node.paths.append(path)
+        self._active.add(id(module))
+        prefix = f"{path}." if path else ""
+        for name, child in module._modules.items():
+            if child is None or (name == "parametrizations" and isinstance(child, nn.ModuleDict)):
+                continue
+            below = path if name == transparent else prefix + name
+            self.visit(child, below, wrapped, name in read)
+        self._active.discard(id(module))
+
+
+def is_folded(node: Node) -> bool:
+    """Whether the module is inside ``folded`` or ``writable`` now."""
+    return node.module in FOLDED
+
+
+def _find(cls: type, table: Mapping[str, _T]) -> _T | None:
+    for base in cls.__mro__:
+        found = table.get(f"{base.__module__}.{base.__qualname__}")
+        if found is not None:
+            return found
+    return None

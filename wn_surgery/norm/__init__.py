@@ -1,0 +1,10 @@
+"""What weight norm is: the arithmetic, and the module class that computes a weight when it is read.
+
+In: a direction v, a magnitude g, and the options of a norm (dim, eps, norm_dtype).
+Out: weights, gradients, and modules whose parameter is computed.
+Imports: errors.
+"""
+
+from wn_surgery.norm.math import Dim, g_shape, magnitude, norm_except, weight_norm
+
+__all__ = ["Dim", "g_shape", "magnitude", "norm_except", "weight_norm"]

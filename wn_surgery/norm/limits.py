@@ -1,0 +1,116 @@
+"""Which norms weight norm can divide by, and g can hold.
+
+A norm is taken in one dtype, g is stored in another, and squares overflow or vanish long before the
+numbers do. What is accepted here comes out of :func:`~wn_surgery.norm.math.weight_norm`
+as it should.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from wn_surgery.norm.math import (
+    Dim,
+    computed_norms,
+    g_shape,
+    in_dtype,
+    norm_except,
+    real_dtype,
+)
+
+__all__ = ["has_easy_norms", "zero_slices"]
+
+
+def zero_slices(
+    v: Tensor,
+    dim: Dim,
+    eps: float = 0.0,
+    norm_dtype: torch.dtype | None = None,
+    g_init: float | None = None,
+) -> int:
+    """How many slices of ``v`` have a norm that weight norm cannot divide by, or g cannot hold.
+
+    The norm is taken as the forward takes it, in ``norm_dtype``, and stored as g, in v's dtype.
+    A slice counts if its norm is not finite; if it is so small that the squares under it have
+    lost digits (3e-16 in float32), and ``eps`` does not stand above that; if g is not finite or
+    0; or if g divided by the norm does not fit the dtype of the norm.
+
+    Args:
+        v: floating or complex, any shape, not on the meta device.
+        dim: as in :func:`wn_surgery.norm.math.weight_norm`.
+        eps: as in :func:`wn_surgery.norm.math.weight_norm`.
+        norm_dtype: as in :func:`wn_surgery.norm.math.weight_norm`.
+        g_init: what g is filled with; ``None`` where g is the norm.
+
+    Returns:
+        The count; 0 means that g and v give the weight back, or the one that ``g_init`` asks for.
+
+    Example:
+        >>> import torch
+        >>> from wn_surgery.norm.limits import zero_slices
+        >>> zero_slices(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), 0)
+        1
+        >>> zero_slices(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), 0, eps=1e-6)
+        0
+        >>> zero_slices(torch.tensor([[1e30, 0.0]]), 0, eps=1e-6)
+        1
+    """
+    if v.numel() == 0:
+        return math.prod(g_shape(v.shape, dim))
+    if g_init is None and has_easy_norms(v, dim, norm_dtype):
+        return 0
+    stored = real_dtype(v.dtype)
+    norms = computed_norms(v.detach(), dim, eps, norm_dtype)
+    # torch's kernel sums in float32 at least, and gives out that.
+    divided = torch.finfo(norms.dtype)
+    # Half precision is summed in float32, and would take the limits below for 0.
+    norms = norms.to(torch.promote_types(norms.dtype, torch.float32))
+    blurred = norms < max(_least(norms.dtype), divided.smallest_normal)
+    if eps != 0.0:
+        blurred &= norms > eps
+    norms = norms.clamp_min(eps)
+    bad = blurred | ~norms.isfinite()
+    if g_init is None:
+        g = norms.to(stored)
+        bad |= (g == 0) | ~g.isfinite()
+    elif g_init != 0.0:
+        ratio = abs(g_init) / norms
+        bad |= (ratio < divided.smallest_normal) | (ratio > divided.max)
+    return int(bad.sum())
+
+
+def has_easy_norms(v: Tensor, dim: Dim, norm_dtype: torch.dtype | None = None) -> bool:
+    """Whether all norms are so far from every limit that no way of summing matters.
+
+    Then :func:`zero_slices` is 0 for any ``eps``, which this says in one pass.
+
+    Args:
+        v: floating or complex, not empty and not on the meta device.
+        dim: as in :func:`wn_surgery.norm.math.weight_norm`.
+        norm_dtype: as in :func:`wn_surgery.norm.math.weight_norm`.
+
+    Returns:
+        False also where a closer look may find nothing.
+
+    Example:
+        >>> import torch
+        >>> from wn_surgery.norm.limits import has_easy_norms
+        >>> has_easy_norms(torch.ones(2, 3), 0), has_easy_norms(torch.full((2, 3), 1e-18), 0)
+        (True, False)
+    """
+    norms = norm_except(in_dtype(v.detach(), norm_dtype), dim)
+    low, high = torch.stack(torch.aminmax(norms)).tolist()
+    dtypes = (norms.dtype, real_dtype(v.dtype))
+    summed = torch.promote_types(norms.dtype, torch.float32)
+    least = max(_least(summed), *(torch.finfo(dtype).smallest_normal for dtype in dtypes))
+    most = min(math.sqrt(torch.finfo(summed).max), *(torch.finfo(dtype).max for dtype in dtypes))
+    return bool(2 * least <= low and high <= most / 2)
+
+
+def _least(summed: torch.dtype) -> float:
+    """The smallest norm whose squares lose no digits where they are summed."""
+    limits = torch.finfo(summed)
+    return math.sqrt(limits.smallest_normal / limits.eps)

@@ -1,0 +1,486 @@
+"""The mathematics: w = g · v / max(‖v‖, eps), with gradients of every order.
+
+The norm is taken over every axis except those in ``dim`` (Salimans & Kingma 2016,
+arXiv:1602.07868, eq. 2). With the default options the values are those of
+``torch._weight_norm`` bit for bit; what differs is that second-order gradients are right
+and that forward-mode AD, ``torch.func`` and vmap work.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
+
+__all__ = ["Dim", "g_shape", "magnitude", "norm_except", "weight_norm"]
+
+Dim: TypeAlias = "int | tuple[int, ...] | None"
+
+KERNEL_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+_PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+def g_shape(shape: torch.Size | tuple[int, ...], dim: Dim) -> tuple[int, ...]:
+    """The shape of the magnitude g of a weight: its size along ``dim``, 1 elsewhere.
+
+    Args:
+        shape: the weight's shape.
+        dim: the axes that keep a norm of their own; ``None`` for one norm of the whole
+            tensor, whose g is a scalar as in torch.
+
+    Returns:
+        The shape of g. It has the rank of the weight, or 0 for ``dim=None``.
+
+    Example:
+        >>> from wn_surgery.norm.math import g_shape
+        >>> g_shape((64, 32, 7), 0), g_shape((64, 32, 7), (0, 2)), g_shape((64, 32), None)
+        ((64, 1, 1), (64, 1, 7), ())
+    """
+    if dim is None:
+        return ()
+    kept = (dim,) if isinstance(dim, int) else dim
+    return tuple(size if axis in kept else 1 for axis, size in enumerate(shape))
+
+
+# It is asked at each access, of few different shapes.
+_expected = functools.lru_cache(maxsize=4096)(g_shape)
+
+
+def norm_except(v: Tensor, dim: Dim, eps: float = 0.0) -> Tensor:
+    """The 2-norm of ``v`` over every axis except ``dim``, clamped below at ``eps``.
+
+    Args:
+        v: floating or complex, any shape.
+        dim: the axes that keep a norm of their own; ``None`` for the whole tensor.
+        eps: the smallest norm returned. The gradient is zero where it is reached, to
+            every order, so a zero slice gives no NaN.
+
+    Returns:
+        Real tensor of shape ``g_shape(v.shape, dim)``.
+
+    Example:
+        >>> import torch
+        >>> from wn_surgery.norm.math import norm_except
+        >>> norm_except(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), 0, eps=1e-6).flatten()
+        tensor([5.0000e+00, 1.0000e-06])
+    """
+    raw = _norm(v, dim)
+    if eps == 0.0:
+        return raw
+    # The usual clamp_min is right to first order only: at v = 0 the norm's own second
+    # derivative is 0 · inf. So the norm is taken of a tensor that has no small slice.
+    small = raw.detach() <= eps
+    safe = torch.where(small, torch.ones_like(v), v)
+    return torch.where(small, eps, _norm(safe, dim))
+
+
+def weight_norm(
+    v: Tensor,
+    g: Tensor,
+    dim: Dim = 0,
+    eps: float = 0.0,
+    norm_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The weight w = g · v / max(‖v‖, eps).
+
+    Args:
+        v: the direction, floating or complex, any shape.
+        g: the magnitude, real, of shape ``g_shape(v.shape, dim)``.
+        dim: the axes that keep a norm of their own; ``None`` for the whole tensor.
+        eps: lower clamp of the norm, in the units of the weight.
+        norm_dtype: the dtype in which the norm and the product are computed, for
+            example ``torch.float32`` under bfloat16 weights; ``None`` for v's own.
+
+    Returns:
+        The weight: shape, dtype, device and channels_last layout of ``v``.
+
+    Raises:
+        ValueError: g has another shape.
+
+    Example:
+        >>> import torch
+        >>> from wn_surgery.norm.math import weight_norm
+        >>> weight_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([[10.0]]))
+        tensor([[6., 8.]])
+    """
+    if traced():
+        # A tracer wants one known operator; it never differentiates twice. For vectors,
+        # though, torch's decomposition of it sums along the kept axis.
+        if not _jit_traced():  # to torch.jit a size is a tensor
+            _check_shape(v, g, dim)
+        if has_kernel(v, dim, eps, norm_dtype) and g.dtype is v.dtype and v.ndim > 1:
+            assert isinstance(dim, int)  # narrows the type; has_kernel has checked it
+            return like(torch._weight_norm(v, g, dim), v)
+    elif (
+        g.dtype is v.dtype in KERNEL_DTYPES
+        and type(v) in _PLAIN_TYPES
+        and type(g) in _PLAIN_TYPES
+        and g.device == v.device
+        and v.numel() > 0
+        and not transformed()
+    ):
+        # torch's kernel would read behind the end of a g that is too short.
+        if g.shape != _expected(v.shape, dim):
+            _check_shape(v, g, dim)
+        if torch.is_grad_enabled() and (v.requires_grad or g.requires_grad):
+            if not torch.is_inference_mode_enabled():
+                return _node(v, g, dim, eps, norm_dtype)
+            with torch.no_grad():  # which inference mode does not imply
+                return values(v, g, dim, eps, norm_dtype)[0]
+        return values(v, g, dim, eps, norm_dtype)[0]
+    else:
+        _check_shape(v, g, dim)
+    return _composite(v, g, dim, eps, norm_dtype)
+
+
+def magnitude(
+    v: Tensor, dim: Dim, eps: float = 0.0, norm_dtype: torch.dtype | None = None
+) -> Tensor:
+    """The g for which ``weight_norm(v, g)`` gives back ``v``.
+
+    It is the norm as the forward itself computes it, so g / ‖v‖ is exactly 1 and the
+    weight is ``v`` bit for bit; ``torch.norm_except_dim`` sums in another order and is
+    off by an ulp or two. In bfloat16 and float16 g is rounded to 8 or 11 bits while the
+    kernel's norm is not, and the weight may change in its last place, as in torch.
+
+    Args:
+        v: the weight, floating or complex, any shape.
+        dim: as in :func:`weight_norm`.
+        eps: as in :func:`weight_norm`.
+        norm_dtype: as in :func:`weight_norm`.
+
+    Returns:
+        Real, detached tensor of shape ``g_shape(v.shape, dim)`` in v's precision.
+
+    Example:
+        >>> import torch
+        >>> from wn_surgery.norm.math import magnitude, weight_norm
+        >>> v = torch.randn(64, 32, 3)
+        >>> torch.equal(weight_norm(v, magnitude(v, dim=0), dim=0), v)
+        True
+    """
+    with torch.no_grad():
+        norms = computed_norms(v.detach(), dim, eps, norm_dtype)
+        return (norms if eps == 0.0 else norms.clamp_min(eps)).to(real_dtype(v.dtype))
+
+
+def computed_norms(v: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None) -> Tensor:
+    """The norms of the forward, before they are clamped: of torch's kernel, or of the formula."""
+    if has_kernel(v, dim, eps, norm_dtype):
+        ones = v.new_ones(g_shape(v.shape, dim))
+        # Through Any: has_kernel has checked that dim is an int.
+        return torch._weight_norm_interface(v.contiguous(), ones, cast(Any, dim))[1]
+    return _norm(in_dtype(v, norm_dtype), dim)
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a g and of norms, for weights of ``dtype``."""
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
+def _norm(x: Tensor, dim: Dim) -> Tensor:
+    if not isinstance(dim, tuple) and not transformed() and not _empty(x):
+        return torch.norm_except_dim(x, 2, -1 if dim is None else dim)
+    # norm_except_dim knows neither several axes nor empty tensors nor, for the whole tensor,
+    # forward AD.
+    if dim is None:
+        return cast(Tensor, torch.linalg.vector_norm(x))
+    kept = dim if isinstance(dim, tuple) else (dim,)
+    reduced = tuple(axis for axis in range(x.ndim) if axis not in kept)
+    # vector_norm reads an empty tuple as "every axis".
+    if not reduced:
+        return x.abs()
+    return cast(Tensor, torch.linalg.vector_norm(x, 2, reduced, keepdim=True))
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """``x`` in ``dtype``, or in the complex one of that precision."""
+    if dtype is None:
+        return x
+    return x.to(dtype.to_complex() if x.dtype.is_complex else dtype)
+
+
+def _check_shape(v: Tensor, g: Tensor, dim: Dim) -> None:
+    expected = g_shape(v.shape, dim)
+    if g.shape != expected:
+        raise ValueError(
+            f"g has shape {tuple(g.shape)}; expected {expected} for a v of shape "
+            f"{tuple(v.shape)} and dim={dim}"
+        )
+
+
+def _composite(
+    v: Tensor, g: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None
+) -> Tensor:
+    x = in_dtype(v, norm_dtype)
+    norms = norm_except(x, dim, eps)
+    w = x * (g.to(norms.dtype) / norms if norm_dtype is not None else g / norms)
+    return w.to(v.dtype)
+
+
+def has_kernel(v: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None) -> bool:
+    """Whether torch's fused kernel computes this weight norm."""
+    return (
+        eps == 0.0
+        and norm_dtype is None
+        and isinstance(dim, int)
+        and (dim == 0 or dim == v.ndim - 1)
+        and v.dtype in KERNEL_DTYPES
+        and (v.is_cpu or v.is_cuda)
+        and not _empty(v)  # torch's kernel divides by the size and takes the process down
+    )
+
+
+def _empty(v: Tensor) -> bool:
+    # While torch.jit traces, a size is a tensor, and asking for its truth is recorded.
+    return not traced() and v.numel() == 0
+
+
+def traced() -> bool:
+    """Whether torch.compile, torch.export or torch.jit is recording what is called."""
+    return torch.compiler.is_compiling() or _jit_traced()
+
+
+def _jit_traced() -> bool:
+    # In this order: torch.compile stops at the second question.
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
+def transformed() -> bool:
+    """Whether forward-mode AD or a ``torch.func`` transform is under way."""
+    # torch has no public question for either; its own autograd.Function asks the same.
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def builds_graph() -> bool:
+    """Whether autograd records: grad mode is on, and that is not undone by inference mode."""
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def like(w: Tensor, v: Tensor) -> Tensor:
+    """``w`` in the channels_last layout of ``v``, which torch's operator drops."""
+    if v.is_contiguous():
+        return w
+    if v.ndim == 4 and v.is_contiguous(memory_format=torch.channels_last):
+        return w.contiguous(memory_format=torch.channels_last)
+    if v.ndim == 5 and v.is_contiguous(memory_format=torch.channels_last_3d):
+        return w.contiguous(memory_format=torch.channels_last_3d)
+    return w
+
+
+# Values and gradients outside of autograd -----------------------------------------------
+
+
+def values(
+    v: Tensor, g: Tensor, dim: Dim, eps: float = 0.0, norm_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """The weight and the norms, for tensors of one of :data:`KERNEL_DTYPES`.
+
+    For callers that build no graph: without grad, or with a g and v that need none.
+
+    Args:
+        v: as in :func:`weight_norm`.
+        g: as in :func:`weight_norm`, in the dtype of ``v``.
+        dim: as in :func:`weight_norm`.
+        eps: as in :func:`weight_norm`.
+        norm_dtype: as in :func:`weight_norm`.
+
+    Returns:
+        The bits of :func:`weight_norm`, and the norms in whatever form :func:`gradients` wants.
+    """
+    if has_kernel(v, dim, eps, norm_dtype):
+        contiguous = v.contiguous()
+        # Through Any: has_kernel has checked that dim is an int.
+        w, norms = torch._weight_norm_interface(contiguous, g.contiguous(), cast(Any, dim))
+        return (w if contiguous is v else like(w, v)), norms
+    x = in_dtype(v, norm_dtype)
+    norms = _norm(x, dim)
+    if eps != 0.0:
+        norms = norms.clamp_min(eps)
+    scale = g / norms if norm_dtype is None else g.to(norms.dtype) / norms
+    return (x * scale).to(v.dtype), norms
+
+
+def gradients(
+    grad: Tensor,
+    v: Tensor,
+    g: Tensor,
+    norms: Tensor,
+    dim: Dim,
+    eps: float = 0.0,
+    norm_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of v and g, given that of the weight; no graph is built.
+
+    The paper's eq. 3: grad_g = ⟨grad, v⟩/‖v‖, grad_v = g/‖v‖ · (grad - v ⟨grad, v⟩/‖v‖²). Where
+    torch has no kernel, autograd would differentiate the formula step by step, which reads and
+    writes the weight some thirty times; this takes five passes.
+
+    Args:
+        grad: of the weight, in any memory layout.
+        v: as in :func:`values`, like the others.
+        g: the magnitude.
+        norms: what :func:`values` returned.
+        dim: the kept axes.
+        eps: the lower clamp.
+        norm_dtype: the dtype of the norm.
+
+    Returns:
+        The gradients in the shapes and dtypes of v and g.
+    """
+    if has_kernel(v, dim, eps, norm_dtype):
+        found: tuple[Tensor, Tensor] = _kernel_backward(
+            grad.to(v.dtype).contiguous(), v.contiguous(), g.contiguous(), norms, dim
+        )
+        return found
+    wide = torch.promote_types(norm_dtype or v.dtype, torch.float32)
+    x, dw = v.contiguous().to(wide), grad.contiguous().to(wide)
+    n, m = norms.to(wide), g.to(wide)
+    buffer = dw * x
+    axes = Axes.of(tuple(v.shape), dim)
+    grad_g = _sums(buffer, axes, dim).view(m.shape) / n
+    scale = m / n
+    along = scale * grad_g / n
+    if eps > 0.0:
+        # A clamped norm is a constant; no part of the gradient flows through it.
+        along = torch.where(norms > eps, along, 0.0)
+    if axes is not None and axes.before > 1:
+        # One long row to broadcast: torch is slow where the broadcast axis is short and last.
+        rows = (axes.before, axes.kept * axes.after)
+        x, dw, buffer = x.view(rows), dw.view(rows), buffer.view(rows)
+        scale, along = (_repeat(t, axes.after) for t in (scale, along))
+    if is_legacy_batchedtensor(grad):  # is_grads_batched: no writing into
+        grad_v = dw * scale - x * along
+    else:
+        # In memory that was used just now: fresh memory costs as much as the arithmetic.
+        grad_v = torch.mul(dw, scale, out=buffer).addcmul_(x, along, value=-1.0)
+    return like(grad_v.view(v.shape).to(v.dtype), v), grad_g.to(g.dtype)
+
+
+_kernel_backward: Any = torch.ops.aten._weight_norm_interface_backward.default
+
+
+class Axes(NamedTuple):
+    """A contiguous weight seen as (before, kept, after): one norm for each index of ``kept``.
+
+    Example:
+        >>> from wn_surgery.norm.math import Axes
+        >>> Axes.of((512, 256, 16), 1)
+        Axes(before=512, kept=256, after=16)
+        >>> Axes.of((64, 32), None)
+        Axes(before=1, kept=1, after=2048)
+    """
+
+    before: int
+    kept: int
+    after: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dim: Dim) -> Axes | None:
+        """The three axes that norms are taken over; ``None`` where three do not suffice."""
+        if dim is None or dim == ():
+            return cls(1, 1, math.prod(shape))
+        kept = sorted((dim,) if isinstance(dim, int) else dim)
+        first, last = kept[0], kept[-1]
+        if kept != list(range(first, last + 1)):
+            return None
+        return cls(
+            math.prod(shape[:first]),
+            math.prod(shape[first : last + 1]),
+            math.prod(shape[last + 1 :]),
+        )
+
+
+def _sums(products: Tensor, axes: Axes | None, dim: Dim) -> Tensor:
+    """The sums of the slices of a contiguous tensor."""
+    if axes is None:
+        kept = cast("tuple[int, ...]", dim)
+        return products.sum([a for a in range(products.ndim) if a not in kept], keepdim=True)
+    if axes.before > 1:
+        # The leading axis by itself: torch is slow at reducing both sides of a kept axis.
+        products = products.view(axes.before, -1).sum(0)
+    return products.view(axes.kept, axes.after).sum(1)
+
+
+def _repeat(t: Tensor, times: int) -> Tensor:
+    return t.reshape(-1, 1).expand(-1, times).reshape(-1)
+
+
+# In autograd -----------------------------------------------------------------------------
+
+
+class _Node(torch.autograd.Function):
+    """One weight: torch's kernel or five passes backward, a differentiable formula beyond.
+
+    torch's own derivative of ``_weight_norm_interface_backward`` is wrong with respect
+    to v (tests/test_norm.py shows it), so it is never reached from here.
+
+    Like the node of a fused group, it saves no tensor in autograd's sense: activation
+    checkpointing counts saved tensors, and must find as many when the model was fused between
+    a forward and its backward. g and v are held by the model anyway.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, v: Tensor, g: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None
+    ) -> Tensor:
+        w, norms = values(v, g, dim, eps, norm_dtype)
+        ctx.held, ctx.versions, ctx.options = (v, g, norms), versions(v, g), (dim, eps, norm_dtype)
+        return w
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        v, g, norms = ctx.held
+        (grad,) = grads
+        check_unwritten(v, g, ctx.versions)
+        if torch.is_grad_enabled():
+            grad_v, grad_g = differentiable_gradients(grad, v, g, *ctx.options)
+        else:
+            grad_v, grad_g = gradients(grad, v, g, norms, *ctx.options)
+        need_v, need_g, *_ = ctx.needs_input_grad
+        return grad_v if need_v else None, grad_g if need_g else None, None, None, None
+
+
+# Past Function.apply, which looks for functorch's transforms: that has been done, and costs as
+# much as the rest. torch leaves it untyped.
+_past: Any = super(torch.autograd.Function, _Node)
+_node: Callable[[Tensor, Tensor, Dim, float, torch.dtype | None], Tensor] = _past.apply
+
+
+def versions(v: Tensor, g: Tensor) -> tuple[int, int]:
+    """What :func:`check_unwritten` compares."""
+    return v._version, g._version
+
+
+def check_unwritten(v: Tensor, g: Tensor, before: tuple[int, int]) -> None:
+    """Raise torch's own error where v or g was written between forward and backward."""
+    if before == (v._version, g._version):
+        return
+    part, tensor, version = ("v", v, before[0]) if v._version != before[0] else ("g", g, before[1])
+    raise RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace "
+        f"operation: the {part} of a weight of shape {tuple(v.shape)} is at version "
+        f"{tensor._version}; expected version {version}. Call backward before the optimizer's "
+        "step, or clone what you write to"
+    )
+
+
+def differentiable_gradients(
+    grad: Tensor, v: Tensor, g: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients as functions of g, v and ``grad``; ``None`` for what needs none.
+
+    The formula in operations that autograd knows, in float32 at least.
+    """
+    wide = torch.promote_types(v.dtype, torch.float32)
+    w = _composite(v.to(wide), g.to(wide), dim, eps, norm_dtype)
+    inputs = [t for t in (v, g) if t.requires_grad]
+    found = iter(torch.autograd.grad(w, inputs, grad.to(wide), create_graph=True))
+    grad_v, grad_g = (next(found) if t.requires_grad else None for t in (v, g))
+    return grad_v, grad_g

@@ -1,0 +1,358 @@
+"""The class of a module whose weight is computed: it reads, writes, loads and pickles it.
+
+torch's own ``is_parametrized``, ``type_before_parametrizations`` and
+``remove_parametrizations`` work on it. But torch makes a class for each module, deletes
+properties from it on removal and refuses to pickle it. Here one class is shared by all
+modules of a base class that carry the same parameters, and never changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, TypeGuard, cast
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from wn_surgery.errors import FoldedModelError, NonFloatingError, ZeroNormError
+from wn_surgery.norm.drafts import following
+from wn_surgery.norm.parametrization import WeightNorm, WeightNormList
+
+__all__ = ["FOLDED", "base_class", "class_for", "computed_names", "is_managed", "opener"]
+
+_is_compiling = torch.compiler.is_dynamo_compiling
+
+FOLDED: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+"""The modules inside ``folded`` or ``writable`` now, and their parameters held as tensors."""
+
+
+class _Opener:
+    """How to make weights plain Parameters for a while.
+
+    Attributes:
+        open: ``wn_surgery.model.contexts.writable``, which stands above this file and puts itself here.
+    """
+
+    open: Callable[[nn.Module], AbstractContextManager[None]]
+
+
+opener = _Opener()
+
+
+def is_managed(cls: type) -> bool:
+    """Whether ``cls`` is one of the classes that :func:`class_for` makes."""
+    # Not by the metaclass, which FSDP2's subclass of a shared class inherits.
+    return "_weight_norm_names" in vars(cls)
+
+
+def computed_names(cls: type) -> tuple[str, ...]:
+    """The parameters that a class made by :func:`class_for` computes, itself."""
+    return tuple(name for name, value in vars(cls).items() if isinstance(value, _Computed))
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class beneath every parametrized class, torch's or ours."""
+    cls = type(module)
+    while is_managed(cls) or _is_torch_parametrized(cls):
+        cls = cls.__bases__[0]
+    return cls
+
+
+def class_for(base: type[nn.Module], names: Iterable[str]) -> type[nn.Module]:
+    """The class of modules of class ``base`` whose parameters ``names`` are computed.
+
+    One object for each (base, names), made at first use and kept while in use.
+
+    Args:
+        base: any module class; it stands first in the result's ``__bases__``, where
+            torch's ``type_before_parametrizations`` looks for it.
+        names: parameter names. Empty gives a class that computes nothing, which
+            ``folded`` uses.
+
+    Returns:
+        A subclass of ``base`` named like torch's, ``Parametrized<base>``.
+    """
+    key = (base, tuple(sorted(set(names))))
+    cls = _CLASSES.get(key)
+    if cls is None:
+        cls = _CLASSES[key] = _make_class(*key)
+    return cls
+
+
+_CLASSES: WeakValueDictionary[tuple[type, tuple[str, ...]], type[nn.Module]] = WeakValueDictionary()
+
+
+class _SharedMeta(type):
+    """Keeps the shared classes as they are, whatever torch's functions do to them.
+
+    ``remove_parametrizations`` deletes the property from the class and
+    ``register_parametrization`` adds one; either would reach every module of the class.
+    """
+
+    def __delattr__(cls, name: str) -> None:
+        if isinstance(cls.__dict__.get(name), _Computed):
+            return
+        # What torch had parametrized before is computed by torch's class, further down.
+        owner = next((base for base in cls.__mro__ if name in vars(base)), cls)
+        if owner is not cls and _is_torch_parametrized(owner):
+            delattr(owner, name)
+        else:
+            super().__delattr__(name)
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        if isinstance(value, property) and not isinstance(value, _Computed):
+            value = _computed(name)
+        super().__setattr__(name, value)
+
+
+class _Computed(property):
+    """A parameter that the instance's parametrization computes, if it has one."""
+
+
+def _computed(name: str) -> _Computed:
+    def get(self: Any) -> Tensor:
+        lists = self.__dict__["_modules"].get("parametrizations")
+        plist = None if lists is None else lists._modules.get(name)
+        if plist is not None:
+            # torch.compile must look neither at the slot nor at the thread.
+            if (hold := getattr(plist, "hold", None)) is not None:
+                weight = hold.traced if _is_compiling() else hold.weight()
+                if weight is not None:
+                    return cast(Tensor, weight)
+            if not _is_compiling() and (slot := getattr(plist, "slot", None)) is not None:
+                weight = slot.weight()
+                if weight is not None:
+                    return cast(Tensor, weight)
+            return cast(Tensor, plist())
+        # Torch may have given the shared class this name for another of its modules: here it
+        # is then a plain attribute or a Parameter. nn.Module.__getattr__ would find the latter as
+        # well, but torch.compile does not ask it after a property has raised.
+        for held in (self.__dict__, self.__dict__["_parameters"]):
+            if name in held:
+                return cast(Tensor, held[name])
+        raise AttributeError(name)
+
+    def put(self: Any, value: object) -> None:
+        if not _carries(self, name):
+            self.__dict__[name] = value
+            return
+        _refuse_if_held(self, name)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is weight-normed; expected a tensor, got {type(value)}")
+        self.parametrizations[name].right_inverse(value)
+
+    return _Computed(get, put)
+
+
+def _carries(module: nn.Module, name: str) -> bool:
+    held = module.__dict__["_modules"].get("parametrizations")
+    return held is not None and name in held
+
+
+def _make_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    managed = frozenset(names)
+
+    # Defined here and not in a mixin: the base must come first in __bases__ and would win.
+    def __setattr__(self: nn.Module, name: str, value: Any) -> None:  # noqa: N807
+        # nn.Module refuses a Parameter where a property stands; tie_weights assigns one.
+        if name in managed and isinstance(value, Tensor) and _carries(self, name):
+            _refuse_if_held(self, name)
+            cast(Any, self.parametrizations)[name].right_inverse(value)
+        else:
+            base.__setattr__(self, name, value)
+
+    def __delattr__(self: nn.Module, name: str) -> None:  # noqa: N807
+        if name in managed and _carries(self, name):
+            _refuse_if_held(self, name)
+        base.__delattr__(self, name)
+
+    def __reduce_ex__(self: nn.Module, protocol: int) -> tuple[Any, ...]:  # noqa: N807
+        return _reduce(self, base, protocol)
+
+    def _load_from_state_dict(
+        self: nn.Module,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        _adopt_layouts(self, state_dict, prefix, local_metadata, error_msgs)
+        base._load_from_state_dict(
+            self,
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+    # What writes into the weight that it reads from here takes effect, as on a plain layer.
+    def apply(self: nn.Module, fn: Callable[[nn.Module], None]) -> nn.Module:
+        with following(self):
+            return base.apply(self, fn)
+
+    namespace: dict[str, Any] = {
+        "_weight_norm_names": names,
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+        "__setattr__": __setattr__,
+        "__delattr__": __delattr__,
+        "__reduce_ex__": __reduce_ex__,
+        "_load_from_state_dict": _load_from_state_dict,
+        "apply": apply,
+        **{
+            name: _resetting(base, name)
+            for name in ("reset_parameters", "_reset_parameters")
+            if hasattr(base, name)
+        },
+        **{name: _computed(name) for name in names},
+    }
+    return _subclass(base, f"Parametrized{base.__name__}", namespace)
+
+
+def _subclass(base: type[nn.Module], name: str, namespace: dict[str, Any]) -> type[nn.Module]:
+    metaclass = _meta_for(type(base))
+    # In two steps, for ``__init_subclass__`` of the user's class is about classes that people
+    # write: it may want arguments, or put the class into a registry.
+    made = metaclass(name, (nn.Module,), namespace)
+    try:
+        made.__bases__ = (base,)
+    except TypeError:  # it has slots, or is otherwise laid out in another way than nn.Module
+        made = metaclass(name, (base,), namespace)
+    return cast("type[nn.Module]", made)
+
+
+def _resetting(base: type[nn.Module], name: str) -> Callable[..., Any]:
+    """The module's own initializer, with the effect that it has on a plain layer."""
+
+    def reset(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with opener.open(self):
+            return getattr(base, name)(self, *args, **kwargs)
+
+    return reset
+
+
+def _refuse_if_held(module: nn.Module, name: str) -> None:
+    # The first question is for torch.compile, which cannot follow the second.
+    if getattr(cast(Any, module.parametrizations)[name], "hold", None) is not None and (
+        name in FOLDED.get(module, ())
+    ):
+        raise FoldedModelError(
+            f"{base_class(module).__name__}.{name} is inside folded() now, where it is only read; "
+            "write to it inside writable(), or leave the context first"
+        )
+
+
+def _meta_for(metaclass: type) -> Callable[..., type]:
+    """The metaclass, joined with the base's own where that is not plain ``type``."""
+    if issubclass(_SharedMeta, metaclass):
+        return _SharedMeta
+    if metaclass not in _METACLASSES:
+        _METACLASSES[metaclass] = type("_SharedMeta", (_SharedMeta, metaclass), {})
+    return _METACLASSES[metaclass]
+
+
+_METACLASSES: dict[type, type] = {}
+
+
+def _is_torch_parametrized(cls: type) -> bool:
+    # torch marks its classes by nothing but what it puts in them.
+    return (
+        cls.__name__.startswith("Parametrized")
+        and getattr(cls.__dict__.get("__getstate__"), "__module__", "")
+        == "torch.nn.utils.parametrize"
+    )
+
+
+# Pickle and deepcopy ----------------------------------------------------------------
+
+
+def _reduce(module: nn.Module, base: type[nn.Module], protocol: int) -> tuple[Any, ...]:
+    with torch.no_grad():
+        reduced = cast("tuple[Any, ...]", base.__reduce_ex__(module, max(protocol, 2)))
+    constructor, args, state, *rest = reduced
+    if isinstance(state, dict):
+        folded = FOLDED.get(module, ())
+        state = {k: value for k, value in state.items() if k not in folded}
+        if "_flat_weights" in state:
+            # What an RNN read from its properties; with a graph it could not be copied.
+            state["_flat_weights"] = [
+                w if w is None else w.detach() for w in state["_flat_weights"]
+            ]
+    names = tuple(module.__dict__["_modules"]["parametrizations"])
+    # The shared class cannot be pickled by name; the base stands in for it.
+    constructor = base if constructor is type(module) else constructor
+    args = tuple(base if arg is type(module) else arg for arg in args)
+    return (_rebuild, (base, names, constructor, args), state, *rest)
+
+
+def _rebuild(
+    base: type[nn.Module],
+    names: tuple[str, ...],
+    constructor: Callable[..., nn.Module],
+    args: tuple[Any, ...],
+) -> nn.Module:
+    module = constructor(*args)
+    module.__class__ = class_for(base, names)
+    return module
+
+
+# State dicts of other layouts ---------------------------------------------------------
+
+
+def _is_weight_norm(plist: Any) -> TypeGuard[WeightNormList]:
+    return isinstance(plist, WeightNormList) and len(plist) == 1
+
+
+def _adopt_layouts(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    error_msgs: list[str],
+) -> None:
+    """Rewrite a plain ``weight`` or a legacy ``weight_g``, ``weight_v`` as g and v here."""
+    for name, plist in module.__dict__["_modules"].get("parametrizations", {}).items():
+        if not _is_weight_norm(plist):
+            continue
+        g_key = f"{prefix}parametrizations.{name}.original0"
+        v_key = f"{prefix}parametrizations.{name}.original1"
+        plain, legacy = prefix + name, (f"{prefix}{name}_g", f"{prefix}{name}_v")
+        if all(key in state_dict for key in legacy):
+            state_dict[g_key] = state_dict.pop(legacy[0])
+            state_dict[v_key] = state_dict.pop(legacy[1])
+        elif plain in state_dict and not {g_key, v_key} & state_dict.keys():
+            weight = state_dict.pop(plain)
+            assign = bool(local_metadata.get("assign_to_params_buffers"))
+            g, v, error = _split(weight, plist, assign)
+            state_dict[g_key], state_dict[v_key] = g, v
+            if error:
+                error_msgs.append(f"{plain}: {error}")
+
+
+def _split(weight: Any, plist: WeightNormList, assign: bool) -> tuple[Any, Any, str]:
+    """The g and v of a plain ``weight`` from a state dict; those of now, where it has none."""
+    now = plist.original0.detach(), plist.original1.detach()
+    if not isinstance(weight, Tensor) or weight.shape != now[1].shape:
+        # torch reports the type or the shape as that of original1; g must not look missing too.
+        return now[0], weight, ""
+    if weight.is_meta and not (assign or now[1].is_meta):
+        return *now, "the checkpoint's tensor is on the meta device and has no values to load"
+    if weight.is_complex() and not now[1].is_complex():
+        return *now, f"expected a real tensor, got one of dtype {weight.dtype}"
+    if not (assign or now[1].is_meta):
+        # g must be the norm of the values that v will hold, not of wider ones.
+        weight = weight.to(dtype=now[1].dtype, device=now[1].device)
+    if not (weight.is_floating_point() or weight.is_complex()):
+        return *now, f"expected a floating-point tensor to assign, got {weight.dtype}"
+    try:
+        return cast(WeightNorm, plist[0]).right_inverse(weight)[0], weight, ""
+    except (NonFloatingError, ZeroNormError) as error:
+        return *now, str(error)

@@ -1,0 +1,205 @@
+"""The WeightNorm parametrization, and the list that holds its g and v.
+
+From outside this is torch's layout: ``module.parametrizations.weight.original0`` is g and
+``original1`` is v. What makes ``module.weight`` read them is :mod:`wn_surgery.norm.module_class`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, MutableMapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+from torch.nn.utils.parametrize import ParametrizationList
+
+from wn_surgery.errors import NonFloatingError, ZeroNormError
+from wn_surgery.norm import savers
+from wn_surgery.norm.limits import zero_slices
+from wn_surgery.norm.math import Dim, magnitude, weight_norm
+
+__all__ = ["WeightNorm", "WeightNormList"]
+
+
+class WeightNorm(nn.Module):
+    """The parametrization (g, v) → g · v / max(‖v‖, eps).
+
+    Args:
+        dim: the axes of the weight that keep a norm of their own, ``None`` for the
+            whole tensor.
+        eps: lower clamp of the norm, in the units of the weight.
+        norm_dtype: the dtype the norm and product are computed in; ``None``: the weight's.
+
+    Example:
+        >>> import torch
+        >>> from wn_surgery.norm.parametrization import WeightNorm
+        >>> norm = WeightNorm(dim=0)
+        >>> g, v = norm.right_inverse(torch.randn(4, 3))
+        >>> g.shape, norm(g, v).shape
+        (torch.Size([4, 1]), torch.Size([4, 3]))
+    """
+
+    def __init__(
+        self, dim: Dim = 0, eps: float = 0.0, norm_dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.eps = eps
+        self.norm_dtype = norm_dtype
+
+    def forward(self, g: Tensor, v: Tensor) -> Tensor:
+        """The weight; see :func:`wn_surgery.norm.math.weight_norm`."""
+        return weight_norm(v, g, self.dim, self.eps, self.norm_dtype)
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The g and v that give ``weight``; v is a copy, never an alias.
+
+        Raises:
+            NonFloatingError: ``weight`` is of another kind, or not dense.
+            ZeroNormError: a slice of ``weight`` has a norm that is zero (and ``eps`` is 0), not
+                finite, or too small or large for the dtype.
+        """
+        if not (weight.is_floating_point() or weight.is_complex()) or weight.itemsize < 2:
+            raise NonFloatingError(
+                f"the new weight has dtype {weight.dtype}; expected a floating-point tensor of 16 "
+                "bits or more; convert it first"
+            )
+        if weight.layout is not torch.strided:
+            raise NonFloatingError(
+                f"the new weight is stored as {str(weight.layout).removeprefix('torch.')}; "
+                "expected a dense tensor; call to_dense() first"
+            )
+        if not (weight.is_meta or is_fake(weight)) and (
+            bad := zero_slices(weight, self.dim, self.eps, self.norm_dtype)
+        ):
+            raise ZeroNormError(
+                f"the new weight has {bad} slice(s) along dim={self.dim} whose norm is zero, not "
+                "finite, or too small or large for its dtype; write a weight without them, or "
+                f"apply weight norm with {'a larger eps' if self.eps else 'eps > 0'} or a wider "
+                "norm_dtype"
+            )
+        g = magnitude(weight, self.dim, self.eps, self.norm_dtype)
+        return g, weight.detach().clone(memory_format=torch.preserve_format)
+
+    @classmethod
+    @functools.cache
+    def options(
+        cls, dim: Dim = 0, eps: float = 0.0, norm_dtype: torch.dtype | None = None
+    ) -> WeightNorm:
+        """A shared instance that only stands for its options; modules get their own."""
+        return cls(dim, eps, norm_dtype)
+
+    def same_as(self, other: WeightNorm | None) -> bool:
+        """Whether both compute the same function."""
+        return other is not None and (self.dim, self.eps, self.norm_dtype) == (
+            other.dim,
+            other.eps,
+            other.norm_dtype,
+        )
+
+    def extra_repr(self) -> str:
+        """The options that differ from torch's defaults, and ``dim``."""
+        parts = [f"dim={self.dim}"]
+        if self.eps != 0.0:
+            parts.append(f"eps={self.eps}")
+        if self.norm_dtype is not None:
+            parts.append(f"norm_dtype={self.norm_dtype}")
+        return ", ".join(parts)
+
+
+class WeightNormList(ParametrizationList):
+    """What stands at ``module.parametrizations.<name>``: g, v and the parametrization.
+
+    Unlike its base it takes g and v as they are, so that Parameters keep their identity,
+    and it copies into them on assignment instead of aliasing the assigned tensor.
+
+    Args:
+        norm: the options; the list makes a parametrization of its own from them.
+        g: the magnitude, registered as ``original0``.
+        v: the direction, registered as ``original1``.
+        order: the names in the module's ``_parameters`` before surgery, so that removal
+            can put the weight back in its place.
+
+    Attributes:
+        g_init: what a rule has filled g with, before it was trained; ``None`` for the norm, or
+            where that is not known.
+        hold: a :class:`wn_surgery.norm.slots.Hold`, while this weight is folded or an initializer
+            runs.
+        slot: a :class:`wn_surgery.norm.slots.Slot`, while its model is fused.
+    """
+
+    # Not annotated: torch.jit.script would have to understand it.
+    g_init = None
+    hold = None
+    slot = None
+
+    def __init__(
+        self, norm: WeightNorm, g: nn.Parameter, v: nn.Parameter, order: Iterable[str] = ()
+    ) -> None:
+        nn.ModuleList.__init__(self, [WeightNorm(norm.dim, norm.eps, norm.norm_dtype)])
+        self.unsafe = True
+        self.is_tensor = False
+        self.ntensors = 2
+        self.order = tuple(order)
+        self.original0 = g
+        self.original1 = v
+
+    def forward(self) -> Tensor:
+        """The weight; later parametrizations that torch stacked on it are applied too."""
+        held = self._modules
+        if len(held) > 1:
+            return super().forward()
+        g, v = self._parameters.get("original0"), self._parameters.get("original1")
+        if g is None or v is None:  # a replica of DataParallel has them as attributes
+            g, v = self.original0, self.original1
+        # Called as a module, so that hooks on it run.
+        return cast(Tensor, held["0"](g, v))
+
+    def right_inverse(self, value: Tensor) -> None:
+        """Set g and v, in place, so that the weight becomes ``value``.
+
+        Raises:
+            ValueError: ``value`` has another shape than the weight, or is complex and that is not.
+            ZeroNormError: see :meth:`WeightNorm.right_inverse`.
+        """
+        if len(self) > 1:
+            super().right_inverse(value)
+            return
+        if value.shape != self.original1.shape:
+            raise ValueError(
+                f"expected a weight of shape {tuple(self.original1.shape)}, "
+                f"got {tuple(value.shape)}; remove weight norm first to change the shape"
+            )
+        if value.is_complex() and not self.original1.is_complex():
+            raise ValueError(
+                f"expected a real weight, got one of dtype {value.dtype}; assign its real part"
+            )
+        with torch.no_grad():
+            if value.layout is torch.strided:
+                value = value.detach().to(self.original1)
+            g, v = cast(WeightNorm, self[0]).right_inverse(value)
+            self.original0.copy_(g)
+            self.original1.copy_(v)
+
+    def _replicate_for_data_parallel(self) -> WeightNormList:
+        replica = cast(WeightNormList, cast(Any, super())._replicate_for_data_parallel())
+        for name in ("hold", "slot"):
+            replica.__dict__.pop(name, None)
+        return replica
+
+    def _save_to_state_dict(
+        self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        layout = savers.layout_for(destination, self)
+        if layout is None or len(self) > 1:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        owner, _, param = prefix.removesuffix(".").rpartition("parametrizations.")
+        if layout == "plain":
+            with torch.no_grad():
+                destination[owner + param] = self()
+            return
+        for end, part in (("_g", self.original0), ("_v", self.original1)):
+            destination[f"{owner}{param}{end}"] = part if keep_vars else part.detach()

@@ -1,0 +1,337 @@
+"""The name-pattern language: globs over dotted paths, compiled to one regular expression.
+
+A pattern always has to match the full path. Braces are expanded first, the alternatives are
+split at dots into segments, and alternatives that differ in one segment are merged again, so
+that ``layers.{0..11}.*`` is one short expression and not twelve.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import bracex
+
+from wn_surgery.errors import WeightNormError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+__all__ = ["MAX_ALTERNATIVES", "Pattern", "PatternError", "PatternSet", "compile_pattern"]
+
+MAX_ALTERNATIVES = 10_000
+"""The most alternatives that the braces of one pattern may expand into."""
+
+_ANY = frozenset({"**"})
+_BRACES = "braces hold a list {a,b} or a range {0..11}; match a brace itself with 're:'"
+_CLASSES = "write a class as [0-9] or [!a]; match a bracket itself with 're:'"
+
+
+class PatternError(WeightNormError, ValueError):
+    """A pattern is not in the language. The message says which piece, and what to write."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A compiled pattern; make one with `compile_pattern`.
+
+    Attributes:
+        source: The pattern as it was written.
+        literal: True if it has no wildcard, no braces and no ``re:``, and so names one path.
+        alternatives: What the braces expand into; the pattern itself where it has none.
+    """
+
+    source: str
+    literal: bool
+    alternatives: tuple[str, ...] = field(compare=False)
+    exact: frozenset[str] = field(repr=False, compare=False)
+    regex: re.Pattern[str] | None = field(repr=False, compare=False)
+
+    def matches(self, path: str) -> bool:
+        """Tell whether the pattern matches the whole of ``path``.
+
+        Args:
+            path: A dotted path; the root's is the empty string.
+
+        Returns:
+            True on a full match.
+
+        Example:
+            >>> from wn_surgery.rules.patterns import compile_pattern
+            >>> compile_pattern("**.q_proj").matches("layers.0.q_proj")
+            True
+            >>> compile_pattern("layers.1").matches("layers.10")
+            False
+        """
+        if path in self.exact:
+            return True
+        return self.regex is not None and self.regex.fullmatch(path) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class PatternSet:
+    """Several patterns, any of which may match.
+
+    Attributes:
+        patterns: The compiled patterns, in the order given.
+    """
+
+    patterns: tuple[Pattern, ...]
+    exact: frozenset[str] = field(repr=False, compare=False)
+    regexes: tuple[re.Pattern[str], ...] = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, sources: Iterable[str]) -> PatternSet:
+        """Compile ``sources`` into one set.
+
+        Args:
+            sources: The patterns.
+
+        Returns:
+            The set. The set of no patterns matches nothing.
+
+        Raises:
+            PatternError: A pattern is not in the language.
+
+        Example:
+            >>> from wn_surgery.rules.patterns import PatternSet
+            >>> PatternSet.of(["encoder.**", "head"]).matches("encoder.0.fc")
+            True
+        """
+        patterns = tuple(map(compile_pattern, sources))
+        exact = frozenset[str]().union(*(pattern.exact for pattern in patterns))
+        regexes = tuple(pattern.regex for pattern in patterns if pattern.regex is not None)
+        return cls(patterns, exact, regexes)
+
+    def matches(self, path: str) -> bool:
+        """Tell whether any of the patterns matches the whole of ``path``.
+
+        Args:
+            path: A dotted path.
+
+        Returns:
+            True if one does.
+
+        Example:
+            >>> from wn_surgery.rules.patterns import PatternSet
+            >>> PatternSet.of([]).matches("head")
+            False
+        """
+        if path in self.exact:
+            return True
+        return any(regex.fullmatch(path) is not None for regex in self.regexes)
+
+
+@lru_cache(maxsize=4096)
+def compile_pattern(pattern: str) -> Pattern:
+    """Compile a pattern of the name language.
+
+    ``*`` is any run of characters inside a segment (alone: one segment, whatever its name),
+    ``?`` one character, ``[0-9]`` and ``[!a]`` one character of a class, ``**`` any number of
+    whole segments, none included, ``{a,b}`` and ``{0..11}`` alternatives. ``re:`` makes the rest
+    a regular expression for `re.fullmatch`. The empty pattern matches only the root.
+
+    Args:
+        pattern: The pattern.
+
+    Returns:
+        The compiled pattern; the same object for the same text.
+
+    Raises:
+        PatternError: The pattern is not in the language.
+
+    Example:
+        >>> from wn_surgery.rules.patterns import compile_pattern
+        >>> pattern = compile_pattern("decoder.layers.{0..11}.**")
+        >>> [pattern.matches(path) for path in ("decoder.layers.7.fc", "decoder.layers.12.fc")]
+        [True, False]
+    """
+    if pattern.startswith("re:"):
+        return Pattern(pattern, False, (pattern,), frozenset(), _regular_expression(pattern[3:]))
+    alternatives = _expand(pattern)
+    split = [_split(alternative) for alternative in alternatives]
+    exact = frozenset(".".join(segments) for segments in split if not _is_glob(segments))
+    globs = _merge([segments for segments in split if _is_glob(segments)])
+    regex = re.compile("|".join(map(_path_regex, globs)), re.DOTALL) if globs else None
+    return Pattern(pattern, pattern in exact, alternatives, exact, regex)
+
+
+def _regular_expression(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise PatternError(f"'re:{text}' is not a regular expression: {error}") from None
+
+
+def _expand(pattern: str) -> tuple[str, ...]:
+    """Expand the braces; a brace that is left over is an error rather than a character."""
+    if "{" not in pattern and "}" not in pattern:
+        return (pattern,)
+    # The language has no escapes: a backslash, and the `$` that bash cares about, are characters.
+    escaped = pattern.replace("\\", "\\\\").replace("${", "\\${")
+    try:
+        # bracex drops an alternative that is empty as a whole, so none may be.
+        expanded = [text[1:] for text in bracex.expand(f"x{escaped}", limit=MAX_ALTERNATIVES)]
+    except bracex.ExpansionLimitException:
+        raise PatternError(
+            f"the braces of {_short(pattern)} expand into more than {MAX_ALTERNATIVES} "
+            "alternatives; use '*', or a regular expression after 're:'"
+        ) from None
+    except (RecursionError, ValueError):
+        raise PatternError(f"cannot expand the braces of {_short(pattern)}; {_BRACES}") from None
+    for text in expanded:
+        if "{" in text or "}" in text:
+            raise PatternError(f"a brace of {_short(pattern)} opens or closes nothing; {_BRACES}")
+    return tuple(dict.fromkeys(expanded))
+
+
+def _split(text: str) -> tuple[str, ...]:
+    """Split at the dots, check every segment, and drop a ``**`` that follows another."""
+    if not text:
+        return ()
+    segments: list[str] = []
+    for segment in text.split("."):
+        if not segment:
+            raise PatternError(
+                f"{_short(text)} has an empty segment; a path has no two dots in a row, and none "
+                "at either end (a range goes in braces: {0..11})"
+            )
+        if segment == "**" and segments[-1:] == ["**"]:
+            continue
+        if "**" in segment and segment != "**":
+            once = re.sub(r"\*+", "*", segment)
+            raise PatternError(
+                f"'**' stands for whole segments, so it cannot be a part of {_short(segment)}; "
+                f"write {once!r} to stay in one segment, or put dots around '**'"
+            )
+        _segment_regex(segment)
+        segments.append(segment)
+    return tuple(segments)
+
+
+def _is_glob(segments: Sequence[str]) -> bool:
+    return any(character in segment for segment in segments for character in "*?[")
+
+
+def _merge(paths: Sequence[tuple[str, ...]]) -> list[tuple[frozenset[str], ...]]:
+    """Join paths that differ in one segment, position by position, to undo the expansion."""
+    merged = [tuple(_ANY if part == "**" else frozenset({part}) for part in path) for path in paths]
+    for position in range(max(map(len, merged), default=0)):
+        groups: dict[object, list[tuple[frozenset[str], ...]]] = {}
+        for path in merged:
+            alone = position >= len(path) or path[position] == _ANY
+            key = path if alone else (path[:position], path[position + 1 :], None)
+            groups.setdefault(key, []).append(path)
+        merged = [
+            tuple(
+                frozenset[str]().union(*(path[position] for path in group))
+                if index == position
+                else part
+                for index, part in enumerate(group[0])
+            )
+            for group in groups.values()
+        ]
+    return merged
+
+
+def _path_regex(path: tuple[frozenset[str], ...]) -> str:
+    """Translate one path of segments, each a set of alternatives.
+
+    Between two ``**`` only the leftmost match of what stands there matters, so it is an atomic
+    group: the time stays linear in the path where a plain translation is exponential in the
+    number of ``**``.
+    """
+    blocks: list[list[str]] = [[]]
+    for part in path:
+        if part == _ANY:
+            blocks.append([])
+        else:
+            blocks[-1].append(_either(sorted(part)))
+    head, *rest = [r"\.".join(block) for block in blocks]
+    if not rest:
+        return head
+    *middle, tail = rest
+    if tail:
+        leading = rf"{head}\." if head else ""
+        return f"{leading}{''.join(map(_leftmost, middle))}(?:.*\\.)?{tail}"
+    if not middle:
+        return rf"{head}(?:\..*)?" if head else ".*"
+    *middle, last = middle
+    leading = rf"{head}\." if head else ""
+    return f"{leading}{''.join(map(_leftmost, middle))}(?:[^.]+\\.)*?{last}(?:\\..*)?"
+
+
+def _leftmost(block: str) -> str:
+    return rf"(?>(?:[^.]+\.)*?{block}\.)"
+
+
+def _either(segments: Sequence[str]) -> str:
+    expressions = [_segment_regex(segment) for segment in segments]
+    return expressions[0] if len(expressions) == 1 else f"(?:{'|'.join(expressions)})"
+
+
+def _segment_regex(segment: str) -> str:
+    """Translate one segment; atomic groups keep several ``*`` from backtracking."""
+    if segment == "*":
+        return "[^.]+"
+    chunks = [""]
+    index = 0
+    while index < len(segment):
+        character = segment[index]
+        index += 1
+        if character == "*":
+            chunks.append("")
+        elif character == "?":
+            chunks[-1] += "[^.]"
+        elif character == "[":
+            expression, index = _class_regex(segment, index)
+            chunks[-1] += expression
+        elif character == "]":
+            raise PatternError(f"a ']' of {_short(segment)} closes nothing; {_CLASSES}")
+        else:
+            chunks[-1] += re.escape(character)
+    head, *rest = chunks
+    if not rest:
+        return head
+    *middle, tail = rest
+    return f"{head}{''.join(f'(?>[^.]*?{chunk})' for chunk in middle)}[^.]*{tail}"
+
+
+def _class_regex(segment: str, start: int) -> tuple[str, int]:
+    """Translate the class that opens just before ``start``; also say where it ends."""
+    negated = segment.startswith("!", start)
+    if segment.startswith("^", start):
+        raise PatternError(
+            f"a class is negated with '!', not '^', in {_short(segment)}; {_CLASSES}"
+        )
+    first = start + negated
+    # A bracket that comes first is a member of the class, as in every glob language.
+    end = segment.find("]", first + 1)
+    if end < 0:
+        raise PatternError(
+            f"a '[' of {_short(segment)} opens nothing (a class holds no dot); {_CLASSES}"
+        )
+    members = segment[first:end]
+    items = ""
+    index = 0
+    while index < len(members):
+        if members[index + 1 : index + 2] == "-" and index + 2 < len(members):
+            low, high = members[index], members[index + 2]
+            if low > high:
+                raise PatternError(
+                    f"the range {low}-{high} of {_short(segment)} is empty; "
+                    f"write it as {high}-{low}"
+                )
+            items += f"{re.escape(low)}-{re.escape(high)}"
+            index += 3
+        else:
+            items += re.escape(members[index])
+            index += 1
+    # No class may match a dot, be it negated or a range that a dot lies in.
+    return f"[^.{items}]" if negated else rf"(?!\.)[{items}]", end + 1
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 80 else f"{text[:77]}...")

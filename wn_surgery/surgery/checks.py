@@ -1,0 +1,336 @@
+"""What can be wrong with one step, found before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from wn_surgery.errors import (
+    DimensionError,
+    FoldedModelError,
+    InferenceModeError,
+    LazyParameterError,
+    NonFloatingError,
+    QuantizedWeightError,
+    RuleError,
+    StackedParametrizationError,
+    WeightNormError,
+    WrappedModuleError,
+    ZeroNormError,
+)
+from wn_surgery.model.sites import Node, Site, is_folded
+from wn_surgery.norm.limits import has_easy_norms, zero_slices
+from wn_surgery.norm.math import Dim
+from wn_surgery.norm.parametrization import WeightNorm
+from wn_surgery.rules.sources import Rule
+
+__all__ = ["Problem", "floating", "quantizer", "resolve_dim"]
+
+
+class Problem(NamedTuple):
+    """One reason why a plan cannot be carried out."""
+
+    kind: type[WeightNormError]
+    where: str
+    message: str
+
+
+def before_any_change(site: Site) -> Iterator[Problem]:
+    """Problems that stand against every change of a site."""
+    node, tensor = site.node, site.tensor
+    if is_folded(node):
+        yield Problem(
+            FoldedModelError,
+            site.name,
+            f"{site.name} is inside folded() or writable() now; leave the context first",
+        )
+    if holder := node.wrapped or _sharded(tensor):
+        yield Problem(
+            WrappedModuleError,
+            site.name,
+            f"{site.name} is held by {holder}, which keeps references to the parameters it was "
+            "given; change weight norm before wrapping or sharding the model",
+        )
+    if torch.is_inference_mode_enabled() or (tensor is not None and tensor.is_inference()):
+        yield Problem(
+            InferenceModeError,
+            site.name,
+            f"{site.name} cannot be changed under torch.inference_mode(): tensors made there can "
+            "never be trained; leave inference mode, or use torch.no_grad()",
+        )
+
+
+def before_apply(site: Site) -> Iterator[Problem]:
+    """Problems that stand against putting weight norm on a plain parameter."""
+    tensor = site.tensor
+    assert tensor is not None  # a plain site always has its parameter
+    if nn.parameter.is_lazy(tensor):
+        yield Problem(
+            LazyParameterError,
+            site.name,
+            f"{site.name} is uninitialised ({type(site.module).__name__}); run one forward pass "
+            "to give it a shape, then apply weight norm",
+        )
+        return
+    if maker := quantizer(site.node, tensor):
+        yield Problem(
+            QuantizedWeightError,
+            site.name,
+            f"{site.name} is quantized by {maker}; apply weight norm to the floating-point model "
+            "and remove it before quantization, or exclude this module from the rule",
+        )
+        return
+    if not floating(tensor):
+        yield Problem(
+            NonFloatingError,
+            site.name,
+            f"{site.name} has dtype {tensor.dtype}; expected a floating-point or complex "
+            "parameter; exclude it from the rule",
+        )
+        return
+    layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+    if layout != "strided" or not isinstance(tensor, nn.Parameter):
+        what = "a plain tensor where a Parameter should be"
+        if layout != "strided":
+            what = f"stored as {layout}"
+        yield Problem(
+            NonFloatingError,
+            site.name,
+            f"{site.name} is {what}; expected a dense nn.Parameter; exclude it from the rule, or "
+            "assign one first",
+        )
+        return
+    if tensor.numel() == 0:
+        yield Problem(
+            ZeroNormError,
+            site.name,
+            f"{site.name} of shape {site.shape} has no elements and so no norm; exclude it from "
+            "the rule",
+        )
+        return
+    yield from before_any_change(site)
+
+
+def before_norm(site: Site, norm: WeightNorm, g_init: float | None) -> Iterator[Problem]:
+    """Problems of the weight's dtype with the options of the rule."""
+    tensor = site.tensor
+    assert tensor is not None  # checked by the caller
+    for what, value, dtype in (
+        ("g_init", abs(g_init or 0.0), tensor.dtype),
+        ("eps", norm.eps, norm.norm_dtype or tensor.dtype),
+        ("eps", norm.eps, tensor.dtype),  # in which a g of that size is stored
+    ):
+        limits = torch.finfo(dtype)
+        if value > limits.max or (what == "g_init" and 0.0 < value < limits.smallest_normal):
+            yield Problem(
+                RuleError,
+                site.name,
+                f"{what}={value} does not fit {_short(dtype)} for {site.name}; expected at most "
+                f"{limits.max:.3g}, and 0 or at least {limits.smallest_normal:.3g}",
+            )
+            return
+    if norm.eps == 0.0:
+        return
+    working = norm.norm_dtype or tensor.dtype
+    if norm.eps < torch.finfo(working).smallest_normal:
+        yield Problem(
+            ZeroNormError,
+            site.name,
+            f"eps={norm.eps} is below the smallest normal number of {working} for {site.name}; "
+            f"use eps >= {torch.finfo(working).smallest_normal:.3g} or norm_dtype=torch.float32",
+        )
+
+
+def before_division(
+    wanted: Iterable[tuple[Site, WeightNorm, float | None]],
+) -> Iterator[Problem]:
+    """Sites whose weight would be divided by a norm that is zero, infinite or lost.
+
+    Args:
+        wanted: the sites, each with the options and the ``g_init`` that it is to have.
+    """
+    groups: dict[tuple[Any, ...], list[tuple[Site, Tensor]]] = {}
+    for site, norm, g_init in wanted:
+        weight = site.tensor if site.held is None else site.held.weight()
+        assert weight is not None  # nothing is planned for a site without a tensor
+        if not weight.is_meta and not is_fake(weight):
+            options = (norm.eps, norm.norm_dtype, g_init)
+            key = (norm.dim, options, weight.shape, weight.dtype, weight.device)
+            groups.setdefault(key, []).append((site, weight.detach()))
+    for (dim, (eps, norm_dtype, g_init), *_), members in groups.items():
+        # Models have few shapes and many layers: small weights are looked at together.
+        together = max(1, _STACKED // max(1, members[0][1].numel()))
+        for start in range(0, len(members), together):
+            chunk = members[start : start + together]
+            easy = g_init is None and len(chunk) > 1
+            if easy and has_easy_norms(*_stacked(chunk, dim), norm_dtype):
+                continue
+            for site, weight in chunk:
+                if bad := zero_slices(weight, dim, eps, norm_dtype, g_init):
+                    yield _undivided(
+                        site, weight, bad, WeightNorm.options(dim, eps, norm_dtype), g_init
+                    )
+
+
+_STACKED = 1 << 18
+
+
+def _stacked(chunk: Sequence[tuple[Site, Tensor]], dim: Dim) -> tuple[Tensor, Dim]:
+    axes = () if dim is None else (dim,) if isinstance(dim, int) else dim
+    return torch.stack([weight for _, weight in chunk]), (0, *(axis + 1 for axis in axes))
+
+
+def _undivided(
+    site: Site,
+    weight: Tensor,
+    bad: int,
+    norm: WeightNorm,
+    g_init: float | None,
+) -> Problem:
+    stored = f"g is stored in {_short(weight.dtype)}" if g_init is None else f"g_init={g_init}"
+    return Problem(
+        ZeroNormError,
+        site.name,
+        f"{site.name} has {bad} slice(s) along dim={norm.dim} whose norm is zero, not finite, or "
+        f"too small or large for {_short(norm.norm_dtype or weight.dtype)} ({stored}), so v/‖v‖ is "
+        "no number that can be trusted; initialise them, or give the rule "
+        f"{'a larger eps' if norm.eps else 'eps > 0'} or a wider norm_dtype",
+    )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def resolve_dim(site: Site, rule: Rule) -> Dim | Problem:
+    """The rule's ``dim`` for this weight, or what is wrong with it."""
+    dim = rule.dim
+    ndim = len(site.shape)
+    if dim == "out":
+        return output_axis(site)
+    axes = () if dim is None else (dim,) if isinstance(dim, int) else dim
+    if any(axis >= ndim for axis in axes):
+        return Problem(
+            DimensionError,
+            site.name,
+            f"dim={dim} is out of range for {site.name} of shape {site.shape}; expected axes "
+            f"from 0 to {ndim - 1}, None for the whole tensor, or 'out'",
+        )
+    return dim
+
+
+def output_axis(site: Site) -> Dim | Problem:
+    module = site.module
+    if isinstance(module, _ConvTransposeNd):
+        # The weight is (in, out / groups, kernel): with one channel a group, each output
+        # channel is one slice along both axes; in between, no set of axes separates them.
+        if module.groups == 1:
+            return 1
+        if module.groups == module.in_channels:
+            return (0, 1)
+        return Problem(
+            DimensionError,
+            site.name,
+            f"dim='out' has no axes for {site.name}, a transposed convolution with "
+            f"groups={module.groups}; use dim=0 (torch's default) or dim=1",
+        )
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return 1
+    if isinstance(
+        module,
+        (_ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention),
+    ):
+        return 0
+    if any(
+        cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+        for cls in type(module).__mro__
+    ):
+        return 1
+    return Problem(
+        DimensionError,
+        site.name,
+        f"dim='out' is not known for {site.node.base.__name__} ({site.name}); give the axis as "
+        "a number",
+    )
+
+
+def before_migration(site: Site, to: str) -> Iterator[Problem]:
+    """Problems of moving a weight-normed site to another layout."""
+    norm, held = site.norm, site.held
+    assert norm is not None and held is not None and held.g is not None and held.v is not None
+    if to == "legacy" and runs_no_hook(site):
+        yield Problem(
+            StackedParametrizationError,
+            site.name,
+            f"{site.name} is read by attention, which never calls the module it is in, so a legacy "
+            "hook would never compute it; leave it parametrized, or remove its weight norm",
+        )
+        return
+    if to == "legacy" and (
+        isinstance(norm.dim, tuple) or norm.eps != 0.0 or norm.norm_dtype is not None
+    ):
+        yield Problem(
+            StackedParametrizationError,
+            site.name,
+            f"{site.name} has {norm.extra_repr()}, which torch's legacy hook cannot compute; it "
+            "knows a single dim, eps=0 and no norm_dtype",
+        )
+    if held.maker not in ("torch", "wn_surgery") and not held.v.is_meta:
+        assert held.compute is not None
+        with torch.no_grad():
+            same = torch.equal(norm(held.g, held.v), held.compute())
+        if not same:
+            yield Problem(
+                StackedParametrizationError,
+                site.name,
+                f"{site.name} is computed by {held.maker}, which gives other values than "
+                "g · v/‖v‖; it can be removed, not migrated",
+            )
+
+
+def runs_no_hook(site: Site) -> bool:
+    """Whether the weight is read without a call of its module, so that its hooks never run.
+
+    ``nn.MultiheadAttention`` reads ``out_proj.weight`` so, in each of its paths.
+    """
+    # The type says it where the model that was given is that layer alone.
+    return site.node.uncalled or isinstance(site.module, NonDynamicallyQuantizableLinear)
+
+
+def lazy(tensor: Tensor) -> bool:
+    """Whether the parameter has no shape yet."""
+    return bool(nn.parameter.is_lazy(tensor))
+
+
+def floating(tensor: Tensor) -> bool:
+    """Whether weight norm is defined for the dtype."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def quantizer(node: Node, tensor: Tensor | None) -> str | None:
+    """What quantized the weight, if anything did."""
+    owner = node.base.__module__
+    if ".quantized" in owner or owner.startswith(("bitsandbytes", "torchao")):
+        return f"{owner}.{node.base.__name__}"
+    if tensor is None:
+        return None
+    kind = type(tensor)
+    if kind.__module__.startswith(("torchao", "bitsandbytes")):
+        return f"{kind.__module__}.{kind.__name__}"
+    if tensor.is_quantized or (tensor.is_floating_point() and tensor.element_size() == 1):
+        return str(tensor.dtype)
+    return None
+
+
+def _sharded(tensor: Tensor | None) -> str | None:
+    if tensor is None:
+        return None
+    if type(tensor).__name__ == "DTensor":
+        return "a DTensor"
+    return "DeepSpeed ZeRO" if hasattr(tensor, "ds_id") else None

@@ -1,0 +1,194 @@
+"""Why a rule matches nothing, and what its author probably meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from wn_surgery.errors import QuantizedWeightError, UnmatchedRuleError, WeightNormError
+from wn_surgery.model.sites import Node, sites_of
+from wn_surgery.rules.sources import Rule
+from wn_surgery.surgery import checks
+from wn_surgery.surgery.matching import eligible
+
+__all__ = ["Unmatched", "explain"]
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """A rule that decides nothing.
+
+    Attributes:
+        number: the rule's number, from 1.
+        reason: which part of it failed, and near misses.
+        kind: the exception it calls for.
+    """
+
+    number: int
+    reason: str
+    kind: type[WeightNormError] = UnmatchedRuleError
+
+
+def explain(index: int, rules: Sequence[Rule], nodes: Sequence[Node]) -> Unmatched:
+    """Find the first part of rule ``index`` that leaves nothing over."""
+    rule = rules[index]
+    number = index + 1
+    named = replace(rule, types=None, exclude_names=(), exclude_types=())
+    by_name = _matching(named, nodes)
+    if not by_name:
+        return Unmatched(number, _no_such_name(rule, nodes))
+    typed = _matching(replace(rule, exclude_names=(), exclude_types=()), nodes)
+    if not typed:
+        return Unmatched(number, _wrong_type(rule, [node for node, _ in by_name], nodes))
+    included = _matching(rule, nodes)
+    if not included:
+        return Unmatched(
+            number, f"excluded: all {len(typed)} modules it matches are excluded by itself"
+        )
+    for node, _ in included:
+        if callable(getattr(node.base, "weight", None)) and checks.quantizer(node, None):
+            reason = (
+                f"{node.paths[0]} is quantized ({node.base.__module__}.{node.base.__name__}) and "
+                "has no floating-point weight; change weight norm before quantization"
+            )
+            return Unmatched(number, reason, QuantizedWeightError)
+    sites = [
+        (site, path)
+        for node, path in included
+        for site in sites_of(node)
+        if rule.matches_param(site.param)
+    ]
+    if not sites:
+        return Unmatched(number, _no_such_parameter(rule, [node for node, _ in included]))
+    if not any(eligible(site, replace(rule, where=None), path) for site, path in sites):
+        return Unmatched(number, _not_eligible([site.name for site, _ in sites]))
+    if not any(eligible(site, rule, path) for site, path in sites):
+        return Unmatched(number, "its `where` predicate is false for every parameter it matches")
+    later = [
+        str(i)
+        for i, other in enumerate(rules[index + 1 :], number + 1)
+        if any(other.matches_module(path, node.base) for node, path in included)
+    ]
+    return Unmatched(
+        number,
+        f"shadowed: every parameter it matches is decided by a later rule ({', '.join(later)}); "
+        "the last matching rule wins, so put special rules after general ones",
+    )
+
+
+def _matching(rule: Rule, nodes: Iterable[Node]) -> list[tuple[Node, str]]:
+    return [
+        (node, path)
+        for node in nodes
+        for path in node.paths
+        if rule.matches_module(path, node.base)
+    ]
+
+
+def _no_such_name(rule: Rule, nodes: Sequence[Node]) -> str:
+    paths = [path for node in nodes for path in node.paths]
+    known = set(paths)
+    patterns = rule.names or ()
+    parts = [f"no module is named {' or '.join(repr(pattern) for pattern in patterns)}"]
+    for pattern in patterns:
+        hint = _hint(pattern, rule, nodes, paths, known)
+        if hint:
+            parts.append(hint)
+    return "; ".join(parts)
+
+
+def _hint(
+    pattern: str, rule: Rule, nodes: Sequence[Node], paths: Sequence[str], known: set[str]
+) -> str:
+    if not pattern.startswith(("re:", "**")):
+        anywhere = replace(rule, names=(f"**.{pattern}",), types=None)
+        if found := _matching(anywhere, nodes):
+            return f"did you mean '**.{pattern}' ({_some(path for _, path in found)})?"
+    parent, _, last = pattern.rpartition(".")
+    if parent and not pattern.startswith("re:"):
+        owner = replace(rule, names=(parent,), types=None)
+        found = _matching(owner, nodes)
+        if any(last in node.module._parameters for node, _ in found):
+            return f"{last!r} is a parameter: did you mean names='{parent}', params='{last}'?"
+    folded = pattern.lower()
+    if same := [path for path in paths if path.lower() == folded]:
+        return f"names are case-sensitive: did you mean {same[0]!r}?"
+    if near := difflib.get_close_matches(pattern, paths[:20_000], n=3, cutoff=0.75):
+        return f"did you mean {_some(near)}?"
+    deepest = _deepest(pattern, known)
+    if deepest is None:
+        return ""
+    children = sorted(
+        {
+            path[len(deepest) + 1 if deepest else 0 :].split(".")[0]
+            for path in paths
+            if path != deepest and (path.startswith(f"{deepest}.") or not deepest)
+        }
+    )
+    holder = f"{deepest!r} exists and" if deepest else "the model"
+    return f"{holder} holds {_some(children, 6)}" if children else f"{deepest!r} has no children"
+
+
+def _deepest(pattern: str, known: set[str]) -> str | None:
+    """The longest wildcard-free start of the pattern that is a module."""
+    if pattern.startswith("re:"):
+        return None
+    literal: list[str] = []
+    for segment in pattern.split("."):
+        if any(char in segment for char in "*?[{"):
+            break
+        literal.append(segment)
+    while literal and ".".join(literal) not in known:
+        literal.pop()
+    return ".".join(literal)
+
+
+def _wrong_type(rule: Rule, by_name: Sequence[Node], nodes: Sequence[Node]) -> str:
+    wanted = " or ".join(t if isinstance(t, str) else t.__name__ for t in rule.types or ())
+    where = "in the model" if rule.names is None else "under the names it matches"
+    present = sorted({node.base.__name__ for node in by_name if node.module._parameters})
+    reason = f"no {wanted} {where}; the types there are {_some(present, 8)}"
+    everywhere = {base.__name__ for node in nodes for base in node.base.__mro__}
+    for kind in rule.types or ():
+        name = kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
+        if name in everywhere:
+            continue
+        if near := difflib.get_close_matches(name, sorted(everywhere), n=1, cutoff=0.7):
+            reason += f"; did you mean {near[0]!r}?"
+    return reason
+
+
+def _no_such_parameter(rule: Rule, nodes: Sequence[Node]) -> str:
+    wanted = " or ".join(repr(pattern) for pattern in rule.params)
+    held = {site.param: None for node in nodes for site in sites_of(node)}
+    kinds = sorted({node.base.__name__ for node in nodes})
+    if not held:
+        return f"no parameter {wanted}: the modules it matches ({_some(kinds)}) have none"
+    matrices = [
+        site.param
+        for node in nodes
+        for site in sites_of(node)
+        if site.tensor is not None and (checks.lazy(site.tensor) or site.tensor.ndim >= 2)
+    ]
+    suggestion = list(dict.fromkeys(matrices or held))
+    return (
+        f"no parameter {wanted} in {_some(kinds)}, which has {_some(held, 8)}; "
+        f"did you mean params={suggestion[:4]}?"
+    )
+
+
+def _not_eligible(names: Sequence[str]) -> str:
+    param = names[0].rpartition(".")[2]
+    # The default, `weight`, says nothing of vectors: only another spelling of it names them.
+    naming = f"re:{param}" if param == "weight" else param
+    return (
+        f"{_some(names)} has fewer than two dimensions or is not floating-point; a vector takes "
+        f"weight norm only where the rule names it, e.g. params={naming!r} without wildcards"
+    )
+
+
+def _some(items: Iterable[str], most: int = 3) -> str:
+    listed = list(items)
+    shown = ", ".join(repr(item) for item in listed[:most])
+    return shown + (f" and {len(listed) - most} more" if len(listed) > most else "")

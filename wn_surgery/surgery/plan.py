@@ -1,0 +1,209 @@
+"""The plan: what would change in one model, and why, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from torch import nn
+
+from wn_surgery.model.layouts import Layout
+from wn_surgery.model.sites import Site
+from wn_surgery.norm.math import g_shape
+from wn_surgery.norm.parametrization import WeightNorm
+from wn_surgery.rules.sources import Rule
+from wn_surgery.surgery.checks import Problem
+from wn_surgery.surgery.diagnosis import Unmatched
+from wn_surgery.tables import render
+
+__all__ = ["Plan", "Step"]
+
+Action: TypeAlias = Literal["apply", "replace", "remove", "migrate", "keep", "skip"]
+
+
+@dataclass(eq=False, slots=True)
+class Step:
+    """What happens to one site.
+
+    Attributes:
+        site: the parameter, as it is now.
+        action: ``apply``, ``replace`` (other options), ``remove``, ``migrate`` (layout
+            only), ``keep`` (already as asked) or ``skip`` (a rule says so).
+        after: the layout it has afterwards.
+        norm: the options it has afterwards; ``None`` for a plain parameter.
+        rule: the rule that decided; ``None`` for a whole-model remove or migrate.
+        shadowed: earlier rules that matched too, as their numbers from 1.
+        why: one line for the table.
+        group: a key shared by the steps of tied parameters that stay tied.
+        copies: whether a tied parameter is copied first, so that the tie ends.
+    """
+
+    site: Site
+    action: Action
+    after: Layout
+    norm: WeightNorm | None
+    rule: Rule | None
+    shadowed: tuple[int, ...] = ()
+    why: str = ""
+    group: Hashable | None = None
+    copies: bool = False
+
+    @property
+    def changes(self) -> bool:
+        """Whether the step changes the model."""
+        return self.action not in ("keep", "skip")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The step as plain JSON data."""
+        norm = self.norm
+        return {
+            **self.site.to_dict(),
+            "action": self.action,
+            "after": self.after,
+            "dim_after": None if norm is None else norm.dim,
+            "eps_after": None if norm is None else norm.eps,
+            "g_shape": None if norm is None else list(g_shape(self.site.shape, norm.dim)),
+            "shadowed": list(self.shadowed),
+            "why": self.why,
+        }
+
+
+@dataclass(eq=False)
+class Plan:
+    """The ordered steps that rules give on one model. ``print`` it to see them.
+
+    Attributes:
+        model: the model it was made for.
+        rules: the rules, in order; the last one that matches a site decides.
+        steps: one for each matched site.
+        unmatched: rules that decide nothing, with the reason and suggestions.
+        problems: why it cannot be carried out; empty for a plan that can.
+        parameters: the model's number of parameters now.
+
+    Example:
+        >>> import wn_surgery as wn
+        >>> from torch import nn
+        >>> print(wn.plan(nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU()), {"types": "Conv1d"}))
+        site      layout                 dim  shape      g          why
+        --------  ---------------------  ---  ---------  ---------  ------
+        0.weight  plain -> parametrized  0    (4, 2, 3)  (4, 1, 1)  rule 1
+        1 of 1 matched parameters change; 28 parameters -> 32 (g adds 4)
+        rule 1: apply types=Conv1d
+    """
+
+    model: nn.Module = field(repr=False)
+    rules: tuple[Rule, ...]
+    steps: list[Step]
+    unmatched: list[Unmatched] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    parameters: int = 0
+
+    @property
+    def changes(self) -> list[Step]:
+        """The steps that change the model."""
+        return [step for step in self.steps if step.changes]
+
+    @property
+    def added(self) -> int:
+        """How many parameters the model gains; negative for removal."""
+        total, seen = 0, set[Any]()
+        for step in self.changes:
+            held, tensor = step.site.held, step.site.tensor
+            assert tensor is not None  # a site that changes has a weight or a v
+            key = id(step) if step.group is None else step.group
+            if key in seen:
+                continue
+            seen.add(key)
+            if step.norm is not None:
+                total += _numel(g_shape(step.site.shape, step.norm.dim))
+            if step.copies:  # and the other end of the tie keeps what there was
+                total += tensor.numel()
+            elif held is not None and held.g is not None:
+                total -= held.g.numel()
+        return total
+
+    def check(self) -> None:
+        """Raise the first kind of problem, with every site that has it."""
+        if not self.problems:
+            return
+        kind = self.problems[0].kind
+        alike = [problem for problem in self.problems if problem.kind is kind]
+        message = alike[0].message
+        if len(alike) > 1:
+            others = ", ".join(problem.where for problem in alike[1:6])
+            more = f" and {len(alike) - 6} more" if len(alike) > 6 else ""
+            message += f"\nThe same holds for {others}{more}."
+        raise kind(message)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole plan as plain JSON data."""
+        return {
+            "rules": [rule.describe() for rule in self.rules],
+            "steps": [step.to_dict() for step in self.steps],
+            "unmatched": [
+                {"rule": unmatched.number, "reason": unmatched.reason}
+                for unmatched in self.unmatched
+            ],
+            "problems": [
+                {"error": p.kind.__name__, "site": p.where, "message": p.message}
+                for p in self.problems
+            ],
+            "parameters": self.parameters,
+            "parameters_after": self.parameters + self.added,
+        }
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """:meth:`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def __str__(self) -> str:
+        lines = [render(_HEADERS, [_row(step) for step in self.steps])] if self.steps else []
+        changing = len(self.changes)
+        added = self.added
+        lines.append(
+            f"{changing} of {len(self.steps)} matched parameters change; "
+            f"{self.parameters:,} parameters"
+            + (f" -> {self.parameters + added:,} (g {_signed(added)})" if added else "")
+        )
+        lines += [_legend(number, rule) for number, rule in enumerate(self.rules, 1)]
+        lines += [f"rule {u.number} decides nothing: {u.reason}" for u in self.unmatched]
+        lines += [f"problem: {problem.message}" for problem in self.problems]
+        return "\n".join(lines)
+
+
+_HEADERS = ("site", "layout", "dim", "shape", "g", "why", "shadowed")
+
+
+def _row(step: Step) -> tuple[str, ...]:
+    names = step.site.names
+    layout = step.site.layout
+    moved = f"{layout} -> {step.after}" if step.changes else f"{layout} ({step.action})"
+    norm = step.norm
+    return (
+        " = ".join(names),
+        moved,
+        "" if norm is None else str(norm.dim),
+        str(step.site.shape),
+        "" if norm is None else str(g_shape(step.site.shape, norm.dim)),
+        step.why,
+        ", ".join(f"rule {number}" for number in step.shadowed),
+    )
+
+
+def _legend(number: int, rule: Rule) -> str:
+    origin = f" ({rule.label})" if rule.label else ""
+    everything = ", which is everything that may be matched" if rule.is_universal else ""
+    return f"rule {number}: {rule.describe()}{everything}{origin}"
+
+
+def _signed(count: int) -> str:
+    return f"adds {count:,}" if count > 0 else f"gives back {-count:,}"
+
+
+def _numel(shape: Sequence[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

@@ -1,0 +1,224 @@
+"""Tied parameters: one tensor under several names, and what a rule says to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace as changed
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from wn_surgery.errors import ConflictingNamesError, TiedParameterError
+from wn_surgery.model.layouts import carried
+from wn_surgery.model.sites import Node, Site, sites_of
+from wn_surgery.surgery.checks import Problem, before_apply
+from wn_surgery.surgery.plan import Plan, Step
+
+__all__ = ["Index", "resolve_ties", "tie_key"]
+
+
+_PLAIN = (torch.Tensor, nn.Parameter)
+
+
+class _End(NamedTuple):
+    node: Node
+    param: str
+
+
+def tie_key(tensor: Tensor, normed: bool) -> Hashable:
+    """Equal for parameters that are one tensor: the same object, or the same memory.
+
+    A direction v is compared by identity alone: torch's functions leave v aliasing the
+    plain end of a former tie, and the two are no longer one parameter.
+    """
+    if normed or not _has_address(tensor) or tensor.is_meta or tensor.numel() == 0:
+        return id(tensor)
+    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+
+
+def _has_address(tensor: Tensor) -> bool:
+    return type(tensor) in _PLAIN and tensor.layout is torch.strided
+
+
+class Index:
+    """Every parameter of a model: how many there are, and which are one tensor.
+
+    Args:
+        nodes: the model's modules.
+    """
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self.nodes = nodes
+        sizes: dict[int, int] = {}
+        seen: set[int] = set()
+        shared: set[int] = set()
+        for key, _, _, tensor, normed in _tensors(nodes):
+            if not normed:
+                sizes[id(tensor)] = tensor.numel()
+            if key in seen:
+                shared.add(key)
+            seen.add(key)
+        for node in nodes:
+            if "parametrizations" in node.module._modules:
+                sizes.update((id(p), p.numel()) for p in _inner(node.module))
+        self.count = sum(sizes.values())
+        self.ties: dict[Hashable, list[_End]] = {}
+        # Models are large, ties are few: what no other tensor shares is not kept.
+        if shared:
+            groups: dict[int, list[tuple[_End, Tensor, bool]]] = {}
+            for key, node, name, tensor, normed in _tensors(nodes):
+                if key in shared:
+                    groups.setdefault(key, []).append((_End(node, name), tensor, normed))
+            for group in groups.values():
+                for end, tensor, normed in group:
+                    self.ties.setdefault(tie_key(tensor, normed), []).append(end)
+
+
+def _tensors(nodes: Sequence[Node]) -> Iterator[tuple[int, Node, str, Tensor, bool]]:
+    """Every parameter, and every v once more, with a key that tied ones share (and few others)."""
+    for node in nodes:
+        module = node.module
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if _has_address(parameter):
+                # On the meta device, and where it is empty, the address is 0.
+                yield parameter.data_ptr() or id(parameter), node, name, parameter, False
+            elif not nn.parameter.is_lazy(parameter):
+                yield id(parameter), node, name, parameter, False
+        if "parametrizations" in module._modules or module._forward_pre_hooks:
+            for name, held in carried(module).items():
+                if held.v is not None:
+                    yield id(held.v), node, name, held.v, True
+
+
+def _inner(module: nn.Module) -> Iterator[nn.Parameter]:
+    lists = module._modules.get("parametrizations")
+    return iter(()) if lists is None else lists.parameters()
+
+
+def resolve_ties(plan: Plan, index: Index) -> None:
+    """Make the plan treat every end of a tie as the rules say; add problems where they cannot."""
+    if not index.ties:
+        return
+    steps = {_where(step.site): step for step in plan.steps}
+    for step in plan.changes:
+        tensor = step.site.tensor
+        if tensor is None or nn.parameter.is_lazy(tensor) or not step.changes:
+            continue
+        key = tie_key(tensor, step.site.normed)
+        ends = index.ties.get(key, ())
+        if len(ends) > 1 and step.group is None:
+            _resolve(plan, step, key, ends, steps)
+    rank = {id(node): i for i, node in enumerate(index.nodes)}
+    plan.steps.sort(key=lambda step: rank[id(step.site.node)])
+
+
+def _resolve(
+    plan: Plan,
+    step: Step,
+    key: Hashable,
+    ends: Sequence[_End],
+    steps: dict[tuple[int, str], Step],
+) -> None:
+    others = [end for end in ends if (id(end.node.module), end.param) != _where(step.site)]
+    present = [steps.get((id(end.node.module), end.param)) for end in others]
+    mode = step.rule.tied if step.rule is not None else "together"
+    if step.action in ("remove", "replace") and all(_alike(step, other) for other in present):
+        mode = "together"
+    tied_to = ", ".join(_name(end) for end in others)
+    if mode == "error":
+        plan.problems.append(_tied(step, tied_to))
+    elif mode == "skip":
+        step.action, step.after, step.norm = "skip", step.site.layout, step.site.norm
+        step.why += f", tied to {tied_to}"
+    elif mode == "untie":
+        # The last end to leave may keep the tensor: nobody shares it any more.
+        leaving = [
+            other
+            for other in present
+            if other is not None and other.action == step.action and other.copies
+        ]
+        step.copies = len(leaving) < len(others)
+        step.why += f", untied from {tied_to}"
+    else:
+        _join(plan, step, key, others, steps)
+
+
+def _join(
+    plan: Plan,
+    step: Step,
+    key: Hashable,
+    others: Sequence[_End],
+    steps: dict[tuple[int, str], Step],
+) -> None:
+    step.group = key
+    for end in others:
+        other = steps.get((id(end.node.module), end.param))
+        if other is not None and not _alike(step, other):
+            plan.problems.append(
+                Problem(
+                    ConflictingNamesError,
+                    step.site.name,
+                    f"{step.site.name} and {other.site.name} are one tied parameter, but "
+                    f"{step.why} says {_told(step)} and {other.why} says {_told(other)}; "
+                    "give both the same options, or use tied='untie'",
+                )
+            )
+        elif other is not None:
+            other.group = key
+        else:
+            site = _site(end)
+            why = f"tied to {step.site.name}"
+            joined = changed(step, site=site, why=why, shadowed=())
+            if step.action == "apply":
+                plan.problems.extend(before_apply(site))
+            plan.steps.append(joined)
+            steps[_where(site)] = joined
+
+
+def _alike(step: Step, other: Step | None) -> bool:
+    if other is None or step.action != other.action:
+        return False
+    if step.norm is None or other.norm is None:
+        return step.norm is other.norm
+    return step.norm.same_as(other.norm) and _of_g(step) == _of_g(other)
+
+
+def _of_g(step: Step) -> str:
+    """What the rule says of g, if anything."""
+    if step.rule is None:
+        return ""
+    g_init = "" if step.rule.g_init is None else f", g_init={step.rule.g_init}"
+    return g_init + ("" if step.rule.train_g else ", train_g=False")
+
+
+def _told(step: Step) -> str:
+    if step.norm is None:
+        return step.action
+    return f"{step.action} {step.norm.extra_repr()}{_of_g(step)}"
+
+
+def _tied(step: Step, tied_to: str) -> Problem:
+    name = step.site.name
+    return Problem(
+        TiedParameterError,
+        name,
+        f"{name} is tied to {tied_to}: they are one tensor, and changing one end would end the "
+        "tie in silence; give the rule tied='together' (one g and one v under both), "
+        "tied='untie' (a copy), or tied='skip'",
+    )
+
+
+def _site(end: _End) -> Site:
+    return next(site for site in sites_of(end.node) if site.param == end.param)
+
+
+def _where(site: Site) -> tuple[int, str]:
+    return id(site.module), site.param
+
+
+def _name(end: _End) -> str:
+    path = end.node.paths[0]
+    return f"{path}.{end.param}" if path else end.param

@@ -1,0 +1,347 @@
+"""Data-dependent initialization: unit variance and zero mean behind every layer, on one batch.
+
+Salimans & Kingma 2016 (arXiv:1602.07868), section 3: with t = v · x / ‖v‖ over a batch, g is set to
+1/σ[t] and b to -μ[t]/σ[t]. Here the current output y takes t's part, which is the same and needs
+no second computation: g becomes g/σ[y], and b becomes (b - μ[y])/σ[y].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from wn_surgery.errors import InitializationError
+from wn_surgery.model.sites import Site, as_module, sites
+from wn_surgery.rules import fields
+from wn_surgery.rules.patterns import PatternSet
+from wn_surgery.surgery.checks import Problem, output_axis
+from wn_surgery.tables import render
+
+__all__ = ["Initialization", "initialize_from_batch", "initializing"]
+
+
+@dataclass
+class Initialization:
+    """What was initialized; ``print`` it.
+
+    Attributes:
+        initialized: for each site, its mean and standard deviation before, over all channels.
+        skipped: for each other weight-normed site, why it was left as it was.
+        constant: for some sites, how many output channels do not vary over the batch; these
+            only lost their mean.
+    """
+
+    initialized: dict[str, tuple[float, float]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    constant: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        rows = [
+            (name, f"{mean:.4g}", f"{std:.4g}", self._note(name))
+            for name, (mean, std) in self.initialized.items()
+        ]
+        rows += [(name, "", "", f"skipped: {why}") for name, why in self.skipped.items()]
+        return render(["site", "mean before", "std before", "note"], rows)
+
+    def _note(self, name: str) -> str:
+        return f"{self.constant[name]} constant channels" if name in self.constant else ""
+
+
+def initialize_from_batch(
+    model: nn.Module, /, *inputs: Any, names: str | Iterable[str] | None = None, **kwargs: Any
+) -> Initialization:
+    """Set g and the biases so that each layer's output has zero mean and unit variance.
+
+    Calls ``model(*inputs, **kwargs)`` once, without gradients; each weight-normed linear layer or
+    convolution is set at its first call, before what follows sees its output. v, buffers and
+    random number generators are as before. In a process group, every rank calls it with its own
+    part of the batch; the statistics are those of all parts, and g and biases the same on all.
+
+    Args:
+        model: weight-normed, before it is compiled or exported; best in training mode.
+        inputs: positional arguments of the model's forward: one batch.
+        names: patterns (docs/rules.md) over module paths; only these are set. To leave a head as
+            it is, say.
+        kwargs: keyword arguments of the model's forward.
+
+    Returns:
+        What was done. Layers without a bias, or with a frozen one, keep their mean. Of layers
+        that share a g or a bias, the first to be called is set. Where g is not one for each
+        output channel (``dim=None``, a transposed convolution with ``dim=0``), the whole output
+        is scaled by one number.
+
+    Raises:
+        InitializationError: no layer was reached that can be set, a layer sees one value for each
+            channel only, or its output is not finite, or so small that g would not be. Nothing has
+            changed then, nor when the forward raises.
+
+    Example:
+        >>> import torch, wn_surgery as wn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> _ = wn.apply(model, "linears")
+        >>> x = torch.randn(64, 4)
+        >>> sorted(wn.initialize_from_batch(model, x).initialized)
+        ['0.weight', '1.weight']
+        >>> y = model(x)
+        >>> torch.testing.assert_close(y.std(0, correction=0), torch.ones(2))
+        >>> torch.testing.assert_close(y.mean(0), torch.zeros(2))
+    """
+    # The forward may write into a buffer, or put another one in its place.
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in as_module(model).modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices, key=str)), torch.no_grad():
+        try:
+            with initializing(model, names=names) as result:
+                model(*inputs, **kwargs)
+        finally:
+            for module, name, buffer, before in buffers:
+                if buffer.shape == before.shape:
+                    buffer.copy_(before)
+                else:
+                    buffer.data = before
+                module._buffers[name] = buffer
+    return result
+
+
+@contextmanager
+def initializing(
+    model: nn.Module, *, names: str | Iterable[str] | None = None
+) -> Generator[Initialization]:
+    """Inside, each weight-normed layer is initialized by its first call, whoever makes it.
+
+    For a first training step, which then goes on with the new g and biases:
+    :func:`initialize_from_batch` says what is set. Gradients flow as ever, since a layer is set
+    before its weight is used.
+
+    Args:
+        model: weight-normed.
+        names: patterns over module paths; only these are set.
+
+    Yields:
+        What was done, complete on exit.
+
+    Raises:
+        InitializationError: see :func:`initialize_from_batch`. Whatever is raised inside, g and
+            biases are as on entry.
+
+    Example:
+        >>> import torch, wn_surgery as wn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8))
+        >>> _ = wn.apply(model, "linears")
+        >>> with wn.initializing(model) as result:
+        ...     loss = model(torch.randn(64, 4)).square().mean()
+        >>> print(f"{loss:.3f}")
+        1.000
+    """
+    modules = as_module(model).modules()
+    if any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl for m in modules):
+        raise InitializationError(
+            f"{type(model).__name__} holds a compiled module, whose layers are not called one by "
+            "one; initialize before torch.compile"
+        )
+    result = Initialization()
+    taken: dict[int, str] = {}
+    layers = list(_layers(model, names, result, taken))
+    if not layers:
+        raise InitializationError(
+            f"{type(model).__name__} has no layer that can be initialized from a batch"
+            + "".join(f"\n{name}: {why}" for name, why in result.skipped.items())
+            + "\napply weight norm to linear layers or convolutions first"
+        )
+    try:
+        yield result
+        unreached = [layer.site.name for layer in layers if not layer.done]
+        if len(unreached) == len(layers):
+            raise InitializationError(
+                f"the forward called none of {', '.join(unreached[:3])}"
+                f"{', ...' if len(unreached) > 3 else ''}; a layer is initialized when it is called"
+            )
+        result.skipped |= {name: "not called" for name in unreached if name not in result.skipped}
+    except BaseException:
+        for layer in layers:
+            layer.restore()
+        raise
+    finally:
+        for layer in layers:
+            layer.handle.remove()
+
+
+def _layers(
+    model: nn.Module,
+    names: str | Iterable[str] | None,
+    result: Initialization,
+    taken: dict[int, str],
+) -> Generator[_Layer]:
+    wanted = None
+    if names is not None:
+        wanted = PatternSet.of(fields.strings("names", names))
+    for site in sites(model):
+        if not site.normed:
+            continue
+        if wanted is not None and not any(wanted.matches(path) for path in site.node.paths):
+            result.skipped[site.name] = "not in names"
+        elif why := _why_not(site):
+            result.skipped[site.name] = why
+        else:
+            yield _Layer(site, result, taken)
+
+
+def _why_not(site: Site) -> str:
+    held, module = site.held, site.module
+    assert held is not None and held.g is not None
+    if held.layout == "legacy":
+        return "legacy layout: call wn_surgery.migrate(model) first"
+    if not held.g.requires_grad:
+        return "its g is frozen"
+    if site.param != "weight" or _channel_axis(module, 4) is None:
+        return f"the output of {site.node.base.__name__} is not linear in it"
+    if module._parameters.get("bias") is None and getattr(module, "bias", None) is not None:
+        return "its bias is computed, by a parametrization or a hook"
+    if held.g.is_meta:
+        return "it is on the meta device and has no values"
+    if type(held.g) is not nn.Parameter:
+        return f"its g is a {type(held.g).__name__}"
+    return ""
+
+
+def _channel_axis(module: nn.Module, ndim: int) -> int | None:
+    """The axis of the output channels in an output of ``ndim`` axes."""
+    for count, kinds in enumerate(
+        (
+            (nn.Conv1d, nn.ConvTranspose1d),
+            (nn.Conv2d, nn.ConvTranspose2d),
+            (nn.Conv3d, nn.ConvTranspose3d),
+        ),
+        start=1,
+    ):
+        if isinstance(module, kinds):
+            return ndim - count - 1  # 0 without a batch axis
+    last = isinstance(module, (nn.Linear, nn.Bilinear)) or any(
+        cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+        for cls in type(module).__mro__
+    )
+    return ndim - 1 if last else None
+
+
+class _Layer:
+    """One layer that waits for its first call.
+
+    Args:
+        site: its weight.
+        result: what is written about it.
+        taken: the layers that were set, by the ids of the g and biases that they hold.
+    """
+
+    def __init__(self, site: Site, result: Initialization, taken: dict[int, str]) -> None:
+        held = site.held
+        assert held is not None and held.g is not None
+        self.site = site
+        self.done = False
+        self._g = held.g
+        bias = site.module._parameters.get("bias")
+        self._bias = bias if bias is not None and bias.requires_grad else None
+        self._result = result
+        self._taken = taken
+        self._before: list[tuple[Tensor, Tensor]] = []
+        # Behind the pre-hooks that are there: it sees the arguments that forward will see.
+        self.handle = site.module.register_forward_pre_hook(self._first_call, with_kwargs=True)
+
+    def _first_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.done:
+            return
+        held = [self._g] if self._bias is None else [self._g, self._bias]
+        before = next((self._taken[id(t)] for t in held if id(t) in self._taken), None)
+        if before is not None:
+            # Another layer was called first; what it shares with this one fits that one.
+            self._result.skipped[self.site.name] = f"its g or bias is that of {before}"
+            return
+        self._taken.update((id(t), self.site.name) for t in held)
+        with torch.no_grad():
+            self._set(cast(Tensor, module.forward(*args, **kwargs)))
+        self.done = True
+
+    def _set(self, y: Tensor) -> None:
+        module, name = self.site.module, self.site.name
+        axis = _channel_axis(module, y.ndim)
+        assert axis is not None  # or there would be no layer
+        mean, variance = _moments(y, axis, name)
+        total = math.sqrt(float(variance.mean()))
+        std = variance.sqrt()
+        # What does not vary but for rounding has no scale to take away.
+        constant = std <= 1e-7 * mean.abs()
+        per_channel = self._g_is_per_channel()
+        std = torch.where(constant, 1.0, std) if per_channel else std.new_tensor(total or 1.0)
+        self._before = [(self._g, self._g.clone())]
+        self._g.div_(std.reshape(self._g.shape if per_channel else ()).to(self._g.dtype))
+        if self._bias is not None:
+            self._before.append((self._bias, self._bias.clone()))
+            self._bias.copy_((self._bias.to(mean.dtype) - mean) / std)
+        if not all(bool(tensor.isfinite().all()) for tensor, _ in self._before):
+            raise InitializationError(
+                f"the output of {name} varies by {total:.3g}, and a g or bias that makes it 1 does "
+                f"not fit {str(self._g.dtype).removeprefix('torch.')}; scale the inputs"
+            )
+        self._result.initialized[name] = (float(mean.mean()), total)
+        if count := int(constant.sum()):
+            self._result.constant[name] = count
+
+    def _g_is_per_channel(self) -> bool:
+        norm = self.site.norm
+        assert norm is not None
+        channels = output_axis(self.site)
+        if isinstance(channels, Problem):
+            return False
+        return _axes(norm.dim) == _axes(channels)
+
+    def restore(self) -> None:
+        """Put g and the bias back."""
+        with torch.no_grad():
+            for tensor, before in self._before:
+                tensor.copy_(before)
+
+
+def _axes(dim: int | tuple[int, ...] | None) -> set[int]:
+    return set() if dim is None else {dim} if isinstance(dim, int) else set(dim)
+
+
+def _moments(y: Tensor, axis: int, name: str) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel, over the batches of all ranks."""
+    # float64 where there is any: E[y²] - E[y]² is not used, but sums are long.
+    wide = torch.float32 if y.device.type == "mps" else torch.float64
+    flat = y.detach().to(wide).movedim(axis, -1).flatten(0, -2)
+    count = torch.tensor([float(flat.shape[0])], dtype=wide, device=y.device)
+    total = flat.sum(0)
+    _reduce(count, total)
+    if count.item() < 2:
+        raise InitializationError(
+            f"{name} gives {int(count.item())} value for each output channel in this batch, of "
+            "which no variance can be taken; use a larger batch"
+        )
+    mean = total / count
+    squares = (flat - mean).square().sum(0)
+    _reduce(squares)
+    variance = squares / count
+    if not bool(torch.isfinite(variance).all()):
+        raise InitializationError(
+            f"the output of {name} is not finite on this batch; look at the inputs, or at layers "
+            "above it that have no weight norm"
+        )
+    return mean, variance
+
+
+def _reduce(*tensors: Tensor) -> None:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
