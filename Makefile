@@ -46,17 +46,17 @@ test: $(STAMP) ## all tests and doctests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TEST_ARGS)
 
 test-long: $(STAMP) ## the property tests, with many more cases, and AOTInductor
-	$(ONE_THREAD) WN_SURGERY_CASES=20000 $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS) tests/test_properties.py
-	$(ONE_THREAD) WN_SURGERY_LONG=1 $(BIN)/python -m pytest $(TEST_ARGS) tests/test_export_verify.py tests/test_checkpoints_files.py
+	$(ONE_THREAD) WN_SURGERY_CASES=20000 $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS) tests/surgery/test_properties.py
+	$(ONE_THREAD) WN_SURGERY_LONG=1 $(BIN)/python -m pytest $(TEST_ARGS) tests/export/test_verify.py tests/checkpoints/test_files.py
 
 fuzz: $(STAMP) ## hostile checkpoint files, many more of them
-	$(ONE_THREAD) WN_SURGERY_FUZZ=20000 $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS) tests/test_checkpoints_hostile.py
+	$(ONE_THREAD) WN_SURGERY_FUZZ=20000 $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS) tests/checkpoints/test_hostile.py
 
 attack: $(STAMP) ## random sequences of operations against a twin in float64, 100,000 of them
 	$(ONE_THREAD) WN_SURGERY_ATTACK=100000 $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS) tests/attack
 
 flaky: $(STAMP) ## the tests with processes, threads and kills, ROUNDS times beside two busy processes
-	$(ONE_THREAD) $(BIN)/python tests/flaky.py $(ROUNDS) -n $(WORKERS) --dist loadgroup $(TEST_ARGS)
+	$(ONE_THREAD) $(BIN)/python tests/project/flaky.py $(ROUNDS) -n $(WORKERS) --dist loadgroup $(TEST_ARGS)
 
 lint: $(STAMP) ## ruff, mypy --strict, pyright
 	$(BIN)/ruff check .

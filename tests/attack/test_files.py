@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import tensors
 from safetensors.torch import save_file
+
+from tests.checkpoints.makers import tensors
 
 FILES = max(120, int(os.environ.get("WN_SURGERY_ATTACK", "0")) // 50)
 CHUNKS = 4

@@ -22,8 +22,8 @@ pytestmark = [
 ]
 
 pytest.register_assert_rewrite("triton_tools", "triton_cases")
-from triton_cases import *  # noqa: E402, F403
-from triton_tools import MIXED, check, close, pairs, truth, upstream  # noqa: E402
+from tests.fused.triton_cases import *  # noqa: E402, F403
+from tests.fused.triton_tools import MIXED, check, close, pairs, truth, upstream  # noqa: E402
 
 Step = tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]
 

@@ -125,7 +125,7 @@ class Preflight:
 def check(model: nn.Module, target: Target) -> Preflight:
     """What would break, or bloat, if ``model`` were exported with its weight norm on.
 
-    What is known here was found by exporting (tests/test_export_check.py does it again); nothing
+    What is known here was found by exporting (tests/export/test_check.py does it again); nothing
     is exported, run or imported. Inside ``folded`` the answer is about the model outside of it.
 
     Args:

@@ -419,7 +419,7 @@ class _Node(torch.autograd.Function):
     """One weight: torch's kernel or five passes backward, a differentiable formula beyond.
 
     torch's own derivative of ``_weight_norm_interface_backward`` is wrong with respect
-    to v (tests/test_norm.py shows it), so it is never reached from here.
+    to v (tests/norm/test_math.py shows it), so it is never reached from here.
 
     Like the node of a fused group, it saves no tensor in autograd's sense: activation
     checkpointing counts saved tensors, and must find as many when the model was fused between

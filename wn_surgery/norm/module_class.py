@@ -32,7 +32,7 @@ class _Opener:
     """How to make weights plain Parameters for a while.
 
     Attributes:
-        open: ``wn_surgery.model.contexts.writable``, which stands above this file and puts itself here.
+        open: ``wn_surgery.model.contexts.writable``, which is above this file and puts itself here.
     """
 
     open: Callable[[nn.Module], AbstractContextManager[None]]

@@ -1,0 +1,117 @@
+"""What is in the wheel, the sdist and an editable install.
+
+The folder ``callbacks/`` is installed as ``wn_surgery.callbacks``, by ``package-dir`` and a
+symlink: nothing named ``callbacks`` may reach site-packages.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.processes
+
+ROOT = Path(__file__).parents[2]
+MODULES = {
+    f"wn_surgery/{path.relative_to(ROOT / 'wn_surgery').as_posix()}"
+    for path in (ROOT / "wn_surgery").rglob("*.py")
+    if "callbacks" not in path.parts
+} | {
+    f"wn_surgery/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "callbacks").rglob("*.py")
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a build needs: builds leave folders behind in the source tree."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, copy)
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in ("callbacks", "wn_surgery"):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
+    return copy
+
+
+def build(source: Path, hook: str, out: Path) -> Path:
+    """Call a hook of the build backend as pip does, offline and without isolation."""
+    code = f"import sys, setuptools.build_meta as b; print(b.{hook}(sys.argv[1]))"
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(out)],
+        cwd=source,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return out / run.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(source, "build_wheel", tmp_path_factory.mktemp("wheel"))
+
+
+def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        metadata = archive.read("wn_surgery-0.1.0.dist-info/METADATA").decode()
+        licenses = [name for name in archive.namelist() if name.endswith("LICENSE")]
+    assert names == MODULES | {"wn_surgery/py.typed"}
+    assert "License-Expression: BSD-3-Clause" in metadata
+    assert len(licenses) == 1
+
+
+def test_the_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:
+    sdist = build(source, "build_sdist", tmp_path)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    again = build(tmp_path / "wn_surgery-0.1.0", "build_wheel", tmp_path / "wheel")
+    with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(again) as second:
+        assert sorted(first.namelist()) == sorted(second.namelist())
+
+
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_an_install_imports_the_callbacks(
+    source: Path, wheel: Path, tmp_path: Path, kind: str
+) -> None:
+    site = tmp_path / "site"
+    built = wheel if kind == "wheel" else build(source, "build_editable", tmp_path)
+    with zipfile.ZipFile(built) as archive:
+        archive.extractall(site)
+    assert not (site / "callbacks").exists()
+    # addsitedir runs the .pth file of an editable install. The package itself imports torch,
+    # so only the finders are asked.
+    code = (
+        "import importlib.machinery as m, importlib.util as u, site, sys\n"
+        "site.addsitedir(sys.argv[1])\n"
+        "spec = u.find_spec('callbacks')\n"
+        "assert spec is None, spec\n"
+        "top = next(s for f in sys.meta_path if (s := f.find_spec('wn_surgery', None)))\n"
+        "part = next(s for f in sys.meta_path\n"
+        "    if (s := f.find_spec('wn_surgery.callbacks', top.submodule_search_locations)))\n"
+        "print(top.origin, part.origin, sep='\\n')\n"
+    )
+    # -S: not this environment's own install of the package.
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", code, str(site)],
+        cwd=tmp_path,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    package, callbacks = map(Path, run.stdout.split())
+    where = site if kind == "wheel" else source
+    assert package == where / "wn_surgery" / "__init__.py"
+    assert callbacks.resolve() in {
+        where / "wn_surgery" / "callbacks" / "__init__.py",
+        where / "callbacks" / "__init__.py",
+    }

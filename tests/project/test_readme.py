@@ -1,0 +1,83 @@
+"""The documentation is true: its Python runs, its links lead somewhere, its tables are complete."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from wn_surgery import errors
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MORE_PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(text: str) -> Iterator[tuple[str, int, str]]:
+    """The fenced blocks: language, number of the first line, content."""
+    for fence in FENCE.finditer(text):
+        yield fence[1], text.count("\n", 0, fence.start(2)) + 1, fence[2]
+
+
+def anchors(text: str) -> set[str]:
+    """What a heading can be linked by."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
+    kept = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.replace(" ", "-") for heading in kept}
+
+
+# What Lightning and transformers tell everyone, about the size of the examples and themselves.
+@pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers",
+    "ignore:.*The number of training batches",
+    "ignore:.*`tensorboardX` has been removed",
+    "ignore:The .grad attribute of a Tensor",  # torch.compile looks at it
+)
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_the_python_of_a_page_runs(
+    page: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One namespace for the page. A YAML block that starts with a file's name is that file, and
+    a text block is what the Python before it prints.
+    """
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": page.stem}
+    printed = ""
+    for language, line, block in blocks(page.read_text(encoding="utf-8")):
+        if language == "yaml" and (name := re.match(r"# (\w+\.yaml)\n", block)):
+            Path(name[1]).write_text(block, encoding="utf-8")
+        elif language == "python":
+            # Empty lines in front give tracebacks the page's own line numbers.
+            exec(compile("\n" * (line - 1) + block, str(page), "exec"), namespace)
+            printed = capsys.readouterr().out
+        elif language == "text":
+            assert block == printed
+
+
+@pytest.mark.parametrize("page", [*PAGES, *MORE_PAGES], ids=relative)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        there = page if not path else (page.parent / path).resolve()
+        assert there.exists(), f"{relative(page)} links to {target}"
+        if anchor:
+            assert anchor in anchors(there.read_text(encoding="utf-8")), target
+
+
+def test_the_page_of_errors_has_every_exception() -> None:
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert sorted(listed) == sorted(errors.__all__)
