@@ -88,7 +88,7 @@ def fuse(model: nn.Module, mode: Mode = "auto") -> Fusion:
             f"{type(model).__name__} has no weight-normed parameter to fuse; "
             "call wn_surgery.apply(model, rules) first"
         )
-    if any(site.held and site.held.layout == "parametrized" for site in found):
+    if any(site.layout == "parametrized" for site in found):
         execute(build_migration(model, "parametrized", {"parametrized"}))
     unfuse(model)
     fusion = Fusion(mode)
