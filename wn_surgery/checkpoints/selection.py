@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from wn_surgery.checkpoints.pairs import Options, Shape
-from wn_surgery.errors import DimensionError, RuleError
+from wn_surgery.errors import ModelError, RuleError
 from wn_surgery.rules.rule import Rule
 from wn_surgery.rules.sources import RulesLike, as_rules
 
@@ -79,7 +79,7 @@ def select(
         Options by key.
 
     Raises:
-        DimensionError: a rule's dim is no axis of a tensor that it matches.
+        ModelError: a rule's dim is no axis of a tensor that it matches.
 
     Example:
         >>> import wn_surgery as wn
@@ -114,9 +114,10 @@ def _options(rule: Rule, key: str, shape: Shape) -> Options:
     if dim is not None:
         axes = (dim,) if isinstance(dim, int) else dim
         if any(axis >= len(shape) for axis in axes):
-            raise DimensionError(
+            raise ModelError(
                 f"{key!r} {shape} has no axis {rule.dim}, which rule `{rule.describe()}` asks for; "
-                "give another dim, or choose tensors by ranks="
+                "give another dim, or choose tensors by ranks=",
+                kind="dim",
             )
     name = None if rule.norm_dtype is None else str(rule.norm_dtype).removeprefix("torch.")
     return Options(dim, rule.eps, name)

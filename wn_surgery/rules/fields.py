@@ -1,7 +1,7 @@
 """The fields of a rule: what each accepts, what it becomes, and how types are named.
 
 Every function takes what the user gave and returns the one form that a `Rule` keeps, or raises
-`FieldError`; the rule that asked adds its own name to the message.
+`RuleError`; the rule that asked adds its own name to the message.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from wn_surgery.errors import WeightNormError
+from wn_surgery.errors import RuleError
 from wn_surgery.rules.patterns import PatternError, PatternSet
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Dim = int | tuple[int, ...] | Literal["out"] | None
 
-__all__ = ["MAX_DIM", "FieldError", "did_you_mean", "type_matches", "type_spelling"]
+__all__ = ["MAX_DIM", "did_you_mean", "type_matches", "type_spelling"]
 
 MAX_DIM: Final = 63
 """The last axis that a tensor can have: torch allows 64 dimensions."""
@@ -33,10 +33,6 @@ _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
-
-
-class FieldError(WeightNormError, ValueError):
-    """A field of a rule is wrong; the message begins with the field's name."""
 
 
 def did_you_mean(word: object, choices: Iterable[str]) -> str:
@@ -63,7 +59,7 @@ def choice(name: str, value: object, allowed: Sequence[str]) -> str:
     if isinstance(value, str) and value in allowed:
         return value
     expected = ", ".join(map(repr, allowed))
-    raise FieldError(
+    raise RuleError(
         f"{name}: expected one of {expected}, got {value!r}{did_you_mean(value, allowed)}"
     )
 
@@ -72,7 +68,7 @@ def flag(name: str, value: object) -> bool:
     """Check that ``value`` is a bool, and not something that merely acts as one."""
     if isinstance(value, bool):
         return value
-    raise FieldError(f"{name}: expected true or false, got {value!r}")
+    raise RuleError(f"{name}: expected true or false, got {value!r}")
 
 
 def strings(name: str, value: object, *, or_none: bool = False) -> tuple[str, ...]:
@@ -83,16 +79,16 @@ def strings(name: str, value: object, *, or_none: bool = False) -> tuple[str, ..
     patterns = _items(name, value, str, or_none or name.startswith("exclude_"))
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise FieldError(
+            raise RuleError(
                 f"{name}: expected a pattern as a string, got {pattern!r} "
                 f"({type(pattern).__name__}); put it in quotes"
             )
         if name == "params" and not pattern:
-            raise FieldError("params: no parameter has an empty name; write '*' for all of them")
+            raise RuleError("params: no parameter has an empty name; write '*' for all of them")
     try:
         PatternSet.of(patterns)
     except PatternError as error:
-        raise FieldError(f"{name}: {error}") from None
+        raise RuleError(f"{name}: {error}") from None
     return patterns
 
 
@@ -103,11 +99,11 @@ def types(name: str, value: object) -> tuple[str | type, ...]:
         if isinstance(item, str):
             _check_type_name(name, item)
         elif not isinstance(item, type):
-            raise FieldError(
+            raise RuleError(
                 f"{name}: expected a class or its name, got {item!r} ({type(item).__name__})"
             )
         if item in ("object", "builtins.object", object):
-            raise FieldError(f"{name}: every module is an 'object'; leave {name} out to match all")
+            raise RuleError(f"{name}: every module is an 'object'; leave {name} out to match all")
     return found
 
 
@@ -120,17 +116,17 @@ def dim(value: object) -> Dim:
             return "out"
         hint = "; write null (None in Python)" if value.lower() == "none" else ""
         hint = hint or did_you_mean(value, ["out"])
-        raise FieldError(f"dim: expected an axis, axes, None or 'out', got {value!r}{hint}")
+        raise RuleError(f"dim: expected an axis, axes, None or 'out', got {value!r}{hint}")
     if not isinstance(value, list | tuple):
         return _axis(value)
     if not value:
-        raise FieldError(
+        raise RuleError(
             "dim: expected at least one axis, got none; for one norm over the whole tensor, "
             "write None (null in a file)"
         )
     axes = sorted(map(_axis, value))
     if len(set(axes)) < len(axes):
-        raise FieldError(f"dim: expected distinct axes, got {value!r}")
+        raise RuleError(f"dim: expected distinct axes, got {value!r}")
     return axes[0] if len(axes) == 1 else tuple(axes)
 
 
@@ -138,7 +134,7 @@ def eps(value: object) -> float:
     """Normalise ``eps``: a finite number, 0 or more."""
     number = _finite("eps", value)
     if number < 0:
-        raise FieldError(f"eps: expected 0 or more, got {value!r}; it bounds the norm from below")
+        raise RuleError(f"eps: expected 0 or more, got {value!r}; it bounds the norm from below")
     return number
 
 
@@ -154,7 +150,7 @@ def norm_dtype(value: object) -> torch.dtype | None:
     name = str(value).removeprefix("torch.")
     if isinstance(value, torch.dtype | str) and name in _DTYPES:
         return _DTYPES[name]
-    raise FieldError(
+    raise RuleError(
         f"norm_dtype: expected a floating dtype ({', '.join(_DTYPES)}), got {value!r}"
         f"{did_you_mean(name, _DTYPES)}"
     )
@@ -257,7 +253,7 @@ def _check_type_name(name: str, spelling: str) -> None:
     if all(part.isidentifier() or part == "<locals>" for part in parts):
         return
     hint = "; a base class matches its subclasses" if set(spelling) & set("*?[{") else ""
-    raise FieldError(
+    raise RuleError(
         f"{name}: expected a class name such as 'Conv1d' or 'torch.nn.Conv1d', "
         f"got {spelling!r}{hint}"
     )
@@ -269,12 +265,12 @@ def _items(
     if isinstance(value, single):
         return (value,)
     if isinstance(value, bytes | Mapping) or not isinstance(value, Iterable):
-        raise FieldError(
+        raise RuleError(
             f"{name}: expected a string or a list, got {value!r} ({type(value).__name__})"
         )
     items = tuple(value)
     if not items and not or_none:
-        raise FieldError(f"{name}: an empty list matches nothing; leave {name} out instead")
+        raise RuleError(f"{name}: an empty list matches nothing; leave {name} out instead")
     return items
 
 
@@ -284,15 +280,15 @@ def _axis(value: object) -> int:
     except TypeError:
         axis = None
     if axis is None or isinstance(value, bool):
-        raise FieldError(f"dim: expected an axis (int), axes, None or 'out', got {value!r}")
+        raise RuleError(f"dim: expected an axis (int), axes, None or 'out', got {value!r}")
     if axis < 0:
-        raise FieldError(
+        raise RuleError(
             f"dim: expected None or an axis that is not negative, got {axis}; torch stores None "
             "as -1, so to torch -1 is the whole tensor while -2 is an axis. Write None (null in "
             "a file) for the whole tensor, or count the axis from the front"
         )
     if axis > MAX_DIM:
-        raise FieldError(f"dim: expected an axis up to {MAX_DIM}, torch's last, got {axis}")
+        raise RuleError(f"dim: expected an axis up to {MAX_DIM}, torch's last, got {axis}")
     return axis
 
 
@@ -304,4 +300,4 @@ def _finite(name: str, value: object) -> float:
             number = math.inf
         if math.isfinite(number):
             return number
-    raise FieldError(f"{name}: expected a finite number, got {value!r}")
+    raise RuleError(f"{name}: expected a finite number, got {value!r}")

@@ -14,7 +14,6 @@ from torch import nn
 from wn_surgery.errors import RuleError
 from wn_surgery.rules import fields
 from wn_surgery.rules.fields import (
-    FieldError,
     did_you_mean,
     type_matches,
     type_spelling,
@@ -117,8 +116,8 @@ class Rule:
         given = {name: value for name, value in locals().items() if name != "self"}
         try:
             values = _normalised(given)
-        except FieldError as error:
-            raise RuleError(f"{_spelled(given)}: {error}") from error
+        except RuleError as error:
+            raise RuleError(f"{_spelled(given)}: {error}", detail=str(error)) from None
         for name, value in values.items():
             object.__setattr__(self, name, value)
         names = self.names
@@ -326,12 +325,12 @@ class Rule:
         """
         if not isinstance(cast("object", data), Mapping):
             detail = f"expected a mapping of fields, got {data!r} ({type(data).__name__})"
-            raise RuleError(detail) from FieldError(detail)
+            raise RuleError(detail)
         for key in data:
             if key not in _FIELDS:
                 near = did_you_mean(key, _FIELDS) or f"; the fields are {', '.join(_FIELDS)}"
                 detail = f"unknown field {key!r}{near}"
-                raise RuleError(f"rule {dict(data)!r}: {detail}") from FieldError(detail)
+                raise RuleError(f"rule {dict(data)!r}: {detail}", detail=detail)
         values: dict[str, Any] = dict(data)
         for name in ("eps", "g_init"):
             if name in values:
@@ -354,7 +353,7 @@ def _normalised(given: Mapping[str, Any]) -> dict[str, Any]:
         optional = name == "types" and given[name] is None
         values[name] = None if optional else fields.types(name, given[name])
     if given["where"] is not None and not callable(given["where"]):
-        raise FieldError(
+        raise RuleError(
             f"where: expected a Python function (name, module) -> bool, got {given['where']!r}; "
             "a rule in a file cannot have one"
         )
@@ -364,14 +363,14 @@ def _normalised(given: Mapping[str, Any]) -> dict[str, Any]:
         values[name] = fields.flag(name, given[name])
     values["tied"] = fields.choice("tied", given["tied"], _TIED)
     if not isinstance(given["label"], str | None):
-        raise FieldError(f"label: expected a string, got {given['label']!r}")
+        raise RuleError(f"label: expected a string, got {given['label']!r}")
     if values["action"] != "apply":
         for name in _APPLY_ONLY:
             # Removing one end of a tie needs to be told what becomes of the other.
             if name == "tied" and values["action"] == "remove":
                 continue
             if values[name] != _FIELDS[name]:
-                raise FieldError(
+                raise RuleError(
                     f"{name}: means nothing for action {values['action']!r}; leave it out, or "
                     "write action 'apply'"
                 )

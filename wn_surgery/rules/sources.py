@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from wn_surgery.errors import RuleError, RuleFileError
-from wn_surgery.rules.fields import FieldError, did_you_mean
+from wn_surgery.errors import RuleError
+from wn_surgery.rules.fields import did_you_mean
 from wn_surgery.rules.presets import PRESETS, preset
 from wn_surgery.rules.rule import Rule
 
@@ -52,7 +52,7 @@ def as_rules(rules: RulesLike) -> tuple[Rule, ...]:
     Raises:
         RuleError: Something in it stands for no rule; the message says which, by its place in
             the list.
-        RuleFileError: A file cannot be read or understood.
+        RuleError: A file cannot be read or understood.
 
     Example:
         >>> from wn_surgery.rules.sources import as_rules
@@ -94,7 +94,7 @@ def load_rules(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
         The rules, each labelled with the file and its place in it, counted from 1.
 
     Raises:
-        RuleFileError: The file cannot be read, is neither YAML nor JSON, needs a package that
+        RuleError: The file cannot be read, is neither YAML nor JSON, needs a package that
             is missing, or holds something else than rules.
 
     Example:
@@ -111,9 +111,9 @@ def load_rules(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
     try:
         text = Path(name).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise RuleFileError(f"{name}: file not found (from {Path.cwd()})") from None
+        raise RuleError(f"{name}: file not found (from {Path.cwd()})", kind="file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RuleFileError(f"{name}: cannot be read: {error}") from error
+        raise RuleError(f"{name}: cannot be read: {error}", kind="file") from error
     return (rules_from_yaml if suffix in _YAML else rules_from_json)(text, source=name)
 
 
@@ -126,7 +126,7 @@ def dump_rules(rules: RulesLike, path: str | os.PathLike[str]) -> None:
 
     Raises:
         RuleError: A rule has a ``where`` and cannot be written.
-        RuleFileError: The file cannot be written, or its name ends in something else.
+        RuleError: The file cannot be written, or its name ends in something else.
 
     Example:
         See `load_rules`.
@@ -141,7 +141,7 @@ def dump_rules(rules: RulesLike, path: str | os.PathLike[str]) -> None:
         temporary.replace(target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise RuleFileError(f"{name}: cannot be written: {error}") from error
+        raise RuleError(f"{name}: cannot be written: {error}", kind="file") from error
 
 
 def rules_to_json(rules: RulesLike) -> str:
@@ -177,7 +177,7 @@ def rules_from_json(text: str, *, source: str = "JSON text") -> tuple[Rule, ...]
         The rules.
 
     Raises:
-        RuleFileError: The text is not JSON, or does not hold rules.
+        RuleError: The text is not JSON, or does not hold rules.
 
     Example:
         See `rules_to_json`.
@@ -185,7 +185,7 @@ def rules_from_json(text: str, *, source: str = "JSON text") -> tuple[Rule, ...]
     try:
         document = json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise RuleFileError(f"{source}: not JSON: {error}") from error
+        raise RuleError(f"{source}: not JSON: {error}", kind="file") from error
     return _from_document(document, source)
 
 
@@ -200,7 +200,7 @@ def rules_to_yaml(rules: RulesLike) -> str:
 
     Raises:
         RuleError: A rule has a ``where`` and cannot be written.
-        RuleFileError: PyYAML is not installed.
+        RuleError: PyYAML is not installed.
 
     Example:
         >>> import wn_surgery as wn
@@ -229,7 +229,7 @@ def rules_from_yaml(text: str, *, source: str = "YAML text") -> tuple[Rule, ...]
         The rules.
 
     Raises:
-        RuleFileError: PyYAML is not installed, the text is not YAML, or does not hold rules.
+        RuleError: PyYAML is not installed, the text is not YAML, or does not hold rules.
 
     Example:
         >>> from wn_surgery.rules.sources import rules_from_yaml
@@ -244,16 +244,16 @@ def rules_from_yaml(text: str, *, source: str = "YAML text") -> tuple[Rule, ...]
             keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
             for key in keys:
                 if keys.count(key) > 1:
-                    raise FieldError(f"line {node.start_mark.line + 1}: {_duplicate(key)}")
+                    raise RuleError(f"line {node.start_mark.line + 1}: {_duplicate(key)}")
             mapping: dict[Any, Any] = super().construct_mapping(node, deep)
             return mapping
 
     try:
         document = yaml_module.load(text, Loader=Loader)
-    except FieldError as error:
-        raise RuleFileError(f"{source}: {error}") from error
+    except RuleError as error:
+        raise RuleError(f"{source}: {error}", kind="file") from error
     except (yaml_module.YAMLError, ValueError, RecursionError) as error:
-        raise RuleFileError(f"{source}: not YAML ({_ANCHOR_HINT}): {error}") from error
+        raise RuleError(f"{source}: not YAML ({_ANCHOR_HINT}): {error}", kind="file") from error
     return _from_document(document, source)
 
 
@@ -273,13 +273,13 @@ def _from_mapping(data: Mapping[str, Any]) -> tuple[Rule, ...]:
         return (Rule.from_dict(data),)
     others = [key for key in data if key != "preset"]
     if others:
-        raise _detailed(f"'preset' stands alone, got {others[0]!r} beside it; write another rule")
+        raise RuleError(f"'preset' stands alone, got {others[0]!r} beside it; write another rule")
     if not isinstance(data["preset"], str):
-        raise _detailed(f"preset: expected a name, got {data['preset']!r}")
+        raise RuleError(f"preset: expected a name, got {data['preset']!r}")
     try:
         return preset(data["preset"])
     except RuleError as error:
-        raise _detailed(str(error)) from None
+        raise RuleError(str(error)) from None
 
 
 def _item(item: object, number: int) -> tuple[Rule, ...]:
@@ -290,20 +290,22 @@ def _item(item: object, number: int) -> tuple[Rule, ...]:
         )
     try:
         return as_rules(item)
-    except RuleFileError:
-        raise
     except RuleError as error:
-        raise RuleError(f"rule {number}: {_detail(error)}") from error
+        if error.kind == "file":
+            raise
+        raise RuleError(f"rule {number}: {error.detail}") from error
 
 
 def _from_document(document: object, source: str | None) -> tuple[Rule, ...]:
     """Make rules of what a file holds; ``source`` is None for a dict that came from Python."""
     place = "" if source is None else f"{source}, "
     whole = "" if source is None else f"{source}: "
-    kind = RuleError if source is None else RuleFileError
+    kind = None if source is None else "file"
 
     def wrong(got: str) -> RuleError:
-        return kind(f"{whole}expected a list of rules under the key 'rules', got {got}")
+        return RuleError(
+            f"{whole}expected a list of rules under the key 'rules', got {got}", kind=kind
+        )
 
     if isinstance(document, Mapping):
         for key in document:
@@ -315,7 +317,7 @@ def _from_document(document: object, source: str | None) -> tuple[Rule, ...]:
     return tuple(_read(document, place, kind))
 
 
-def _read(items: Iterable[Any], place: str, kind: type[RuleError]) -> Iterator[Rule]:
+def _read(items: Iterable[Any], place: str, kind: str | None) -> Iterator[Rule]:
     for number, item in enumerate(items, start=1):
         try:
             if isinstance(item, Rule):
@@ -324,28 +326,17 @@ def _read(items: Iterable[Any], place: str, kind: type[RuleError]) -> Iterator[R
                 # Only presets go by a bare name here: a file does not include other files.
                 found = _from_mapping({"preset": item} if isinstance(item, str) else item)
         except RuleError as error:
-            raise kind(f"{place}rule {number}: {_detail(error)}") from error
+            raise RuleError(f"{place}rule {number}: {error.detail}", kind=kind) from error
         for rule in found:
             labelled = rule.label is not None or not place
             yield rule if labelled else replace(rule, label=f"{place}rule {number}")
-
-
-def _detailed(detail: str) -> RuleError:
-    error = RuleError(detail)
-    error.__cause__ = FieldError(detail)
-    return error
-
-
-def _detail(error: RuleError) -> str:
-    """Give the message without the rule's own spelling, where its place names it already."""
-    return str(error.__cause__ if isinstance(error.__cause__, FieldError) else error)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise FieldError(_duplicate(key))
+            raise RuleError(_duplicate(key))
         result[key] = value
     return result
 
@@ -357,8 +348,9 @@ def _duplicate(key: object) -> str:
 def _suffix(name: str) -> str:
     suffix = Path(name).suffix.lower()
     if suffix not in _SUFFIXES:
-        raise RuleFileError(
-            f"{name}: the name of a rule file ends in {', '.join(_SUFFIXES)}; got {suffix!r}"
+        raise RuleError(
+            f"{name}: the name of a rule file ends in {', '.join(_SUFFIXES)}; got {suffix!r}",
+            kind="file",
         )
     return suffix
 
@@ -367,7 +359,8 @@ def _yaml(source: str) -> ModuleType:
     try:
         import yaml
     except ImportError as error:
-        raise RuleFileError(
-            f"{source}: YAML needs PyYAML; run `pip install 'wn-surgery[yaml]'`, or use JSON"
+        raise RuleError(
+            f"{source}: YAML needs PyYAML; run `pip install 'wn-surgery[yaml]'`, or use JSON",
+            kind="file",
         ) from error
     return yaml

@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from wn_surgery.errors import QuantizedWeightError, UnmatchedRuleError, WeightNormError
 from wn_surgery.model.sites import Node, sites_of
 from wn_surgery.rules.sources import Rule
 from wn_surgery.surgery import checks
@@ -22,12 +21,12 @@ class Unmatched:
     Attributes:
         number: the rule's number, from 1.
         reason: which part of it failed, and near misses.
-        kind: the exception it calls for.
+        kind: of the error that it calls for.
     """
 
     number: int
     reason: str
-    kind: type[WeightNormError] = UnmatchedRuleError
+    kind: str = "unmatched"
 
 
 def explain(index: int, rules: Sequence[Rule], nodes: Sequence[Node]) -> Unmatched:
@@ -52,7 +51,7 @@ def explain(index: int, rules: Sequence[Rule], nodes: Sequence[Node]) -> Unmatch
                 f"{node.paths[0]} is quantized ({node.base.__module__}.{node.base.__name__}) and "
                 "has no floating-point weight; change weight norm before quantization"
             )
-            return Unmatched(number, reason, QuantizedWeightError)
+            return Unmatched(number, reason, "quantized")
     sites = [
         (site, path)
         for node, path in included
