@@ -1,7 +1,7 @@
 """The fields of a rule: what each accepts, what it becomes, and how types are named.
 
-Every function takes what the user gave and returns the one form that a `Rule` keeps, or raises
-`RuleError`; the rule that asked adds its own name to the message.
+Each function takes what the user gave and returns the form that a `Rule` keeps, or raises
+`RuleError`, whose message the rule puts after its own text.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from wn_surgery.rules.patterns import PatternError, PatternSet
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    Dim = int | tuple[int, ...] | Literal["out"] | None
+    DimField = int | tuple[int, ...] | Literal["out"] | None
 
 __all__ = ["MAX_DIM", "did_you_mean", "type_matches", "type_spelling"]
 
-MAX_DIM: Final = 63
-"""The last axis that a tensor can have: torch allows 64 dimensions."""
+MAX_DIM: Final = 63  # torch allows 64 dimensions
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -36,20 +35,7 @@ _DTYPES = {
 
 
 def did_you_mean(word: object, choices: Iterable[str]) -> str:
-    """Suggest the choice that is spelled most like ``word``.
-
-    Args:
-        word: What was given.
-        choices: What would have been right.
-
-    Returns:
-        ``"; did you mean '…'?"``, or the empty string where nothing is close.
-
-    Example:
-        >>> from wn_surgery.rules.fields import did_you_mean
-        >>> did_you_mean("dims", ["dim", "eps"])
-        "; did you mean 'dim'?"
-    """
+    """``"; did you mean '…'?"`` with the choice spelled most like ``word``, or nothing."""
     near = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -72,10 +58,7 @@ def flag(name: str, value: object) -> bool:
 
 
 def strings(name: str, value: object, *, or_none: bool = False) -> tuple[str, ...]:
-    """Make a tuple of patterns out of one string or several; check each pattern.
-
-    There has to be one, but in a field that excludes, or with ``or_none``.
-    """
+    """Make a tuple of patterns of one string or several, and check each; none only if allowed."""
     patterns = _items(name, value, str, or_none or name.startswith("exclude_"))
     for pattern in patterns:
         if not isinstance(pattern, str):
@@ -93,7 +76,7 @@ def strings(name: str, value: object, *, or_none: bool = False) -> tuple[str, ..
 
 
 def types(name: str, value: object) -> tuple[str | type, ...]:
-    """Make a tuple of classes and class names out of one or several; check each."""
+    """Make a tuple of classes and class names of one or several, and check each."""
     found = _items(name, value, (str, type), name.startswith("exclude_"))
     for item in found:
         if isinstance(item, str):
@@ -107,7 +90,7 @@ def types(name: str, value: object) -> tuple[str | type, ...]:
     return found
 
 
-def dim(value: object) -> Dim:
+def dim(value: object) -> DimField:
     """Normalise ``dim``: an axis, distinct axes in order, None (the whole tensor) or "out"."""
     if value is None:
         return None
@@ -158,60 +141,27 @@ def norm_dtype(value: object) -> torch.dtype | None:
 
 def number_from_text(value: object) -> object:
     """Read a number that YAML left as text: YAML 1.1 takes ``1e-12`` for a string."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def type_matches(wanted: Iterable[str | type], module_type: type) -> bool:
-    """Tell whether ``module_type`` is one of the ``wanted`` classes, or a subclass of one.
+    """Whether ``module_type`` is one of the ``wanted`` classes, or a subclass of one.
 
     A bare name is compared with the name of every class along the MRO, a dotted one with its
     qualified name (from any segment on), and with where a package exports it again:
     ``torch.nn.Conv1d`` and ``nn.Conv1d`` are ``torch.nn.modules.conv.Conv1d``.
-
-    Args:
-        wanted: Classes and names.
-        module_type: The class to look at; of a parametrized module, the one before that.
-
-    Returns:
-        True if any of them fits.
-
-    Example:
-        >>> import torch
-        >>> from wn_surgery.rules.fields import type_matches
-        >>> type_matches(["nn.Linear"], torch.nn.Bilinear)
-        False
-        >>> type_matches(["_ConvNd"], torch.nn.Conv1d)
-        True
     """
-    for item in wanted:
-        if isinstance(item, str):
-            if _is_named(module_type, item):
-                return True
-        elif issubclass(module_type, item):
-            return True
-    return False
+    return any(
+        _is_named(module_type, item) if isinstance(item, str) else issubclass(module_type, item)
+        for item in wanted
+    )
 
 
 def type_spelling(cls: type) -> str:
-    """Spell a class as a dotted name that `type_matches` takes for it.
-
-    Args:
-        cls: The class.
-
-    Returns:
-        The public name of a torch layer, the qualified name of everything else.
-
-    Example:
-        >>> import torch
-        >>> from wn_surgery.rules.fields import type_spelling
-        >>> type_spelling(torch.nn.Conv1d)
-        'torch.nn.Conv1d'
-    """
+    """The dotted name of a class: the public one of a torch layer, else the qualified one."""
     if getattr(torch.nn, cls.__name__, None) is cls:
         return f"torch.nn.{cls.__name__}"
     return f"{cls.__module__}.{cls.__qualname__}"
@@ -222,12 +172,9 @@ _NAMED: WeakKeyDictionary[type, dict[str, bool]] = WeakKeyDictionary()
 
 
 def _is_named(module_type: type, spelling: str) -> bool:
-    known = _NAMED.get(module_type)
-    if known is None:
-        known = _NAMED[module_type] = {}
+    known = _NAMED.setdefault(module_type, {})
     if spelling not in known:
-        classes = (cls for cls in module_type.__mro__ if cls is not object)
-        known[spelling] = any(_spells(spelling, cls) for cls in classes)
+        known[spelling] = any(_spells(spelling, cls) for cls in module_type.__mro__[:-1])
     return known[spelling]
 
 

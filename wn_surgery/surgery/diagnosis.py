@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from wn_surgery.model.sites import Node, sites_of
-from wn_surgery.rules.sources import Rule
+from wn_surgery.rules.rule import Rule, matches_module, matches_param
 from wn_surgery.surgery import checks
 from wn_surgery.surgery.matching import eligible
 
@@ -56,7 +56,7 @@ def explain(index: int, rules: Sequence[Rule], nodes: Sequence[Node]) -> Unmatch
         (site, path)
         for node, path in included
         for site in sites_of(node)
-        if rule.matches_param(site.param)
+        if matches_param(rule, site.param)
     ]
     if not sites:
         return Unmatched(number, _no_such_parameter(rule, [node for node, _ in included]))
@@ -67,7 +67,7 @@ def explain(index: int, rules: Sequence[Rule], nodes: Sequence[Node]) -> Unmatch
     later = [
         str(i)
         for i, other in enumerate(rules[index + 1 :], number + 1)
-        if any(other.matches_module(path, node.base) for node, path in included)
+        if any(matches_module(other, path, node.base) for node, path in included)
     ]
     return Unmatched(
         number,
@@ -81,7 +81,7 @@ def _matching(rule: Rule, nodes: Iterable[Node]) -> list[tuple[Node, str]]:
         (node, path)
         for node in nodes
         for path in node.paths
-        if rule.matches_module(path, node.base)
+        if matches_module(rule, path, node.base)
     ]
 
 

@@ -14,7 +14,7 @@ from wn_surgery.model.layouts import Layout
 from wn_surgery.model.sites import Site
 from wn_surgery.norm.math import g_shape
 from wn_surgery.norm.parametrization import WeightNorm
-from wn_surgery.rules.sources import Rule
+from wn_surgery.rules.rule import Rule, is_universal
 from wn_surgery.surgery.diagnosis import Unmatched
 from wn_surgery.tables import render
 
@@ -194,7 +194,7 @@ def _row(step: Step) -> tuple[str, ...]:
 
 def _legend(number: int, rule: Rule) -> str:
     origin = f" ({rule.label})" if rule.label else ""
-    everything = ", which is everything that may be matched" if rule.is_universal else ""
+    everything = ", which is everything that may be matched" if is_universal(rule) else ""
     return f"rule {number}: {rule.describe()}{everything}{origin}"
 
 
