@@ -91,7 +91,7 @@ def fuse(model: nn.Module, mode: Mode = "auto") -> Fusion:
             "call wn_surgery.apply(model, rules) first",
             kind="fusion",
         )
-    if any(site.held and site.held.layout == "parametrized" for site in found):
+    if any(site.layout == "parametrized" for site in found):
         execute(build_migration(model, "parametrized", {"parametrized"}))
     unfuse(model)
     fusion = Fusion(mode)

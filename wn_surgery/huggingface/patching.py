@@ -114,7 +114,7 @@ def unpatch_model(model: nn.Module, *, optimizers: Any = ()) -> wn.Report:
     """
     keys = keys_of(model)
     report = wn.remove(model, optimizers=optimizers)
-    foreign = any(key.site.held and key.site.held.maker != "wn_surgery" for key in keys)
+    foreign = any(not key.site.ours for key in keys)
     # Ours reads plain weights, but diffusers reads key by key, past the hooks of modules.
     if foreign or reloading.is_model_of(model) == "diffusers":
         reloading.save_as_built(model)

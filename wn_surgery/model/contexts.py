@@ -21,20 +21,9 @@ from wn_surgery.model.opened import (
     parametrized,
     restore_class,
 )
-from wn_surgery.model.sites import (
-    Site,
-    is_folded,
-    sites_of,
-    walk,
-)
+from wn_surgery.model.sites import NormedSite, is_folded, normed
 from wn_surgery.norm.math import builds_graph
-from wn_surgery.norm.module_class import (
-    FOLDED,
-    class_for,
-    computed_names,
-    is_managed,
-    opener,
-)
+from wn_surgery.norm.module_class import FOLDED, class_for, computed_names, is_managed, opener
 from wn_surgery.norm.slots import NotCopied
 
 __all__ = ["folded", "writable"]
@@ -78,13 +67,13 @@ def folded(model: nn.Module) -> Generator[None]:
         >>> layer.weight is layer.weight
         False
     """
-    found: list[Site] = []
-    entered: list[tuple[Site, _Fold]] = []
+    found: list[NormedSite] = []
+    entered: list[tuple[NormedSite, _Fold]] = []
     replaced: list[str] = []
     try:
         # One step for all threads: the last to leave must not tear down what another enters.
         with _LOCK:
-            found = _normed(model)
+            found = normed(model)
             for site in found:
                 fold = _fold_of(site)
                 fold.enter()
@@ -105,16 +94,12 @@ def folded(model: nn.Module) -> Generator[None]:
         )
 
 
-def _normed(model: nn.Module) -> list[Site]:
-    return [site for node in walk(model) for site in sites_of(node) if site.normed]
-
-
-def _refresh(found: list[Site]) -> None:
+def _refresh(found: list[NormedSite]) -> None:
     for module in {id(site.module): site.module for site in found}.values():
         layouts.refresh(module)
 
 
-def _fold_of(site: Site) -> _Fold:
+def _fold_of(site: NormedSite) -> _Fold:
     fold: object = FOLDED.get(site.module, {}).get(site.param)
     if isinstance(fold, _Fold):
         return fold
@@ -129,8 +114,7 @@ def _fold_of(site: Site) -> _Fold:
 class _Fold:
     """One weight that is held as a plain tensor while at least one context wants it."""
 
-    def __init__(self, site: Site) -> None:
-        assert site.held is not None
+    def __init__(self, site: NormedSite) -> None:
         self._name = site.name
         self._module = site.module
         self._param = site.param
@@ -139,7 +123,6 @@ class _Fold:
 
     def enter(self) -> None:
         """Compute the weight for this thread and hold it."""
-        assert self._held.compute is not None
         mine = self._values.get(get_ident())
         current = mine[-1] if mine else None
         # Under no_grad a value with a graph serves too; the other way round it would
@@ -171,7 +154,6 @@ class _Fold:
 
     def _wants_graph(self) -> bool:
         g, v = self._held.g, self._held.v
-        assert g is not None and v is not None
         return builds_graph() and (g.requires_grad or v.requires_grad)
 
     def _begin(self) -> None:
@@ -328,13 +310,13 @@ def writable(model: nn.Module) -> Generator[None]:
         >>> layer.parametrizations.weight.original0.flatten()[:2].tolist()
         [2.0, 2.0]
     """
-    found: list[Site] = []
+    found: list[NormedSite] = []
     opened: dict[int, Opened] = {}
     weights: list[Weight] = []
     written: list[Pair | None] | None = None
     try:
         with _LOCK:
-            found = _normed(model)
+            found = normed(model)
             for site in found:
                 if is_folded(site.node):
                     raise ModelError(

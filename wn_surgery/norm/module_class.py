@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from wn_surgery.errors import ModelError, ZeroNormError
 from wn_surgery.norm.drafts import following
+from wn_surgery.norm.naming import keys_for
 from wn_surgery.norm.parametrization import WeightNorm, WeightNormList
 
 __all__ = ["FOLDED", "base_class", "class_for", "computed_names", "is_managed", "opener"]
@@ -323,9 +324,9 @@ def _adopt_layouts(
     for name, plist in module.__dict__["_modules"].get("parametrizations", {}).items():
         if not _is_weight_norm(plist):
             continue
-        g_key = f"{prefix}parametrizations.{name}.original0"
-        v_key = f"{prefix}parametrizations.{name}.original1"
-        plain, legacy = prefix + name, (f"{prefix}{name}_g", f"{prefix}{name}_v")
+        plain = prefix + name
+        g_key, v_key = keys_for(plain, "parametrized")
+        legacy = keys_for(plain, "legacy")
         if all(key in state_dict for key in legacy):
             state_dict[g_key] = state_dict.pop(legacy[0])
             state_dict[v_key] = state_dict.pop(legacy[1])

@@ -17,19 +17,17 @@ from weakref import WeakKeyDictionary
 import torch
 
 from wn_surgery.errors import RuleError
+from wn_surgery.norm.options import Dim, dtype_name
 from wn_surgery.rules.patterns import PatternError, PatternSet
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    DimField = int | tuple[int, ...] | Literal["out"] | None
-
 __all__ = ["MAX_DIM", "did_you_mean", "type_matches", "type_spelling"]
 
 MAX_DIM: Final = 63  # torch allows 64 dimensions
 
 _DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
+    dtype_name(dtype): dtype
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
 
@@ -90,7 +88,7 @@ def types(name: str, value: object) -> tuple[str | type, ...]:
     return found
 
 
-def dim(value: object) -> DimField:
+def dim(value: object) -> Dim | Literal["out"]:
     """Normalise ``dim``: an axis, distinct axes in order, None (the whole tensor) or "out"."""
     if value is None:
         return None

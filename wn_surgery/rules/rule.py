@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from wn_surgery.errors import RuleError
+from wn_surgery.norm.options import Dim, dtype_name, kept_axes
 from wn_surgery.rules import fields
 from wn_surgery.rules.fields import did_you_mean, type_matches, type_spelling
 from wn_surgery.rules.patterns import PatternSet
@@ -278,10 +279,9 @@ def last_match(rules: Sequence[Rule], path: str, param: str, rank: int) -> Rule 
     return None
 
 
-def has_axes(rank: int, dim: int | tuple[int, ...] | None) -> bool:
+def has_axes(rank: int, dim: Dim) -> bool:
     """Whether a tensor with so many axes has those of ``dim``."""
-    axes = () if dim is None else (dim,) if isinstance(dim, int) else dim
-    return all(axis < rank for axis in axes)
+    return all(axis < rank for axis in kept_axes(dim))
 
 
 def is_universal(rule: Rule) -> bool:
@@ -305,7 +305,7 @@ def _word(value: object) -> str:
         separator = "," if isinstance(value[0], int) else "|"
         return separator.join(map(_word, value))
     if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
+        return dtype_name(value)
     return str(getattr(value, "__name__", value))
 
 

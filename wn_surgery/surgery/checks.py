@@ -12,10 +12,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from wn_surgery.errors import ModelError, RuleError, WeightNormError, ZeroNormError
+from wn_surgery.model.layouts import Normed
 from wn_surgery.model.sites import Node, Site, is_folded
 from wn_surgery.norm.limits import has_easy_norms, zero_slices
-from wn_surgery.norm.math import Dim
-from wn_surgery.norm.parametrization import WeightNorm
+from wn_surgery.norm.math import weight_norm
+from wn_surgery.norm.options import Dim, NormOptions, dtype_name, kept_axes
 from wn_surgery.rules.sources import Rule
 
 __all__ = ["floating", "quantizer", "resolve_dim"]
@@ -96,7 +97,7 @@ def before_apply(site: Site) -> Iterator[WeightNormError]:
     yield from before_any_change(site)
 
 
-def before_norm(site: Site, norm: WeightNorm, g_init: float | None) -> Iterator[WeightNormError]:
+def before_norm(site: Site, norm: NormOptions, g_init: float | None) -> Iterator[WeightNormError]:
     """Problems of the weight's dtype with the options of the rule."""
     tensor = site.tensor
     assert tensor is not None  # checked by the caller
@@ -125,7 +126,7 @@ def before_norm(site: Site, norm: WeightNorm, g_init: float | None) -> Iterator[
 
 
 def before_division(
-    wanted: Iterable[tuple[Site, WeightNorm, float | None]],
+    wanted: Iterable[tuple[Site, NormOptions, float | None]],
 ) -> Iterator[WeightNormError]:
     """Sites whose weight would be divided by a norm that is zero, infinite or lost.
 
@@ -134,7 +135,7 @@ def before_division(
     """
     groups: dict[tuple[Any, ...], list[tuple[Site, Tensor]]] = {}
     for site, norm, g_init in wanted:
-        weight = site.tensor if site.held is None else site.held.weight()
+        weight = site.held.weight() if isinstance(site.held, Normed) else site.tensor
         assert weight is not None  # nothing is planned for a site without a tensor
         if not weight.is_meta and not is_fake(weight):
             options = (norm.eps, norm.norm_dtype, g_init)
@@ -150,24 +151,21 @@ def before_division(
                 continue
             for site, weight in chunk:
                 if bad := zero_slices(weight, dim, eps, norm_dtype, g_init):
-                    yield _undivided(
-                        site, weight, bad, WeightNorm.options(dim, eps, norm_dtype), g_init
-                    )
+                    yield _undivided(site, weight, bad, NormOptions(dim, eps, norm_dtype), g_init)
 
 
 _STACKED = 1 << 18
 
 
 def _stacked(chunk: Sequence[tuple[Site, Tensor]], dim: Dim) -> tuple[Tensor, Dim]:
-    axes = () if dim is None else (dim,) if isinstance(dim, int) else dim
-    return torch.stack([weight for _, weight in chunk]), (0, *(axis + 1 for axis in axes))
+    return torch.stack([w for _, w in chunk]), (0, *(axis + 1 for axis in kept_axes(dim)))
 
 
 def _undivided(
     site: Site,
     weight: Tensor,
     bad: int,
-    norm: WeightNorm,
+    norm: NormOptions,
     g_init: float | None,
 ) -> ZeroNormError:
     stored = f"g is stored in {_short(weight.dtype)}" if g_init is None else f"g_init={g_init}"
@@ -181,7 +179,7 @@ def _undivided(
 
 
 def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return dtype_name(dtype)
 
 
 def resolve_dim(site: Site, rule: Rule) -> Dim | ModelError:
@@ -190,8 +188,7 @@ def resolve_dim(site: Site, rule: Rule) -> Dim | ModelError:
     ndim = len(site.shape)
     if dim == "out":
         return output_axis(site)
-    axes = () if dim is None else (dim,) if isinstance(dim, int) else dim
-    if any(axis >= ndim for axis in axes):
+    if any(axis >= ndim for axis in kept_axes(dim)):
         return ModelError(
             f"dim={dim} is out of range for {site.name} of shape {site.shape}; expected axes "
             f"from 0 to {ndim - 1}, None for the whole tensor, or 'out'",
@@ -238,8 +235,9 @@ def output_axis(site: Site) -> Dim | ModelError:
 
 def before_migration(site: Site, to: str) -> Iterator[WeightNormError]:
     """Problems of moving a weight-normed site to another layout."""
-    norm, held = site.norm, site.held
-    assert norm is not None and held is not None and held.g is not None and held.v is not None
+    held = site.held
+    assert isinstance(held, Normed)
+    norm = held.norm
     if to == "legacy" and runs_no_hook(site):
         yield ModelError(
             f"{site.name} is read by attention, which never calls the module it is in, so a legacy "
@@ -252,15 +250,14 @@ def before_migration(site: Site, to: str) -> Iterator[WeightNormError]:
         isinstance(norm.dim, tuple) or norm.eps != 0.0 or norm.norm_dtype is not None
     ):
         yield ModelError(
-            f"{site.name} has {norm.extra_repr()}, which torch's legacy hook cannot compute; it "
+            f"{site.name} has {norm}, which torch's legacy hook cannot compute; it "
             "knows a single dim, eps=0 and no norm_dtype",
             kind="stacked",
             site=site.name,
         )
     if held.maker not in ("torch", "wn_surgery") and not held.v.is_meta:
-        assert held.compute is not None
         with torch.no_grad():
-            same = torch.equal(norm(held.g, held.v), held.compute())
+            same = torch.equal(weight_norm(held.v, held.g, *norm), held.compute())
         if not same:
             yield ModelError(
                 f"{site.name} is computed by {held.maker}, which gives other values than "

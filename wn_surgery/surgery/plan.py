@@ -10,10 +10,10 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 
 from wn_surgery.errors import WeightNormError
-from wn_surgery.model.layouts import Layout
+from wn_surgery.model.layouts import Normed, SiteLayout
 from wn_surgery.model.sites import Site
 from wn_surgery.norm.math import g_shape
-from wn_surgery.norm.parametrization import WeightNorm
+from wn_surgery.norm.options import NormOptions
 from wn_surgery.rules.rule import Rule, is_universal
 from wn_surgery.surgery.diagnosis import Unmatched
 from wn_surgery.tables import render
@@ -42,8 +42,8 @@ class Step:
 
     site: Site
     action: Action
-    after: Layout
-    norm: WeightNorm | None
+    after: SiteLayout
+    norm: NormOptions | None
     rule: Rule | None
     shadowed: tuple[int, ...] = ()
     why: str = ""
@@ -120,7 +120,7 @@ class Plan:
                 total += _numel(g_shape(step.site.shape, step.norm.dim))
             if step.copies:  # and the other end of the tie keeps what there was
                 total += tensor.numel()
-            elif held is not None and held.g is not None:
+            elif isinstance(held, Normed):
                 total -= held.g.numel()
         return total
 

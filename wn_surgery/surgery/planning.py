@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from wn_surgery.errors import ModelError, WeightNormError
-from wn_surgery.model.layouts import Held, Layout
+from wn_surgery.model.layouts import Normed, SiteLayout
 from wn_surgery.model.sites import (
     Node,
     Site,
@@ -20,7 +20,7 @@ from wn_surgery.model.sites import (
     walk,
 )
 from wn_surgery.norm.module_class import FOLDED
-from wn_surgery.norm.parametrization import WeightNorm
+from wn_surgery.norm.options import NormOptions
 from wn_surgery.rules.sources import Rule, RulesLike, as_rules
 from wn_surgery.surgery import checks
 from wn_surgery.surgery.diagnosis import explain
@@ -149,7 +149,7 @@ def build_removal(model: nn.Module) -> Plan:
 
 
 def build_migration(
-    model: nn.Module, to: Layout, of: Collection[Layout] = ("legacy", "parametrized")
+    model: nn.Module, to: SiteLayout, of: Collection[SiteLayout] = ("legacy", "parametrized")
 ) -> Plan:
     """The plan of :func:`wn_surgery.migrate`, for the sites whose layout is among ``of``."""
     nodes = _nodes(model)
@@ -160,7 +160,7 @@ def build_migration(
                 made.problems.extend(checks.before_any_change(site))
                 continue
             held = site.held
-            if held is None or held.norm is None or held.layout not in of:
+            if not isinstance(held, Normed) or held.layout not in of:
                 continue
             there = held.layout == to and (to == "legacy" or held.maker == "wn_surgery")
             step = Step(site, "keep" if there else "migrate", to, held.norm, None)
@@ -220,28 +220,28 @@ def _plan_application(step: Step, rule: Rule) -> Iterator[WeightNormError]:
     if isinstance(dim, ModelError):
         yield dim
         return
-    step.norm = WeightNorm.options(dim, rule.eps, rule.norm_dtype)
+    step.norm = NormOptions(dim, rule.eps, rule.norm_dtype)
     yield from checks.before_norm(step.site, step.norm, rule.g_init)
 
 
 def _plan_replacement(step: Step, rule: Rule) -> Iterator[WeightNormError]:
     site = step.site
     held = site.held
-    assert held is not None and held.norm is not None and held.g is not None
+    assert isinstance(held, Normed)
     dim = checks.resolve_dim(site, rule)
     if isinstance(dim, ModelError):
         yield dim
         return
-    wanted = WeightNorm.options(dim, rule.eps, rule.norm_dtype)
-    if wanted.same_as(held.norm) and not _differs(rule, held):
+    wanted = NormOptions(dim, rule.eps, rule.norm_dtype)
+    if wanted == held.norm and not _differs(rule, held):
         fills = rule.g_init is not None and rule.g_init != held.g_init
         step.why += ", already there" + (" (replace=True fills g)" if fills else "")
         return
     if not rule.replace:
         frozen = "" if rule.train_g else ", train_g=False"
         yield ModelError(
-            f"{site.name} already carries weight norm with {held.norm.extra_repr()}; the rule asks "
-            f"for {wanted.extra_repr()}{frozen}; give the rule replace=True, or remove first",
+            f"{site.name} already carries weight norm with {held.norm}; the rule asks "
+            f"for {wanted}{frozen}; give the rule replace=True, or remove first",
             kind="existing",
             site=site.name,
         )
@@ -255,14 +255,13 @@ def _plan_replacement(step: Step, rule: Rule) -> Iterator[WeightNormError]:
     yield from problems
 
 
-def _differs(rule: Rule, held: Held) -> bool:
+def _differs(rule: Rule, held: Normed) -> bool:
     """Whether a g that is there is not as the rule wants it.
 
     Without ``replace`` only a g that trains, and should not, is another one: ``g_init`` is where
     it began, and whoever froze it may have done so since. With ``replace``, g is thawed; and it
     is filled, but once, for to give the same rules again must not undo a training.
     """
-    assert held.g is not None and held.v is not None
     if not rule.train_g and held.g.requires_grad:
         return True
     thaws = rule.train_g and held.v.requires_grad and not held.g.requires_grad

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from wn_surgery.errors import ModelError
-from wn_surgery.model.sites import Site, as_module, sites
+from wn_surgery.model.sites import NormedSite, as_module, normed
+from wn_surgery.norm.options import kept_axes
 from wn_surgery.rules import fields
 from wn_surgery.rules.patterns import PatternSet
 from wn_surgery.surgery.checks import output_axis
@@ -191,9 +192,7 @@ def _layers(
     wanted = None
     if names is not None:
         wanted = PatternSet.of(fields.strings("names", names))
-    for site in sites(model):
-        if not site.normed:
-            continue
+    for site in normed(model):
         if wanted is not None and not any(wanted.matches(path) for path in site.node.paths):
             result.skipped[site.name] = "not in names"
         elif why := _why_not(site):
@@ -202,9 +201,8 @@ def _layers(
             yield _Layer(site, result, taken)
 
 
-def _why_not(site: Site) -> str:
+def _why_not(site: NormedSite) -> str:
     held, module = site.held, site.module
-    assert held is not None and held.g is not None
     if held.layout == "legacy":
         return "legacy layout: call wn_surgery.migrate(model) first"
     if not held.g.requires_grad:
@@ -248,9 +246,8 @@ class _Layer:
         taken: the layers that were set, by the ids of the g and biases that they hold.
     """
 
-    def __init__(self, site: Site, result: Initialization, taken: dict[int, str]) -> None:
+    def __init__(self, site: NormedSite, result: Initialization, taken: dict[int, str]) -> None:
         held = site.held
-        assert held is not None and held.g is not None
         self.site = site
         self.done = False
         self._g = held.g
@@ -303,22 +300,16 @@ class _Layer:
             self._result.constant[name] = count
 
     def _g_is_per_channel(self) -> bool:
-        norm = self.site.norm
-        assert norm is not None
         channels = output_axis(self.site)
         if isinstance(channels, ModelError):
             return False
-        return _axes(norm.dim) == _axes(channels)
+        return set(kept_axes(self.site.dim)) == set(kept_axes(channels))
 
     def restore(self) -> None:
         """Put g and the bias back."""
         with torch.no_grad():
             for tensor, before in self._before:
                 tensor.copy_(before)
-
-
-def _axes(dim: int | tuple[int, ...] | None) -> set[int]:
-    return set() if dim is None else {dim} if isinstance(dim, int) else set(dim)
 
 
 def _moments(y: Tensor, axis: int, name: str) -> tuple[Tensor, Tensor]:
