@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from wn_surgery.errors import FoldedModelError, ZeroNormError
+from wn_surgery.errors import ModelError, ZeroNormError
 from wn_surgery.model import layouts
 from wn_surgery.model.sites import NormedSite, is_folded, normed
 from wn_surgery.model.undo import Snapshot
@@ -75,7 +75,7 @@ def folded(model: nn.Module) -> Generator[None]:
             overlap, on one model or on several, in one thread or in several.
 
     Raises:
-        FoldedModelError: a folded weight was assigned or deleted: at once, or for the hook
+        ModelError: a folded weight was assigned or deleted: at once, or for the hook
             of ``torch.nn.utils.weight_norm`` on exit. Nothing has changed then. Also for
             surgery inside; and for that hook's layout, which has one weight for all
             threads, where another thread folds or calls the layer.
@@ -109,9 +109,10 @@ def folded(model: nn.Module) -> Generator[None]:
                     replaced.append(site.name)
             _refresh(found)
     if replaced:
-        raise FoldedModelError(
+        raise ModelError(
             f"{', '.join(reversed(replaced))} was assigned or deleted inside folded(), where it is "
-            "only read, and is as it was before; write to it inside writable(), or outside"
+            "only read, and is as it was before; write to it inside writable(), or outside",
+            kind="folded",
         )
 
 
@@ -120,8 +121,9 @@ def _fold_of(site: NormedSite) -> _Fold:
     if isinstance(fold, _Fold):
         return fold
     if fold is not None:
-        raise FoldedModelError(
-            f"{site.name} was given weight norm inside writable(); leave that context first"
+        raise ModelError(
+            f"{site.name} was given weight norm inside writable(); leave that context first",
+            kind="folded",
         )
     return (_HookFold if site.layout == "legacy" else _ListFold)(site)
 
@@ -235,7 +237,7 @@ class _HookFold(_Fold):
     def enter(self) -> None:
         """As in the base class; but only one thread at a time, since there is one attribute."""
         if self._values.keys() - {get_ident()}:
-            raise FoldedModelError(_of_another_thread(self._name))
+            raise ModelError(_of_another_thread(self._name), kind="folded")
         super().enter()
 
     def _begin(self) -> None:
@@ -281,7 +283,7 @@ class _QuietHook:
     def __call__(self, _module: nn.Module, _inputs: Any) -> None:
         """Leave the weight as it is."""
         if not _is_compiling() and get_ident() != self._thread:
-            raise FoldedModelError(_of_another_thread(self._name))
+            raise ModelError(_of_another_thread(self._name), kind="folded")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _itself, (self.folds,)
@@ -307,7 +309,7 @@ def writable(model: nn.Module) -> Generator[None]:
         model: any module tree; all layouts become writable.
 
     Raises:
-        FoldedModelError: the model is inside ``folded``. (Inside another ``writable`` its
+        ModelError: the model is inside ``folded``. (Inside another ``writable`` its
             weights are writable already, and this one does nothing.) Or, on exit, the body has
             deleted a weight, or added a parametrization to its module or removed one; the
             module is then as it was on entry. Also for surgery inside.
@@ -332,9 +334,10 @@ def writable(model: nn.Module) -> Generator[None]:
             found = normed(model)
             for site in found:
                 if is_folded(site.node):
-                    raise FoldedModelError(
+                    raise ModelError(
                         f"{site.name} is inside folded() or writable() now; "
-                        "leave that context first"
+                        "leave that context first",
+                        kind="folded",
                     )
             opened = {id(site.module): _Opened(site.module) for site in found}
             made: dict[int, nn.Parameter] = {}
@@ -351,10 +354,11 @@ def writable(model: nn.Module) -> Generator[None]:
         read = [weight.read_back() for weight in weights]
         for site in found:
             if not opened[id(site.module)].is_intact():
-                raise FoldedModelError(
+                raise ModelError(
                     f"parametrizations of {site.node.paths[0] or type(model).__name__} were added "
                     "or removed inside writable(), where its weights are plain; the module is as "
-                    "it was on entry; do that before or after the context"
+                    "it was on entry; do that before or after the context",
+                    kind="folded",
                 )
         written = read
     finally:
@@ -393,9 +397,10 @@ class _Weight:
         name = self.site.name
         now = self.site.module._parameters.get(self.site.param)
         if now is None:
-            raise FoldedModelError(
+            raise ModelError(
                 f"{name} is not a Parameter any more: it was deleted or parametrized inside "
-                "writable(); write into it or assign a Parameter, or remove weight norm first"
+                "writable(); write into it or assign a Parameter, or remove weight norm first",
+                kind="folded",
             )
         weight = now.detach()
         # Integers and 8-bit floats have no norm, and sparse tensors none along an axis.
