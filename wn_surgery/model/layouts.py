@@ -25,6 +25,7 @@ from wn_surgery.norm.slots import note_change
 
 __all__ = ["Foreign", "Normed", "SiteLayout", "carried", "clear", "put_plain"]
 
+_Order: TypeAlias = Sequence[str]
 SiteLayout: TypeAlias = Layout | Literal["other"]
 
 
@@ -151,9 +152,7 @@ def _dotted(cls: type) -> str:
 def clear(module: nn.Module, name: str) -> tuple[str, ...]:
     """Take parameter ``name`` out of the module, whatever its layout.
 
-    Returns:
-        The names of the module's parameters in the order they should come in once
-        ``name`` is a plain parameter again.
+    It returns the names of the module's parameters in their order once ``name`` is plain again.
     """
     if name in module._parameters:
         order = tuple(module._parameters)
@@ -203,19 +202,14 @@ def put_plain(module: nn.Module, name: str, weight: nn.Parameter, order: Iterabl
     """Register ``weight`` as a plain parameter, in its place in ``order``."""
     module.register_parameter(name, weight)
     rank = {key: i for i, key in enumerate(order)}
-    # Names unknown to the order were registered since; they stay behind, in their order.
+    # Names unknown to the order were registered since; they come last, in their order.
     entries = sorted(module._parameters.items(), key=lambda item: rank.get(item[0], len(rank)))
     module._parameters.clear()
     module._parameters.update(entries)
 
 
 def put_parametrized(
-    module: nn.Module,
-    name: str,
-    norm: NormOptions,
-    g: nn.Parameter,
-    v: nn.Parameter,
-    order: Sequence[str],
+    module: nn.Module, name: str, norm: NormOptions, g: nn.Parameter, v: nn.Parameter, order: _Order
 ) -> None:
     """Register g and v under ``parametrizations`` and give the module a class that reads them."""
     note_change()
@@ -223,9 +217,8 @@ def put_parametrized(
         module.add_module("parametrizations", nn.ModuleDict())
     lists = cast(nn.ModuleDict, module._modules["parametrizations"])
     # With several parameters, only the first to leave saw the whole order.
-    known: list[Sequence[str]] = [order, *(getattr(other, "order", ()) for other in lists.values())]
-    longest: Sequence[str] = max(known, key=len)
-    lists[name] = WeightNormList(norm, g, v, longest)
+    known: list[_Order] = [order, *(getattr(other, "order", ()) for other in lists.values())]
+    lists[name] = WeightNormList(norm, g, v, max(known, key=len))
     lists.train(module.training)
     cls = type(module)
     if is_managed(cls):
@@ -237,12 +230,7 @@ def put_parametrized(
 
 
 def put_legacy(
-    module: nn.Module,
-    name: str,
-    norm: NormOptions,
-    g: nn.Parameter,
-    v: nn.Parameter,
-    order: Sequence[str],
+    module: nn.Module, name: str, norm: NormOptions, g: nn.Parameter, v: nn.Parameter, order: _Order
 ) -> None:
     """Register ``name_g``, ``name_v`` and the hook of ``torch.nn.utils.weight_norm``."""
     assert not isinstance(norm.dim, tuple)  # the plan has refused it
@@ -253,8 +241,8 @@ def put_legacy(
         hook = LegacyHook(name, -1 if norm.dim is None else norm.dim)
     hook.order = tuple(order)  # type: ignore[attr-defined]
     with torch.no_grad():
-        # As torch does: the attribute exists before the first forward. Without a graph,
-        # so that the module can be deep-copied.
+        # As in torch, the attribute exists before the first forward. It has no graph, so that
+        # the module can be deep-copied.
         module.__dict__[name] = hook.compute_weight(module)
     # Not by a number, as torch counts them anew in each process: a later hook would take the place
     # of one that was unpickled.
@@ -269,7 +257,7 @@ def refresh(module: nn.Module) -> None:
 
 
 def _usual_order(module: nn.Module, name: str) -> tuple[str, ...]:
-    """Where others took ``name`` out without leaving a note: as torch's own layers register it."""
+    """The order in which torch's layers register: for where another library took ``name`` out."""
     order = [key for key in module._parameters if key not in keys_for(name, "legacy")]
     if isinstance(module, nn.RNNBase):
         return tuple(module._flat_weights_names)
@@ -287,7 +275,7 @@ def _usual_order(module: nn.Module, name: str) -> tuple[str, ...]:
 
 
 def _drop_compatibility_hooks(module: nn.Module, name: str) -> None:
-    """Remove the load hook that torch's weight_norm leaves behind for ``name``."""
+    """Remove the load hook that torch's weight_norm leaves for ``name``."""
     for key, wrapped in list(module._load_state_dict_pre_hooks.items()):
         hook = getattr(wrapped, "hook", wrapped)
         if (

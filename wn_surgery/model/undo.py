@@ -15,16 +15,6 @@ class Snapshot:
 
     Surgery registers new Parameters and moves old ones; it writes into none. So a shallow
     copy restores everything, and costs no memory for weights.
-
-    Example:
-        >>> from torch import nn
-        >>> from wn_surgery.model.undo import Snapshot
-        >>> layer = nn.Linear(2, 2)
-        >>> before = Snapshot(layer)
-        >>> del layer.bias
-        >>> before.restore()
-        >>> [name for name, _ in layer.named_parameters()]
-        ['weight', 'bias']
     """
 
     def __init__(self, module: nn.Module) -> None:
