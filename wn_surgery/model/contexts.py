@@ -125,23 +125,31 @@ def _fold_of(site: NormedSite) -> _Fold:
             f"{site.name} was given weight norm inside writable(); leave that context first",
             kind="folded",
         )
-    return (_HookFold if site.layout == "legacy" else _ListFold)(site)
+    return (_HookFold if site.layout == "legacy" else _Fold)(site)
 
 
-class _Fold:
-    """One weight that is held as a plain tensor while at least one context wants it."""
+class _Fold(NotCopied):
+    """One weight that is held as a plain tensor while at least one context wants it.
+
+    It is a parametrized weight here: the module's property asks this before it computes. Each
+    thread has values of its own, since it may want a graph where another wants none.
+    """
+
+    traced: Tensor | None = None
 
     def __init__(self, site: NormedSite) -> None:
-        self._name = site.name
-        self._module = site.module
-        self._param = site.param
-        self._held = site.held
+        self._name, self._module = site.name, site.module
+        self._param, self._held = site.param, site.held
         self._values: dict[int, list[Tensor]] = {}
+
+    def weight(self) -> Tensor | None:
+        """The value of this thread; ``None`` in one that folds nothing."""
+        mine = self._values.get(get_ident())
+        return mine[-1] if mine else None
 
     def enter(self) -> None:
         """Compute the weight for this thread and hold it."""
-        mine = self._values.get(get_ident())
-        value = mine[-1] if mine else None
+        value = self.weight()
         # Under no_grad a value with a graph serves too; the other way round it would
         # cut g and v off from their gradients.
         if value is None or (self._wants_graph() and not value.requires_grad):
@@ -170,35 +178,6 @@ class _Fold:
 
     def _begin(self) -> None:
         """Make the module read the value."""
-        raise NotImplementedError
-
-    def _show(self, value: Tensor) -> None:
-        """Exchange the value."""
-        raise NotImplementedError
-
-    def _is_shown(self, value: Tensor) -> bool:
-        """Whether nobody has put something else in its place."""
-        raise NotImplementedError
-
-    def _end(self) -> None:
-        """Make the module compute its weight again."""
-        raise NotImplementedError
-
-
-class _ListFold(_Fold, NotCopied):
-    """A parametrized weight: the module's property asks this before it computes.
-
-    Each thread has values of its own, since it may want a graph where another wants none.
-    """
-
-    traced: Tensor | None = None
-
-    def weight(self) -> Tensor | None:
-        """The value of this thread; ``None`` in one that folds nothing."""
-        mine = self._values.get(get_ident())
-        return mine[-1] if mine else None
-
-    def _begin(self) -> None:
         module = self._module
         self._list = cast(nn.ModuleDict, module._modules["parametrizations"])[self._param]
         self._list.__dict__["hold"] = self
@@ -215,12 +194,15 @@ class _ListFold(_Fold, NotCopied):
             object.__setattr__(module, "__class__", class_for(below, live))
 
     def _show(self, value: Tensor) -> None:
+        """Exchange the value."""
         self.traced = value
 
     def _is_shown(self, value: Tensor) -> bool:  # noqa: ARG002 - the other fold needs it
+        """Whether nobody has put something else in its place."""
         return True  # the module's class refuses to exchange it
 
     def _end(self) -> None:
+        """Make the module compute its weight again."""
         self._list.__dict__.pop("hold", None)
         # Where parametrizations have come or gone since, the old class would have properties too
         # few or too many.
@@ -483,24 +465,22 @@ class _Opened:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        lists = module._modules.get("parametrizations")
-        self._snapshots = [Snapshot(each) for each in (lists, module) if each is not None]
+        self._before = Snapshot(module)
+        self._lists = module._modules.get("parametrizations")
+        self._lists_before = None if self._lists is None else Snapshot(self._lists)
         # torch's functions write into the tensor that they parametrize, and edit its class.
-        self._data = [(p, p.data) for p in module.parameters()]
+        inner = () if self._lists is None else self._lists.parameters()
+        own = [p for p in (*module._parameters.values(), *inner) if p is not None]
+        self._data = [(parameter, parameter.data) for parameter in own]
         self._properties = _properties(type(module))
-        self._lists = {} if lists is None else lists._modules
-        self._entries = dict(self._lists)
-        self._class = type(module)
-        self._before = {key: dict(module.__dict__[key]) for key in self._CONTAINERS}
-        self._tensors = {k: v for k, v in module.__dict__.items() if isinstance(v, Tensor)}
         self._ours: dict[str, set[str]] = {}
 
     def is_open(self, params: set[str]) -> None:
         """The module's ``params`` are open now: what differs from before is to be put back."""
         self._params = params
-        now = self.module.__dict__
-        self._ours = {key: self._before[key].keys() ^ now[key].keys() for key in self._CONTAINERS}
         self._open = type(self.module), _parametrized(self.module)
+        for key in self._CONTAINERS:
+            self._ours[key] = self._before.contents[key].keys() ^ self.module.__dict__[key].keys()
 
     def is_intact(self) -> bool:
         """Whether the body has left the open weights and the parametrizations in their places."""
@@ -513,24 +493,31 @@ class _Opened:
     def close(self) -> None:
         """Put the layout back; where the module is half open or not intact, all of it."""
         if not self.is_intact():
-            for snapshot in self._snapshots:
-                snapshot.restore()
-            for parameter, data in self._data:
-                if not _differ(parameter, data):
-                    parameter.data = data
-            for name in _properties(self._class).keys() - self._properties.keys():
-                delattr(self._class, name)
-            for name in self._properties.keys() - vars(self._class).keys():
-                setattr(self._class, name, self._properties[name])
+            self._restore_all()
             return
         for key, ours in self._ours.items():
-            now, before = self.module.__dict__[key], self._before[key]
+            now, before = self.module.__dict__[key], self._before.contents[key]
             kept = {name: value for name, value in now.items() if name not in ours}
             old = {n: kept.get(n, value) for n, value in before.items() if n in ours or n in kept}
             now.clear()
             now.update(old | kept)
-        self._lists.clear()
-        self._lists.update(self._entries)
-        for name, tensor in self._tensors.items():
-            self.module.__dict__.setdefault(name, tensor)
-        object.__setattr__(self.module, "__class__", self._class)
+        if self._lists is not None and self._lists_before is not None:
+            self._lists._modules.clear()
+            self._lists._modules.update(self._lists_before.contents["_modules"])
+        for name, value in self._before.attributes.items():
+            if isinstance(value, Tensor):
+                self.module.__dict__.setdefault(name, value)
+        object.__setattr__(self.module, "__class__", self._before.cls)
+
+    def _restore_all(self) -> None:
+        if self._lists_before is not None:
+            self._lists_before.restore()
+        self._before.restore()
+        for parameter, data in self._data:
+            if not _differ(parameter, data):
+                parameter.data = data
+        cls, properties = self._before.cls, self._properties
+        for name in _properties(cls).keys() - properties.keys():
+            delattr(cls, name)
+        for name in properties.keys() - vars(cls).keys():
+            setattr(cls, name, properties[name])

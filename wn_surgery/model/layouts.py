@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, cast
 
@@ -116,11 +116,8 @@ def _read_parametrized(plist: Any) -> Normed | Foreign:
         if type(first).__name__.endswith("WeightNorm") and hasattr(first, "dim"):
             maker = "torch" if type(first) is TorchParametrization else _dotted(type(first))
             return Normed("parametrized", maker, g, v, _options(first.dim, v), plist)
-    return Foreign(" + ".join(_dotted(type(p)) for p in _parametrizations(plist)))
-
-
-def _parametrizations(plist: Any) -> Iterator[nn.Module]:
-    return (child for key, child in plist._modules.items() if key.isdigit())
+    stacked = (child for key, child in plist._modules.items() if key.isdigit())
+    return Foreign(" + ".join(_dotted(type(child)) for child in stacked))
 
 
 def _read_legacy(module: nn.Module, hook: Any, name: str) -> Normed | None:

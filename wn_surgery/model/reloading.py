@@ -120,7 +120,7 @@ class AsBuilt:
     def __call__(
         self, module: nn.Module, state: MutableMapping[str, Any], prefix: str, _metadata: Any
     ) -> None:
-        """torch calls it when the module and what is below it are in the state dict."""
+        """After the module and what is below it have been written into the state dict."""
         frame = savers.asking()
         if frame is None:
             return

@@ -19,21 +19,21 @@ class Snapshot:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._class = type(module)
-        self._attributes = dict(module.__dict__)
-        self._contents: dict[str, Any] = {
+        self.cls = type(module)
+        self.attributes = dict(module.__dict__)
+        self.contents: dict[str, Any] = {
             key: value.copy()
-            for key, value in self._attributes.items()
+            for key, value in self.attributes.items()
             if type(value) in (dict, OrderedDict, list, set)
         }
 
     def restore(self) -> None:
         """Put the module back. Containers keep their identity."""
-        object.__setattr__(self._module, "__class__", self._class)
+        object.__setattr__(self._module, "__class__", self.cls)
         now = self._module.__dict__
         now.clear()
-        now.update(self._attributes)
-        for key, content in self._contents.items():
+        now.update(self.attributes)
+        for key, content in self.contents.items():
             container = now[key]
             container.clear()
             (container.extend if type(container) is list else container.update)(content)
