@@ -92,7 +92,7 @@ def carried(module: nn.Module) -> dict[str, Normed | Foreign]:
         for name, plist in children["parametrizations"].items():
             held[name] = _read_parametrized(plist)
     for entry in module.__dict__["_forward_pre_hooks"].values():
-        hook = getattr(entry, "folds", entry)  # what stands in for a hook inside folded()
+        hook = getattr(entry, "folds", entry)  # what replaces a hook inside folded()
         # Pruning keeps the name in _tensor_name; every other torch hook in name.
         owner: Any = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
         if not isinstance(owner, str):
@@ -215,7 +215,8 @@ def put_parametrized(
     lists = cast(nn.ModuleDict, module._modules["parametrizations"])
     # With several parameters, only the first to leave saw the whole order.
     known: list[_Order] = [order, *(getattr(other, "order", ()) for other in lists.values())]
-    lists[name] = WeightNormList(norm, g, v, max(known, key=len))
+    longest: _Order = max(known, key=len)
+    lists[name] = WeightNormList(norm, g, v, longest)
     lists.train(module.training)
     cls = type(module)
     if is_managed(cls):

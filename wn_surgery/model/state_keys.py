@@ -60,7 +60,7 @@ def keys_of(model: nn.Module) -> list[Keys]:
 
 
 def stripped(state: Mapping[str, Any], keys: Iterable[Keys]) -> dict[str, Any]:
-    """A state dict with the weights in the places of their g and v; those that it lacks are left.
+    """A state dict with weights in the places of their g and v; keys that it lacks are left out.
 
     Each weight has the bits that ``wn_surgery.remove`` gives, and shares no memory with the model.
     """

@@ -353,7 +353,7 @@ def _repeat(t: Tensor, times: int) -> Tensor:
 
 
 class _Node(torch.autograd.Function):
-    """One weight: torch's kernel or five passes backward, a differentiable formula beyond.
+    """One weight: torch's kernel or five passes backward, then a differentiable formula.
 
     torch's own derivative of ``_weight_norm_interface_backward`` is wrong with respect
     to v (tests/norm/test_math.py shows it), so it is never reached from here.

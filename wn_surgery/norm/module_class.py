@@ -147,7 +147,7 @@ def _make_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
 
     # Defined here and not in a mixin: the base must come first in __bases__ and would win.
     def __setattr__(self: nn.Module, name: str, value: Any) -> None:  # noqa: N807
-        # nn.Module refuses a Parameter where a property stands; tie_weights assigns one.
+        # nn.Module refuses a Parameter where a property is; tie_weights assigns one.
         if name in managed and isinstance(value, Tensor) and _carries(self, name):
             _refuse_if_held(self, name)
             cast(Any, self.parametrizations)[name].right_inverse(value)
@@ -272,7 +272,7 @@ def _reduce(module: nn.Module, base: type[nn.Module], protocol: int) -> tuple[An
                 w if w is None else w.detach() for w in state["_flat_weights"]
             ]
     names = tuple(module.__dict__["_modules"]["parametrizations"])
-    # The shared class cannot be pickled by name; the base stands in for it.
+    # The shared class cannot be pickled by name; the base takes its place.
     constructor = base if constructor is type(module) else constructor
     args = tuple(base if arg is type(module) else arg for arg in args)
     return (_rebuild, (base, names, constructor, args), state, *rest)
