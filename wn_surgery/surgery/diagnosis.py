@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from torch import nn
+
 from wn_surgery.model.sites import Node, sites_of
 from wn_surgery.rules.rule import Rule, matches_module, matches_param
 from wn_surgery.surgery import checks
@@ -168,7 +170,7 @@ def _no_such_parameter(rule: Rule, nodes: Sequence[Node]) -> str:
         site.param
         for node in nodes
         for site in sites_of(node)
-        if site.tensor is not None and (checks.lazy(site.tensor) or site.tensor.ndim >= 2)
+        if site.tensor is not None and (nn.parameter.is_lazy(site.tensor) or site.tensor.ndim >= 2)
     ]
     suggestion = list(dict.fromkeys(matrices or held))
     return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from wn_surgery.errors import RuleError
 from wn_surgery.model.sites import Node, Site, sites_of
@@ -97,12 +97,13 @@ def eligible(site: Site, rule: Rule, path: str) -> bool:
         if not wanted:
             return False
     tensor = site.tensor
-    if site.held is not None or tensor is None or checks.lazy(tensor):
+    if site.held is not None or tensor is None or nn.parameter.is_lazy(tensor):
         return True
     if not takes_rank(rule, site.param, tensor.ndim):
         return False
     # A rule that is about everything means everything it can mean; one that names
     # modules or types means these, and the plan says why they cannot be.
     return not is_universal(rule) or (
-        checks.floating(tensor) and checks.quantizer(site.node, tensor) is None
+        (tensor.is_floating_point() or tensor.is_complex())
+        and checks.quantizer(site.node, tensor) is None
     )
