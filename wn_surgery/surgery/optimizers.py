@@ -45,6 +45,10 @@ class OptimizerChange:
         groups = [{"group": i, "out": out, "in": came} for i, (out, came) in self.groups.items()]
         return {"optimizer": self.optimizer, "groups": groups, "reset": list(self.reset)}
 
+    def __repr__(self) -> str:
+        moved = ", ".join(f"{out} -> {came} in group {i}" for i, (out, came) in self.groups.items())
+        return f"<OptimizerChange {self.optimizer}: {moved or 'nothing'}; {len(self.reset)} reset>"
+
     def __str__(self) -> str:
         moved = ", ".join(
             f"{out} parameter{'' if out == 1 else 's'} -> {came} in group {i}"

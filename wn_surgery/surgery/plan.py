@@ -167,7 +167,7 @@ class Plan:
     def __repr__(self) -> str:
         return (
             f"<Plan: {len(self.changes)} of {len(self.steps)} matched parameters change; "
-            f"{len(self.rules)} rules, {len(self.problems)} problems>"
+            f"rules={len(self.rules)}, problems={len(self.problems)}>"
         )
 
     def __str__(self) -> str:
