@@ -89,7 +89,7 @@ def apply(
     on_unmatched: OnUnmatched = "error",
     **fields: Unpack[RuleFields],
 ) -> Report:
-    """Put weight norm on the parameters that the rules match, in place.
+    """Put weight norm on the parameters that the rules match, in place; report what was done.
 
     The model's outputs stay as they are, bit for bit in float32 and float64, unless a rule
     gives ``g_init``. Applying the same rules again changes nothing.
@@ -102,9 +102,6 @@ def apply(
             place in their groups. A single one need not be in a list.
         on_unmatched: ``error``, ``warn`` or ``ignore`` a rule that decides nothing.
         fields: the fields of one :class:`Rule`, in place of ``rules``.
-
-    Returns:
-        What was done.
 
     Raises:
         WeightNormError: see :mod:`wn_surgery.errors`; the model and the optimizers are
@@ -132,7 +129,7 @@ def remove(
     on_unmatched: OnUnmatched = "error",
     **fields: Unpack[RuleFields],
 ) -> Report:
-    """Make weight-normed parameters plain again, in place and bit for bit.
+    """Make weight-normed parameters plain again, in place, bit for bit; report what was done.
 
     Every layout is removed, whoever applied it: this library, both of torch's functions,
     or a model's own method.
@@ -144,9 +141,6 @@ def remove(
         optimizers: optimizers that hold g and v; the weight takes v's place.
         on_unmatched: ``error``, ``warn`` or ``ignore`` a rule that decides nothing.
         fields: the fields of one :class:`Rule`, in place of ``rules``.
-
-    Returns:
-        What was done.
 
     Raises:
         WeightNormError: see :mod:`wn_surgery.errors`; the model and the optimizers are
@@ -174,7 +168,7 @@ def _removing(rule: Rule) -> Rule:
 
 
 def migrate(model: nn.Module, *, to: Literal["parametrized", "legacy"] = "parametrized") -> Report:
-    """Move every weight-normed parameter to another layout, in place.
+    """Move every weight-normed parameter to another layout, in place; report what was done.
 
     g and v stay the same Parameter objects: outputs, gradients (to rounding, along axes that
     torch has no kernel for), ``requires_grad`` and optimizers are not affected. torch's own
@@ -184,9 +178,6 @@ def migrate(model: nn.Module, *, to: Literal["parametrized", "legacy"] = "parame
         model: any module tree.
         to: ``parametrized`` (``parametrizations.weight.original0/1``) or ``legacy``
             (``weight_g``, ``weight_v`` and torch's forward pre-hook).
-
-    Returns:
-        What was done.
 
     Raises:
         ValueError: ``to`` is something else.

@@ -35,7 +35,7 @@ class Step:
         after: the layout it has afterwards.
         norm: the options it has afterwards; ``None`` for a plain parameter.
         rule: the rule that decided; ``None`` for a whole-model remove or migrate.
-        shadowed: earlier rules that matched too, as their numbers from 1.
+        shadowed: the numbers (from 1) of earlier rules that matched too.
         why: one line for the table.
         group: a key shared by the steps of tied parameters that stay tied.
         copies: whether a tied parameter is copied first, so that the tie ends.

@@ -6,7 +6,7 @@ import gc
 import warnings
 from collections.abc import Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal, TypeAlias, Unpack
+from typing import Literal, TypeAlias, Unpack, get_args
 
 import torch
 from torch import nn
@@ -68,14 +68,6 @@ def plan(
     return made
 
 
-def build(model: nn.Module, rules: tuple[Rule, ...], on_unmatched: OnUnmatched = "error") -> Plan:
-    """The plan with its problems, whether or not it can be carried out."""
-    if on_unmatched not in ("error", "warn", "ignore"):
-        raise ValueError(f"on_unmatched={on_unmatched!r}; expected 'error', 'warn' or 'ignore'")
-    with _uncollected():
-        return _build(model, rules, on_unmatched)
-
-
 @contextmanager
 def _uncollected() -> Generator[None]:
     """Keep the cycle collector from slowing down large plans, which make no cycles.
@@ -91,7 +83,11 @@ def _uncollected() -> Generator[None]:
             gc.enable()
 
 
-def _build(model: nn.Module, rules: tuple[Rule, ...], on_unmatched: OnUnmatched) -> Plan:
+@_uncollected()
+def build(model: nn.Module, rules: tuple[Rule, ...], on_unmatched: OnUnmatched = "error") -> Plan:
+    """The plan with its problems, whether or not it can be carried out."""
+    if on_unmatched not in get_args(OnUnmatched):
+        raise ValueError(f"on_unmatched={on_unmatched!r}; expected 'error', 'warn' or 'ignore'")
     nodes = _nodes(model)
     index = Index(nodes)
     made = Plan(model, rules, [], parameters=index.count)
