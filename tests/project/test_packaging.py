@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+import wn_surgery
+
 pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +59,10 @@ def build(source: Path, hook: str, out: Path) -> Path:
 @pytest.fixture(scope="module")
 def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(source, "build_wheel", tmp_path_factory.mktemp("wheel"))
+
+
+def test_the_version_has_one_source(wheel: Path) -> None:
+    assert wheel.name.startswith(f"wn_surgery-{wn_surgery.__version__}-")
 
 
 def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:

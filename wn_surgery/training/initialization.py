@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from wn_surgery.errors import ModelError
+from wn_surgery.errors import ModelError, WeightNormError
 from wn_surgery.model.sites import NormedSite, as_module, normed
 from wn_surgery.norm.options import kept_axes
 from wn_surgery.rules import fields
@@ -301,7 +301,7 @@ class _Layer:
 
     def _g_is_per_channel(self) -> bool:
         channels = output_axis(self.site)
-        if isinstance(channels, ModelError):
+        if isinstance(channels, WeightNormError):
             return False
         return set(kept_axes(self.site.dim)) == set(kept_axes(channels))
 
