@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from wn_surgery.fused.evaluator import Spec
-from wn_surgery.fused.triton import why_not
+from tests.fused.models import spec_of
+from wn_surgery.fused.triton.evaluator import why_not
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ else:
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=900)
 
     def test_why_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
-        spec, cpu, cuda = Spec((4, 3)), torch.device("cpu"), torch.device("cuda", 0)
+        spec, cpu, cuda = spec_of((4, 3)), torch.device("cpu"), torch.device("cuda", 0)
 
         def blocked(name: str) -> None:
             raise ModuleNotFoundError(name)
