@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from wn_surgery.errors import FoldedModelError, FusionError
+from wn_surgery.errors import ModelError
 from wn_surgery.fused.choice import Choice, Mode, Path, choose, cut
 from wn_surgery.fused.evaluator import Evaluator
 from wn_surgery.fused.sharing import CudaSlot, Group, Scope, Slot, infrastructure_mode
@@ -57,9 +57,9 @@ def fuse(model: nn.Module, mode: Mode = "auto") -> Fusion:
         The groups; print it to see which path each weight takes, and why.
 
     Raises:
-        FusionError: nothing in the model is weight-normed, or ``mode`` names a path that a
-            weight cannot take.
-        FoldedModelError: the model is inside ``folded`` or ``writable``.
+        ModelError: nothing in the model is weight-normed, or ``mode`` names a path that a
+            weight cannot take (``kind="fusion"``); the model is inside ``folded`` or
+            ``writable`` (``kind="folded"``).
 
     Example:
         >>> import torch, wn_surgery as wn
@@ -78,12 +78,14 @@ def fuse(model: nn.Module, mode: Mode = "auto") -> Fusion:
     for node in walk(model):
         if is_folded(node):
             where = node.paths[0] or type(model).__name__
-            raise FoldedModelError(f"{where} is inside folded() or writable(); leave it first")
+            why = f"{where} is inside folded() or writable(); leave it first"
+            raise ModelError(why, kind="folded")
     found = normed(model)
     if not found:
-        raise FusionError(
+        raise ModelError(
             f"{type(model).__name__} has no weight-normed parameter to fuse; "
-            "call wn_surgery.apply(model, rules) first"
+            "call wn_surgery.apply(model, rules) first",
+            kind="fusion",
         )
     if any(site.layout == "parametrized" for site in found):
         execute(build_migration(model, "parametrized", {"parametrized"}))
@@ -95,9 +97,11 @@ def fuse(model: nn.Module, mode: Mode = "auto") -> Fusion:
         fusion.release()
         first = refused[0]
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
-        raise FusionError(
+        raise ModelError(
             f"{first.name}{more} cannot take the path {mode!r}: {first.why}; "
-            "with mode='auto' it is left out"
+            "with mode='auto' it is left out",
+            kind="fusion",
+            site=first.name,
         )
     _hook(model, fusion)
     return fusion
@@ -148,7 +152,7 @@ def shared(model: nn.Module) -> Generator[None]:
     tree; the fused roots in it are found.
 
     Raises:
-        FusionError: nothing in the model is fused.
+        ModelError: nothing in the model is fused (``kind="fusion"``).
 
     Example:
         >>> import torch, wn_surgery as wn
@@ -162,7 +166,8 @@ def shared(model: nn.Module) -> Generator[None]:
     """
     found = [fusion for module in as_module(model).modules() if (fusion := _fusion_of(module))]
     if not found:
-        raise FusionError(f"{type(model).__name__} is not fused; call wn_surgery.fuse(model) first")
+        why = f"{type(model).__name__} is not fused; call wn_surgery.fuse(model) first"
+        raise ModelError(why, kind="fusion")
     owner = object()
     try:
         for fusion in found:

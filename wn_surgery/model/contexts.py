@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from wn_surgery.errors import FoldedModelError
+from wn_surgery.errors import ModelError
 from wn_surgery.model import layouts
 from wn_surgery.model.opened import (
     Opened,
@@ -53,7 +53,7 @@ def folded(model: nn.Module) -> Generator[None]:
             overlap, on one model or on several, in one thread or in several.
 
     Raises:
-        FoldedModelError: a folded weight was assigned or deleted: at once, or for the hook
+        ModelError: a folded weight was assigned or deleted: at once, or for the hook
             of ``torch.nn.utils.weight_norm`` on exit. Nothing has changed then. Also for
             surgery inside; and for that hook's layout, which has one weight for all
             threads, where another thread folds or calls the layer.
@@ -87,9 +87,10 @@ def folded(model: nn.Module) -> Generator[None]:
                     replaced.append(site.name)
             _refresh(found)
     if replaced:
-        raise FoldedModelError(
+        raise ModelError(
             f"{', '.join(reversed(replaced))} was assigned or deleted inside folded(), where it is "
-            "only read, and is as it was before; write to it inside writable(), or outside"
+            "only read, and is as it was before; write to it inside writable(), or outside",
+            kind="folded",
         )
 
 
@@ -103,8 +104,9 @@ def _fold_of(site: NormedSite) -> _Fold:
     if isinstance(fold, _Fold):
         return fold
     if fold is not None:
-        raise FoldedModelError(
-            f"{site.name} was given weight norm inside writable(); leave that context first"
+        raise ModelError(
+            f"{site.name} was given weight norm inside writable(); leave that context first",
+            kind="folded",
         )
     return (_HookFold if site.layout == "legacy" else _ListFold)(site)
 
@@ -218,10 +220,10 @@ class _HookFold(_Fold):
         """As in the base class; one thread at a time, for there is one attribute.
 
         Raises:
-            FoldedModelError: another thread has folded it.
+            ModelError: another thread has folded it.
         """
         if self._values.keys() - {get_ident()}:
-            raise FoldedModelError(_of_another_thread(self._name))
+            raise ModelError(_of_another_thread(self._name), kind="folded")
         super().enter()
 
     def _begin(self) -> None:
@@ -269,7 +271,7 @@ class _FoldedHook:
     def __call__(self, _module: nn.Module, _inputs: Any) -> None:
         """Leave the weight as it is."""
         if not _is_compiling() and get_ident() != self._thread:
-            raise FoldedModelError(_of_another_thread(self._name))
+            raise ModelError(_of_another_thread(self._name), kind="folded")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_itself, (self.folds,))
@@ -292,7 +294,7 @@ def writable(model: nn.Module) -> Generator[None]:
         model: any module tree; all layouts become writable.
 
     Raises:
-        FoldedModelError: the model is inside ``folded``. (Inside another ``writable`` its
+        ModelError: the model is inside ``folded``. (Inside another ``writable`` its
             weights are writable already, and this one does nothing.) Or, on exit, a weight
             is no Parameter any more, since the body deleted or parametrized it; its module
             is then as it was on entry. Also for surgery inside.
@@ -317,9 +319,10 @@ def writable(model: nn.Module) -> Generator[None]:
             found = normed(model)
             for site in found:
                 if is_folded(site.node):
-                    raise FoldedModelError(
+                    raise ModelError(
                         f"{site.name} is inside folded() or writable() now; "
-                        "leave that context first"
+                        "leave that context first",
+                        kind="folded",
                     )
             opened = {id(site.module): Opened(site.module) for site in found}
             made: dict[int, nn.Parameter] = {}

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from wn_surgery.errors import FoldedModelError, ZeroNormError
+from wn_surgery.errors import ModelError, ZeroNormError
 from wn_surgery.model import layouts
 from wn_surgery.model.sites import NormedSite
 from wn_surgery.model.undo import Snapshot
@@ -68,9 +68,10 @@ class Weight:
         name = self.site.name
         now = self.site.module._parameters.get(self.site.param)
         if now is None:
-            raise FoldedModelError(
+            raise ModelError(
                 f"{name} is no Parameter any more: it was deleted or parametrized inside "
-                "writable(); write into it or assign a Parameter, or remove weight norm first"
+                "writable(); write into it or assign a Parameter, or remove weight norm first",
+                kind="folded",
             )
         weight = now.detach()
         # Integers and 8-bit floats have no norm, and sparse tensors none along an axis.

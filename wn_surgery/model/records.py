@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 
 from torch import nn
 
+from wn_surgery.errors import RuleError
 from wn_surgery.model.sites import NormedSite, normed
 from wn_surgery.norm.naming import keys_for
 from wn_surgery.norm.options import NormOptions
@@ -56,12 +57,12 @@ def options_of(site: Mapping[str, Any]) -> NormOptions:
     """The options in one site of a record, which may come from a hostile file.
 
     Raises:
-        FieldError: an option is not valid.
+        RuleError: an option is not valid.
         KeyError: an option is missing.
     """
     dim = fields.dim(_dim(site))
     if dim == "out":
-        raise fields.FieldError("dim='out' in a record")
+        raise RuleError("dim='out' in a record")
     return NormOptions(dim, fields.eps(site["eps"]), fields.norm_dtype(site["norm_dtype"]))
 
 

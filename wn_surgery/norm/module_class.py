@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from wn_surgery.errors import FoldedModelError, NonFloatingError, ZeroNormError
+from wn_surgery.errors import ModelError, ZeroNormError
 from wn_surgery.norm.drafts import following
 from wn_surgery.norm.naming import keys_for
 from wn_surgery.norm.parametrization import WeightNorm, WeightNormList
@@ -245,9 +245,10 @@ def _refuse_if_held(module: nn.Module, name: str) -> None:
     if getattr(cast(Any, module.parametrizations)[name], "hold", None) is not None and (
         name in FOLDED.get(module, ())
     ):
-        raise FoldedModelError(
+        raise ModelError(
             f"{base_class(module).__name__}.{name} is inside folded() now, where it is only read; "
-            "write to it inside writable(), or leave the context first"
+            "write to it inside writable(), or leave the context first",
+            kind="folded",
         )
 
 
@@ -355,5 +356,5 @@ def _split(weight: Any, plist: WeightNormList, assign: bool) -> tuple[Any, Any, 
         return *now, f"expected a floating-point tensor to assign, got {weight.dtype}"
     try:
         return cast(WeightNorm, plist[0]).right_inverse(weight)[0], weight, ""
-    except (NonFloatingError, ZeroNormError) as error:
+    except (ModelError, ZeroNormError) as error:
         return *now, str(error)

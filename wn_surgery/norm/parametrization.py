@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.nn.utils.parametrize import ParametrizationList
 
-from wn_surgery.errors import NonFloatingError, ZeroNormError
+from wn_surgery.errors import ModelError, ZeroNormError
 from wn_surgery.norm import savers
 from wn_surgery.norm.limits import zero_slices
 from wn_surgery.norm.math import magnitude, weight_norm
@@ -58,7 +58,7 @@ class WeightNorm(nn.Module):
         """The g and v that give ``weight``; v is a copy, never an alias.
 
         Raises:
-            NonFloatingError: ``weight`` is of another kind, or not dense.
+            ModelError: ``weight`` is of another kind, or not dense.
             ZeroNormError: a slice of ``weight`` has a norm that is zero (and ``eps`` is 0), not
                 finite, or too small or large for the dtype.
         """
@@ -77,14 +77,16 @@ class WeightNorm(nn.Module):
 def parts_of(weight: Tensor, norm: NormOptions) -> tuple[Tensor, Tensor]:
     """The g and v that give ``weight``; v is a copy. Raises as :meth:`WeightNorm.right_inverse`."""
     if not (weight.is_floating_point() or weight.is_complex()) or weight.itemsize < 2:
-        raise NonFloatingError(
+        raise ModelError(
             f"the new weight has dtype {weight.dtype}; expected a floating-point tensor of 16 "
-            "bits or more; convert it first"
+            "bits or more; convert it first",
+            kind="dtype",
         )
     if weight.layout is not torch.strided:
-        raise NonFloatingError(
+        raise ModelError(
             f"the new weight is stored as {dtype_name(weight.layout)}; expected a dense tensor; "
-            "call to_dense() first"
+            "call to_dense() first",
+            kind="dtype",
         )
     if not (weight.is_meta or is_fake(weight)) and (bad := zero_slices(weight, *norm)):
         raise ZeroNormError(

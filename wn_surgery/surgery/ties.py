@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from wn_surgery.errors import ConflictingNamesError, TiedParameterError
+from wn_surgery.errors import ModelError
 from wn_surgery.model.layouts import Normed, carried
 from wn_surgery.model.sites import Node, Site, sites_of
-from wn_surgery.surgery.checks import Problem, before_apply
+from wn_surgery.surgery.checks import before_apply
 from wn_surgery.surgery.plan import Plan, Step
 
 __all__ = ["Index", "resolve_ties", "tie_key"]
@@ -158,12 +158,12 @@ def _join(
         other = steps.get((id(end.node.module), end.param))
         if other is not None and not _alike(step, other):
             plan.problems.append(
-                Problem(
-                    ConflictingNamesError,
-                    step.site.name,
+                ModelError(
                     f"{step.site.name} and {other.site.name} are one tied parameter, but "
                     f"{step.why} says {_told(step)} and {other.why} says {_told(other)}; "
                     "give both the same options, or use tied='untie'",
+                    kind="names",
+                    site=step.site.name,
                 )
             )
         elif other is not None:
@@ -200,14 +200,14 @@ def _told(step: Step) -> str:
     return f"{step.action} {step.norm}{_of_g(step)}"
 
 
-def _tied(step: Step, tied_to: str) -> Problem:
+def _tied(step: Step, tied_to: str) -> ModelError:
     name = step.site.name
-    return Problem(
-        TiedParameterError,
-        name,
+    return ModelError(
         f"{name} is tied to {tied_to}: they are one tensor, and changing one end would end the "
         "tie in silence; give the rule tied='together' (one g and one v under both), "
         "tied='untie' (a copy), or tied='skip'",
+        kind="tied",
+        site=name,
     )
 
 

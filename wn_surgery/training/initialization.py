@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from wn_surgery.errors import InitializationError
+from wn_surgery.errors import ModelError
 from wn_surgery.model.sites import NormedSite, as_module, normed
 from wn_surgery.norm.options import kept_axes
 from wn_surgery.rules import fields
 from wn_surgery.rules.patterns import PatternSet
-from wn_surgery.surgery.checks import Problem, output_axis
+from wn_surgery.surgery.checks import output_axis
 from wn_surgery.tables import render
 
 __all__ = ["Initialization", "initialize_from_batch", "initializing"]
@@ -79,7 +79,7 @@ def initialize_from_batch(
         is scaled by one number.
 
     Raises:
-        InitializationError: no layer was reached that can be set, a layer sees one value for each
+        ModelError: no layer was reached that can be set, a layer sees one value for each
             channel only, or its output is not finite, or so small that g would not be. Nothing has
             changed then, nor when the forward raises.
 
@@ -134,7 +134,7 @@ def initializing(
         What was done, complete on exit.
 
     Raises:
-        InitializationError: see :func:`initialize_from_batch`. Whatever is raised inside, g and
+        ModelError: see :func:`initialize_from_batch`. Whatever is raised inside, g and
             biases are as on entry.
 
     Example:
@@ -148,26 +148,30 @@ def initializing(
     """
     modules = as_module(model).modules()
     if any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl for m in modules):
-        raise InitializationError(
+        raise ModelError(
             f"{type(model).__name__} holds a compiled module, whose layers are not called one by "
-            "one; initialize before torch.compile"
+            "one; initialize before torch.compile",
+            kind="initialization",
         )
     result = Initialization()
     taken: dict[int, str] = {}
     layers = list(_layers(model, names, result, taken))
     if not layers:
-        raise InitializationError(
+        raise ModelError(
             f"{type(model).__name__} has no layer that can be initialized from a batch"
             + "".join(f"\n{name}: {why}" for name, why in result.skipped.items())
-            + "\napply weight norm to linear layers or convolutions first"
+            + "\napply weight norm to linear layers or convolutions first",
+            kind="initialization",
         )
     try:
         yield result
         unreached = [layer.site.name for layer in layers if not layer.done]
         if len(unreached) == len(layers):
-            raise InitializationError(
+            raise ModelError(
                 f"the forward called none of {', '.join(unreached[:3])}"
-                f"{', ...' if len(unreached) > 3 else ''}; a layer is initialized when it is called"
+                f"{', ...' if len(unreached) > 3 else ''}; a layer is initialized when it is "
+                "called",
+                kind="initialization",
             )
         result.skipped |= {name: "not called" for name in unreached if name not in result.skipped}
     except BaseException:
@@ -286,9 +290,10 @@ class _Layer:
             self._before.append((self._bias, self._bias.clone()))
             self._bias.copy_((self._bias.to(mean.dtype) - mean) / std)
         if not all(bool(tensor.isfinite().all()) for tensor, _ in self._before):
-            raise InitializationError(
+            raise ModelError(
                 f"the output of {name} varies by {total:.3g}, and a g or bias that makes it 1 does "
-                f"not fit {str(self._g.dtype).removeprefix('torch.')}; scale the inputs"
+                f"not fit {str(self._g.dtype).removeprefix('torch.')}; scale the inputs",
+                kind="initialization",
             )
         self._result.initialized[name] = (float(mean.mean()), total)
         if count := int(constant.sum()):
@@ -296,7 +301,7 @@ class _Layer:
 
     def _g_is_per_channel(self) -> bool:
         channels = output_axis(self.site)
-        if isinstance(channels, Problem):
+        if isinstance(channels, ModelError):
             return False
         return set(kept_axes(self.site.dim)) == set(kept_axes(channels))
 
@@ -316,18 +321,20 @@ def _moments(y: Tensor, axis: int, name: str) -> tuple[Tensor, Tensor]:
     total = flat.sum(0)
     _reduce(count, total)
     if count.item() < 2:
-        raise InitializationError(
+        raise ModelError(
             f"{name} gives {int(count.item())} value for each output channel in this batch, of "
-            "which no variance can be taken; use a larger batch"
+            "which no variance can be taken; use a larger batch",
+            kind="initialization",
         )
     mean = total / count
     squares = (flat - mean).square().sum(0)
     _reduce(squares)
     variance = squares / count
     if not bool(torch.isfinite(variance).all()):
-        raise InitializationError(
+        raise ModelError(
             f"the output of {name} is not finite on this batch; look at the inputs, or at layers "
-            "above it that have no weight norm"
+            "above it that have no weight norm",
+            kind="initialization",
         )
     return mean, variance
 

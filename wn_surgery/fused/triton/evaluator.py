@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wn_surgery.errors import FusionError
+from wn_surgery.errors import ModelError
 from wn_surgery.fused.evaluator import Evaluator, Gradients, Spec
 from wn_surgery.fused.triton.tables import Tables, Work
 from wn_surgery.norm.math import like
@@ -101,7 +101,7 @@ class TritonEvaluator(Evaluator):
     def __init__(self, specs: Sequence[Spec], dtype: torch.dtype, device: torch.device) -> None:
         for i, spec in enumerate(specs):
             if why := why_not(device, dtype, spec):
-                raise FusionError(f"weight {i} of shape {tuple(spec.shape)}: {why}")
+                raise ModelError(f"weight {i} of shape {tuple(spec.shape)}: {why}", kind="fusion")
         self._kernels: Any = importlib.import_module("wn_surgery.fused.triton.kernels")
         self._language: Any = importlib.import_module("triton.language")
         super().__init__(specs)
@@ -229,10 +229,11 @@ class TritonEvaluator(Evaluator):
         found: list[Tensor] = []
         for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
             if tensor.shape != shape or tensor.dtype is not dtype or tensor.device != device:
-                raise FusionError(
+                raise ModelError(
                     f"the {part} of weight {i} is {tuple(tensor.shape)}, {tensor.dtype}, "
                     f"{tensor.device}; the group was made for {tuple(shape)}, {dtype}, {device}: "
-                    "call wn_surgery.fuse(model) again"
+                    "call wn_surgery.fuse(model) again",
+                    kind="fusion",
                 )
             found.append(tensor.contiguous())
         return found

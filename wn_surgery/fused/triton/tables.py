@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wn_surgery.errors import FusionError
+from wn_surgery.errors import ModelError
 from wn_surgery.fused.evaluator import Spec
 from wn_surgery.norm.math import g_shape
 
@@ -201,9 +201,10 @@ class Tables:
 
     def _refuse_capture(self, why: str) -> None:
         if self._is_capturing():
-            raise FusionError(
+            raise ModelError(
                 f"a CUDA graph is being captured, and {why}; run a forward and a backward before "
-                "each capture, and move no parameter in between"
+                "each capture, and move no parameter in between",
+                kind="fusion",
             )
 
 
