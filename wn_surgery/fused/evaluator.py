@@ -51,20 +51,6 @@ class Evaluator:
 
     This one calls torch's operators, on any device. The weights are those of
     :func:`wn_surgery.norm.math.weight_norm` bit for bit.
-
-    Example:
-        >>> import torch
-        >>> from wn_surgery.fused.evaluator import Evaluator, Spec
-        >>> from wn_surgery.norm.options import NormOptions
-        >>> evaluator = Evaluator([Spec((1, 2)), Spec((2, 1), NormOptions(dim=1))])
-        >>> v = [torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0], [4.0]])]
-        >>> g = [torch.tensor([[10.0]]), torch.tensor([[5.0]])]
-        >>> weights, norms = evaluator.forward(v, g)
-        >>> weights
-        [tensor([[6., 8.]]), tensor([[3.],
-                [4.]])]
-        >>> evaluator.backward(v, g, norms, [torch.ones(1, 2), None]).g
-        [tensor([[1.4000]]), None]
     """
 
     def __init__(self, specs: Sequence[Spec]) -> None:
@@ -145,7 +131,11 @@ class _Group(torch.autograd.Function):
             if grad is not None:
                 check_unwritten(x, m, before)
         if torch.is_grad_enabled():  # with create_graph
-            found = _differentiable(ctx.evaluator.specs, v, g, grads)
+            every = zip(ctx.evaluator.specs, v, g, grads, strict=True)
+            found = Gradients.of([
+                (None, None) if grad is None else differentiable_gradients(grad, x, m, *spec.norm)
+                for spec, x, m, grad in every
+            ])  # fmt: skip
         else:
             found = ctx.evaluator.backward(v, g, ctx.norms, grads)
         wanted = ctx.needs_input_grad[3:]
@@ -161,13 +151,3 @@ _group: Callable[..., tuple[Tensor, ...]] = _past.apply
 def _halves(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     count = len(tensors) // 2
     return tensors[:count], tensors[count:]
-
-
-def _differentiable(
-    specs: Sequence[Spec], v: Sequence[Tensor], g: Sequence[Tensor], grads: Sequence[Tensor | None]
-) -> Gradients:
-    """The gradients as functions of g, v and ``grads``."""
-    return Gradients.of([
-        (None, None) if grad is None else differentiable_gradients(grad, x, m, *spec.norm)
-        for spec, x, m, grad in zip(specs, v, g, grads, strict=True)
-    ])  # fmt: skip

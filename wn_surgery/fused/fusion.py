@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from wn_surgery.errors import ModelError
 from wn_surgery.fused.choice import Choice, Mode, Path, choose, cut
 from wn_surgery.fused.evaluator import Evaluator
-from wn_surgery.fused.sharing import CudaSlot, Group, Scope, Slot, infrastructure_mode
+from wn_surgery.fused.sharing import Group, Scope, Slot, infrastructure_mode
 from wn_surgery.model.sites import as_module, is_folded, normed, walk
 from wn_surgery.norm.math import traced, transformed
 from wn_surgery.norm.parametrization import WeightNormList
@@ -36,10 +36,9 @@ __all__ = ["Enter", "Fusion", "Leave", "Member", "fuse", "is_fused", "shared", "
 def fuse(model: nn.Module, mode: Mode = "auto") -> Fusion:
     """Compute the weights of ``model`` in groups, each once a forward, with one autograd node.
 
-    A group is computed when the first of its weights is read inside ``model(...)``. Until that
-    call returns, reading any of them costs what reading an attribute costs. Outside of the call,
-    and under a tracer or a transform (``torch.compile``, ``torch.export``, ``torch.jit``,
-    ``torch.func``, forward-mode AD), a weight is computed as if nothing were fused. Values,
+    A group is computed when the first of its weights is read inside ``model(...)``, and kept until
+    that call returns. Elsewhere, and under ``torch.compile``, ``torch.export``, ``torch.jit``,
+    ``torch.func`` and forward-mode AD, a weight is computed as if nothing were fused. Values,
     parameters, names, state dicts and optimizers stay as they are. Copies and pickles of the
     model are fused too.
 
@@ -238,7 +237,7 @@ class Fusion:
         return f"Fusion(mode={self.mode!r}, {counts})"
 
     def build(self, root: nn.Module) -> None:
-        """Look at the model as it is now, and cut it into groups."""
+        """Cut the model, as it is now, into groups; unhook it if it has no weight norm left."""
         self.release()
         self._root = ref(root)
         self._seen = changes.count
@@ -249,29 +248,19 @@ class Fusion:
                 choice.group = len(self._groups)
             self._groups.append(self._group(chosen))
         self.members = [Member(c.site.name, c.path, c.why, c.group) for c in choices]
-
-    def rebuild(self, root: nn.Module) -> None:
-        """As :meth:`build`; a root without weight norm is not fused any more."""
-        self.build(root)
-        if not self.members:
+        if not choices:
             _unhook(root)
 
     def _group(self, members: Sequence[Choice]) -> Group:
-        tensor = members[0].site.tensor
-        device, cuda = tensor.device, tensor.device.type == "cuda"
-        # On CUDA one launch computes them all, and the allocator keeps their memory at hand.
-        stays = device.type != "cpu"
-        group = Group(self.scope, tensor.dtype, device, _evaluator(members), stays)
-        for choice in members:
-            plist, spec = choice.plist, choice.spec
-            slot = (
-                CudaSlot(group, plist, spec, device.index or 0, choice.castable)
-                if cuda
-                else Slot(group, plist, spec)
-            )
-            group.slots.append(slot)
-            plist.__dict__["slot"] = slot
-            self._placed.append((ref(plist), slot))
+        tensor, specs = members[0].site.tensor, [choice.spec for choice in members]
+        evaluator = Evaluator(specs)
+        if members[0].path == "triton":
+            triton = importlib.import_module("wn_surgery.fused.triton.evaluator")
+            evaluator = triton.TritonEvaluator(specs, tensor.dtype, tensor.device)
+        group = Group(self.scope, tensor.dtype, tensor.device, evaluator)
+        for choice, spec in zip(members, specs, strict=True):
+            slot = group.add(choice.plist, spec, choice.castable)
+            self._placed.append((ref(choice.plist), slot))
         return group
 
     def release(self) -> None:
@@ -296,18 +285,9 @@ class Fusion:
         if not self.scope.enter(owner):
             return
         if held is not root or self.scope.stale or self._seen != changes.count:
-            self.rebuild(root)
+            self.build(root)
             if not self.members:
                 self.scope.leave(owner)
-
-
-def _evaluator(members: Sequence[Choice]) -> Evaluator:
-    specs = [choice.spec for choice in members]
-    if members[0].path == "cpu":
-        return Evaluator(specs)
-    triton = importlib.import_module("wn_surgery.fused.triton.evaluator")
-    tensor = members[0].site.tensor
-    return cast(Evaluator, triton.TritonEvaluator(specs, tensor.dtype, tensor.device))
 
 
 # Hooks ----------------------------------------------------------------------------------------
@@ -330,7 +310,7 @@ class Enter(RootHook):
 
     def settle(self, root: nn.Module) -> None:
         """See :class:`wn_surgery.norm.slots.RootHook`."""
-        self.fusion.rebuild(root)
+        self.fusion.build(root)
 
 
 class Leave:
@@ -378,10 +358,10 @@ _FUSIONS: WeakSet[Fusion] = WeakSet()
 @functools.cache
 def _watch_optimizers() -> None:
     """Ask torch to tell of every optimizer's step; once, at the first fused model."""
-    register_optimizer_step_post_hook(_after_step)
 
+    def after_step(*_: Any) -> None:
+        # Fused optimizers write without raising the version of what they write.
+        for fusion in list(_FUSIONS):
+            fusion.scope.forget()
 
-def _after_step(*_: Any) -> None:
-    # Fused optimizers write without raising the version of what they write.
-    for fusion in list(_FUSIONS):
-        fusion.scope.forget()
+    register_optimizer_step_post_hook(after_step)

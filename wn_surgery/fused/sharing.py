@@ -22,11 +22,8 @@ __all__ = [
     "module_hooks_of",
 ]  # fmt: skip
 
-_INFRASTRUCTURE = (
-    torch._C._TorchDispatchModeKey.FAKE,
-    torch._C._TorchDispatchModeKey.PROXY,
-    torch._C._TorchDispatchModeKey.FUNCTIONAL,
-)
+_Mode = torch._C._TorchDispatchModeKey
+_INFRASTRUCTURE = (_Mode.FAKE, _Mode.PROXY, _Mode.FUNCTIONAL)
 
 _get_ident = threading.get_ident
 _graph_task = torch._C._current_graph_task_id
@@ -36,22 +33,15 @@ _modes = torch._C._len_torch_dispatch_stack
 
 
 class Scope:
-    """The call of a fused root that is under way, if any; one at a time.
-
-    Attributes:
-        calls: how many there have been.
-        filled: the groups that hold values that were computed since :meth:`forget`.
-        last: the last of them to be computed without a graph.
-        stale: whether the groups no longer fit the model.
-    """
+    """The call of a fused root that is under way, if any; one at a time."""
 
     __slots__ = ("_clear", "_lock", "_owner", "_thread", "calls", "filled", "last", "stale")
 
     def __init__(self) -> None:
         self.calls = 0
-        self.filled: list[Group] = []
-        self.last: Group | None = None
-        self.stale = False
+        self.filled: list[Group] = []  # with values that were computed since forget()
+        self.last: Group | None = None  # of them, the last to compute without a graph
+        self.stale = False  # whether the groups no longer fit the model
         self._thread: int | None = None
         self._owner: object = None
         self._clear: Callable[[], None] = _is_running
@@ -126,10 +116,7 @@ Entry: TypeAlias = "tuple[Tensor, int, Hashable, tuple[object, ...], Tensor, Ten
 class Slot(NotCopied):
     """The weight of one parameter of one module, while it may be shared.
 
-    Attributes:
-        spec: what the weight is.
-        grad: what a read that builds a graph sees.
-        plain: what another one sees; it has no graph, and must not stand in for ``grad``.
+    ``grad`` is for reads that build a graph. ``plain`` is for the others: it has no graph.
     """
 
     __slots__ = (
@@ -261,11 +248,9 @@ class CudaSlot(Slot):
 
     __slots__ = ("_castable", "_index")
 
-    def __init__(
-        self, group: Group, plist: WeightNormList, spec: Spec, index: int, castable: bool
-    ) -> None:
+    def __init__(self, group: Group, plist: WeightNormList, spec: Spec, castable: bool) -> None:
         super().__init__(group, plist, spec)
-        self._index = index
+        self._index = group.device.index or 0
         self._castable = castable
 
     def extent(self) -> Hashable:
@@ -283,27 +268,28 @@ class CudaSlot(Slot):
 
 
 class Group:
-    """Weights of one dtype and device that one call computes, behind one autograd node.
-
-    ``slots`` are in the order of the evaluator's specs. Values without a graph stay to the end of
-    the forward (``stays``), or only until another group is computed.
-    """
+    """Weights of one dtype and device that one call computes; ``slots`` are in specs' order."""
 
     def __init__(
-        self,
-        scope: Scope,
-        dtype: torch.dtype,
-        device: torch.device,
-        evaluator: Evaluator,
-        stays: bool,
+        self, scope: Scope, dtype: torch.dtype, device: torch.device, evaluator: Evaluator
     ) -> None:
         self.scope = scope
         self.dtype = dtype
         self.device = device
         self.slots: list[Slot] = []
         self._evaluator = evaluator
-        self._stays = stays
+        # Whether values without a graph stay to the end of the forward, or only until another
+        # group is computed. On CUDA the allocator keeps their memory at hand.
+        self._stays = device.type != "cpu"
         self._dropped = -1
+
+    def add(self, plist: WeightNormList, spec: Spec, castable: bool) -> Slot:
+        """Put a slot into the list that holds the weight's g and v."""
+        cuda = self.device.type == "cuda"
+        slot = CudaSlot(self, plist, spec, castable) if cuda else Slot(self, plist, spec)
+        self.slots.append(slot)
+        plist.__dict__["slot"] = slot
+        return slot
 
     def fill(self, wanted: Slot, extent: Hashable) -> Tensor | None:
         """Compute all weights; that of ``wanted``, or ``None`` if the group no longer fits."""
@@ -358,10 +344,7 @@ def gradient_hooks(tensors: Sequence[Tensor]) -> bool:
     A node's backward calls the hooks of all its inputs, with ``None`` for those without a
     gradient. So a weight with hooks must not share a node with weights that a forward may skip.
     """
-    return any(
-        bool(tensor._backward_hooks) or bool(tensor._post_accumulate_grad_hooks)
-        for tensor in tensors
-    )
+    return any(t._backward_hooks or t._post_accumulate_grad_hooks for t in tensors)
 
 
 def module_hooks_of(plist: WeightNormList) -> tuple[object, ...]:
@@ -379,6 +362,4 @@ def module_hooks_of(plist: WeightNormList) -> tuple[object, ...]:
 
 def infrastructure_mode() -> bool:
     """Whether tensors are fake, proxies or functional: their values must not be kept."""
-    return _modes() > 0 and any(
-        torch._C._get_dispatch_mode(key) is not None for key in _INFRASTRUCTURE
-    )
+    return _modes() > 0 and any(map(torch._C._get_dispatch_mode, _INFRASTRUCTURE))

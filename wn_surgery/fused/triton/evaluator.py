@@ -29,27 +29,12 @@ def why_not(device: torch.device, dtype: torch.dtype, spec: Spec) -> str | None:
 
     On the CPU they run in Triton's interpreter only (``TRITON_INTERPRET=1`` in the environment),
     which is for testing them.
-
-    Example:
-        >>> import torch
-        >>> from wn_surgery.fused.evaluator import Spec
-        >>> from wn_surgery.fused.triton.evaluator import why_not
-        >>> from wn_surgery.norm.options import NormOptions
-        >>> why_not(torch.device("cpu"), torch.float64, Spec((4, 3)))
-        'no Triton kernel for float64'
-        >>> why_not(torch.device("cpu"), torch.float32, Spec((4, 3, 2), NormOptions((0, 2))))
-        'no Triton kernel for norms over separate axes, dim=(0, 2)'
     """
-    return _why_not_spec(dtype, spec) or _why_not_here(device, dtype)
-
-
-def _why_not_spec(dtype: torch.dtype, spec: Spec) -> str | None:
     if dtype not in _CAPABILITY:
         return f"no Triton kernel for {dtype_name(dtype)}"
     if spec.norm.norm_dtype not in (None, torch.float32):
-        return (
-            f"the Triton kernels compute norms in float32, not {dtype_name(spec.norm.norm_dtype)}"
-        )
+        name = dtype_name(spec.norm.norm_dtype)
+        return f"the Triton kernels compute norms in float32, not {name}"
     axes = spec.axes
     if axes is None:
         return f"no Triton kernel for norms over separate axes, dim={spec.norm.dim}"
@@ -58,10 +43,6 @@ def _why_not_spec(dtype: torch.dtype, spec: Spec) -> str | None:
         return "it has no elements"
     if size > 2**31 - 1:
         return f"it has {size} elements; the Triton kernels count to 2147483647"
-    return None
-
-
-def _why_not_here(device: torch.device, dtype: torch.dtype) -> str | None:
     if not _is_installed("triton"):
         return "triton is not installed; pip install 'wn-surgery[triton]'"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -129,7 +110,7 @@ class TritonEvaluator(Evaluator):
                 pointers = tables.pointers(xs, ms)
             else:
                 pointers = tables.fresh_pointers(xs, ms, None)
-            self._use_tables()
+            tables.use()
             weights = self._empty(work.weights_size, dtype)
             norms = self._empty(work.norms_size, torch.float32)
             options = {"dtype": self._type(self._dtype), "vector": _vector(self._dtype, dtype)}
@@ -166,7 +147,7 @@ class TritonEvaluator(Evaluator):
             ms = self._contiguous(g, self._g_shapes, "g")
             ds, dtype = self._incoming(grads)
             pointers = tables.fresh_pointers(xs, ms, ds)
-            self._use_tables()
+            tables.use()
             grad_v = self._empty(work.weights_size, self._dtype)
             grad_g = self._empty(work.norms_size, self._dtype)
             options = {
@@ -205,10 +186,6 @@ class TritonEvaluator(Evaluator):
 
     def _on_device(self) -> AbstractContextManager[None]:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
-
-    def _use_tables(self) -> None:
-        if self._device.type == "cuda":
-            self._tables.use_on(torch.cuda.current_stream(self._device))
 
     def _empty(self, size: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device=self._device)

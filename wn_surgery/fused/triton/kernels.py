@@ -22,15 +22,9 @@ import triton.language as tl
 from wn_surgery.fused.triton import tables
 
 __all__ = [
-    "WARPS",
-    "finish_backward",
-    "finish_forward",
-    "rows_backward",
-    "rows_forward",
-    "split_backward",
-    "split_forward",
-    "split_sums",
-]
+    "WARPS", "finish_backward", "finish_forward", "rows_backward", "rows_forward",
+    "split_backward", "split_forward", "split_sums",
+]  # fmt: skip
 
 WARPS = 8
 
@@ -62,15 +56,11 @@ def _open(pointers: tl.tensor, fields: tl.tensor, items: tl.tensor, dtype: tl.dt
 
 
 @jit
-def _axes(fields: tl.tensor) -> tl.tuple:
-    """A member's before, kept and after."""
+def _member(fields: tl.tensor) -> tl.tuple:
+    """A member's before, kept, after and eps."""
     before, kept, after = tl.load(fields + 2), tl.load(fields + 3), tl.load(fields + 4)
-    return before.to(tl.int32), kept.to(tl.int32), after.to(tl.int32)
-
-
-@jit
-def _eps(fields: tl.tensor) -> tl.tensor:
-    return tl.load(fields + 5).to(tl.int32).to(tl.float32, bitcast=True)
+    eps = tl.load(fields + 5).to(tl.int32).to(tl.float32, bitcast=True)
+    return before.to(tl.int32), kept.to(tl.int32), after.to(tl.int32), eps
 
 
 @jit
@@ -154,8 +144,8 @@ def rows_forward(
     first, width, fields, v, g, _ = _open(pointers, fields, items, dtype)
     weights += tl.multiple_of(tl.load(fields), 64)
     tensors = v, g, weights, norms + tl.load(fields + 1)
-    _, kept, after = _axes(fields)
-    rows = first, kept, after, _eps(fields)
+    _, kept, after, eps = _member(fields)
+    rows = first, kept, after, eps
     aligned = _is_aligned(v) & (after % vector == 0)
     for power in tl.static_range(5, 14, 2):
         if width == 1 << power:
@@ -193,8 +183,8 @@ def rows_backward(
     grad_v += tl.multiple_of(tl.load(fields), 64)
     at = tl.load(fields + 1)
     tensors = v, g, dw, norms + at, grad_v, grad_g + at
-    _, kept, after = _axes(fields)
-    rows = first, kept, after, _eps(fields)
+    _, kept, after, eps = _member(fields)
+    rows = first, kept, after, eps
     if dw != 0:
         aligned = _is_aligned(v) & _is_aligned(dw) & (after % vector == 0)
         for power in tl.static_range(5, 14, 2):
@@ -215,7 +205,7 @@ def _tile(fields: tl.tensor, i: tl.tensor, j: tl.tensor, vector: tl.constexpr) -
     The tile is ``HEIGHT`` rows of ``COLUMNS`` neighbours each: of (before, kept · after), or,
     if ``before`` is 1, of a run of one long row, whose rows follow each other.
     """
-    before, kept, after = _axes(fields)
+    before, kept, after, _ = _member(fields)
     row = tl.arange(0, _HEIGHT)
     column = tl.arange(0, _COLUMNS)
     if before > 1:
@@ -297,7 +287,8 @@ def finish_forward(fields: tl.tensor, items: tl.tensor, parts: tl.tensor, norms:
     item = items + tl.program_id(0) * 2
     fields += tl.load(item) * _FIELDS
     norm = tl.load(item + 1) + tl.arange(0, _FINISH_KEPT)
-    found = _clamped_norm(_finish(parts, fields, norm), _eps(fields))
+    _, _, _, eps = _member(fields)
+    found = _clamped_norm(_finish(parts, fields, norm), eps)
     tl.store(norms + tl.load(fields + 1) + norm, found, mask=norm < tl.load(fields + 3))
 
 
@@ -358,7 +349,8 @@ def _split_backward(
     norm = tl.load(norms + index, mask=here, other=1.0)
     scale = tl.div_rn(magnitude, norm)
     dot = tl.load(dots + index, mask=here, other=0.0)
-    along = _along(dot, scale, norm, _eps(fields))
+    _, _, _, eps = _member(fields)
+    along = _along(dot, scale, norm, eps)
     x, d = _read(v, dtype, place, vector), _read(dw, grad_dtype, place, vector)
     _write(grad_v, place, d * scale[None, :] - x * along[None, :])
 

@@ -53,18 +53,7 @@ class _Place:
 
 
 class Work:
-    """The places of all members in the flat buffers, and the items of work of each kernel.
-
-    Example:
-        >>> from wn_surgery.fused.evaluator import Spec
-        >>> from wn_surgery.fused.triton.tables import Work
-        >>> from wn_surgery.norm.options import NormOptions
-        >>> work = Work([Spec((4, 6)), Spec((50, 2), NormOptions(dim=1))])
-        >>> work.rows, work.split, work.finish
-        ([(0, 0, 32)], [(1, 0, 0), (1, 1, 0)], [(1, 0)])
-        >>> work.weights_size, work.norms_size, work.parts_size
-        (192, 128, 4)
-    """
+    """The places of all members in the flat buffers, and the items of work of each kernel."""
 
     def __init__(self, specs: Sequence[Spec]) -> None:
         # The places of the weights and the gradients of v; of the norms and the gradients of g.
@@ -176,8 +165,11 @@ class Tables:
             host = torch.tensor(addresses, dtype=torch.int64, pin_memory=True)
         return host.to(self._device, non_blocking=True)
 
-    def use_on(self, stream: torch.cuda.Stream) -> None:
-        """Keep the memory of the tables from being given away while ``stream`` reads it."""
+    def use(self) -> None:
+        """Keep the tables' memory from being given away while the current stream reads it."""
+        if self._device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self._device)
         if stream.cuda_stream in self._streams:
             return
         self._streams.add(stream.cuda_stream)
