@@ -30,15 +30,14 @@ _CUDA_BYTES = 25 * 2**20
 _CPU_BYTES = 2**20
 # Layers whose weight is read only where autocast converts it.
 _CASTABLE = (
-    nn.Linear,
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
 
 
 @dataclass(eq=False)
 class Choice:
-    """What happens to one weight-normed parameter; see :class:`wn_surgery.fused.Member`."""
+    """What happens to one weight-normed parameter; the words are those of a Member."""
 
     site: NormedSite
     path: Path

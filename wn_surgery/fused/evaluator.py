@@ -61,13 +61,9 @@ class Evaluator:
         self, v: Sequence[Tensor], g: Sequence[Tensor], out_dtype: torch.dtype | None = None
     ) -> tuple[list[Tensor], Any]:
         """The weights in ``out_dtype`` (``None``: that of v), and norms for :meth:`backward`."""
-        weights: list[Tensor] = []
-        norms: list[Tensor] = []
-        for options, x, m in zip(self._options, v, g, strict=True):
-            w, n = values(x, m, *options)
-            weights.append(w if out_dtype is None else w.to(out_dtype))
-            norms.append(n)
-        return weights, norms
+        found = [values(x, m, *o) for o, x, m in zip(self._options, v, g, strict=True)]
+        weights = [w if out_dtype is None else w.to(out_dtype) for w, _ in found]
+        return weights, [norms for _, norms in found]
 
     def backward(
         self, v: Sequence[Tensor], g: Sequence[Tensor], norms: Any, grads: Sequence[Tensor | None]
@@ -98,11 +94,10 @@ def evaluate(
 class _Group(torch.autograd.Function):
     """One node for a group.
 
-    It saves no tensor in autograd's sense, so that activation checkpointing, which counts saved
-    tensors, finds the same number whether a weight was computed or reused. Nor does the first
-    backward free anything: two losses that share the weights may each have theirs. It refers to
-    g and v, which the model holds anyway, and to the norms; not to the weights, so there is no
-    cycle.
+    It saves no tensor in autograd's sense: activation checkpointing counts saved tensors, and must
+    find as many whether a weight was computed or reused. So the first backward frees nothing, and
+    two losses that share the weights may each have theirs. It refers to g and v, which the model
+    holds anyway, and to the norms; not to the weights, so there is no cycle.
     """
 
     @staticmethod

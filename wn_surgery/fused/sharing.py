@@ -48,11 +48,9 @@ class Scope:
         self._lock = threading.Lock()
 
     def enter(self, owner: object) -> bool:
-        """Begin a call; whether it is an outermost one.
+        """Begin a call; ``False`` inside another call, of this thread or another one.
 
-        It is not where it runs inside another, nor where another thread's is under way, which
-        keeps the scope. ``owner`` is the frame that the call runs in; or any object, if it
-        certainly calls :meth:`leave`.
+        ``owner`` is the frame that the call runs in, or any object that certainly leaves.
         """
         with self._lock:
             if self._thread is not None and self._runs():
