@@ -1,4 +1,4 @@
-"""Weight norm in the Trainer of transformers: patched in time, checked, exported at the end."""
+"""Weight norm in the Trainer of transformers: patched before the optimizer, checked, exported."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ except ModuleNotFoundError as error:
 
 
 class WeightNormCallback(TrainerCallback):
-    """Patch the model when the Trainer is made, so that its optimizer holds g and v.
+    """Patches the model when the Trainer is made, so that its optimizer holds g and v.
 
     Give it to ``Trainer(callbacks=[...])``. With ``model_init``, call
     :func:`wn_surgery.huggingface.patch_model` in that function instead: the Trainer makes a new
     model for each run. Checkpoints hold g and v, so a resumed run continues bit for bit, and
     ``load_best_model_at_end`` finds them.
 
-    The Trainer gives weight decay to g as to any tensor with two axes;
-    :class:`WeightNormTrainer` does not.
+    When training begins, :class:`wn_surgery.CallbackError` is raised if the model is not patched,
+    or the optimizer does not hold a trainable g or v. The Trainer gives weight decay to g as to
+    any tensor with two axes; :class:`WeightNormTrainer` does not.
 
     Args:
         config: what to patch, as :func:`wn_surgery.huggingface.patch_model` takes it: a config,
@@ -59,19 +60,12 @@ class WeightNormCallback(TrainerCallback):
 
     @override
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Patch the model: there is no optimizer yet."""
         model = kwargs["model"]
         if not any(site.normed for site in _ours(model)):
             self.report = patch_model(model, self.config)
 
     @override
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse a run in which g and v would not be trained.
-
-        Raises:
-            wn_surgery.CallbackError: the model is not patched, or the optimizer does not hold a
-                trainable g or v.
-        """
         model, optimizer = kwargs["model"], kwargs.get("optimizer")
         sites = _ours(model)
         if not sites:
@@ -92,7 +86,6 @@ class WeightNormCallback(TrainerCallback):
 
     @override
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the model without weight norm."""
         if self.export_to is not None and state.is_world_process_zero:
             save_pretrained(kwargs["model"], self.export_to, layout="plain")
 
@@ -109,7 +102,6 @@ class WeightNormTrainer(Trainer):
 
     @override
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """The base's names without those of magnitudes."""
         magnitudes = {id(site.held.g) for site in wn.sites(model) if site.normed and site.held}
         exempt = {name for name, p in model.named_parameters() if id(p) in magnitudes}
         names: list[str] = super().get_decay_parameter_names(model)

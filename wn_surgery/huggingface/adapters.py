@@ -16,9 +16,9 @@ _SKIP = Rule(action="skip", names=[f"**.{prefix}*.**" for prefix in _ADAPTERS], 
 
 
 def without_adapters(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """The rules, and one that leaves adapters alone unless a rule names them.
+    """Return the rules, and one that skips adapters unless a rule names them.
 
-    An adapter starts at zero, where no direction is; a broad rule would hit it.
+    A broad rule would match them, and LoRA matrices start at zero and cannot be normalised.
     """
     paths = (path for path, _ in model.named_modules())
     there = any(part.startswith(_ADAPTERS) for path in paths for part in path.split("."))
@@ -29,11 +29,11 @@ def without_adapters(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Rule, .
 
 
 def merge_and_unload(model: Any, **kwargs: Any) -> nn.Module:
-    """``model.merge_and_unload()`` for a PEFT model whose base has weight norm.
+    """Call ``model.merge_and_unload()`` on a PEFT model whose base has weight norm.
 
-    PEFT adds an adapter to ``layer.weight.data``. Of a weight-normed layer that is a tensor just
-    computed, and the adapter is lost without a word. Here weights are Parameters meanwhile, and g
-    and v follow them.
+    PEFT adds an adapter to ``layer.weight.data``. Of a weight-normed layer that is a computed
+    tensor, and the adapter is silently lost. Here the weights are Parameters during the call, and
+    g and v follow them.
 
     Args:
         model: a PEFT model; LoRA, DoRA and others that merge.
@@ -62,9 +62,9 @@ def merge_and_unload(model: Any, **kwargs: Any) -> nn.Module:
 
 
 def merge_adapter(model: Any, **kwargs: Any) -> None:
-    """``model.merge_adapter()`` for a PEFT model whose base has weight norm.
+    """Call ``model.merge_adapter()`` on a PEFT model whose base has weight norm.
 
-    ``model.unmerge_adapter()`` is to be called inside ``wn_surgery.writable(model)`` likewise.
+    Call ``model.unmerge_adapter()`` inside ``wn_surgery.writable(model)`` in the same way.
 
     Args:
         model: a PEFT model.

@@ -1,4 +1,4 @@
-"""Embeddings: transformers names the tensors it ties, and makes new modules when it resizes."""
+"""Embeddings: transformers ties tensors by name, and makes new modules when it resizes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 import wn_surgery as wn
-from wn_surgery.huggingface.bases import PreTrainedModel
 from wn_surgery.model import records
 from wn_surgery.model.sites import Site
 from wn_surgery.model.state_keys import keys_of
@@ -21,7 +21,7 @@ _RESIZE = "resize_token_embeddings"
 
 
 def ties_of(model: PreTrainedModel) -> dict[str, str]:
-    """What the model ties, by the names of weights: asked for while they have these names."""
+    """Return what the model ties, by the names of weights; call it while they have these names."""
     translated = vars(model).get(_TIES)
     return dict(translated.args[1] if translated else model.all_tied_weights_keys)
 
@@ -29,9 +29,7 @@ def ties_of(model: PreTrainedModel) -> dict[str, str]:
 def follow(model: PreTrainedModel, ties: dict[str, str]) -> None:
     """Have a patched model tie g with g and v with v, and resize embeddings without weight norm.
 
-    Args:
-        model: patched.
-        ties: what it tied before.
+    ``ties`` is what :func:`ties_of` gave before it was patched.
     """
     normed = {key.weight for key in keys_of(model)}
     if normed & {*ties.keys(), *ties.values()}:
@@ -45,12 +43,12 @@ def follow(model: PreTrainedModel, ties: dict[str, str]) -> None:
 
 
 def follows(model: PreTrainedModel) -> bool:
-    """Whether it ties what has weight norm: :func:`follow` has seen to that."""
+    """Return whether the model ties what has weight norm, by :func:`follow`."""
     return _TIES in vars(model)
 
 
 def unfollow(model: PreTrainedModel) -> None:
-    """Tie and resize as the class does."""
+    """Have the model tie and resize as its class does."""
     vars(model).pop(_RESIZE, None)
     vars(model).pop(_KEYS, None)
     if vars(model).pop(_TIES, None) is not None:
@@ -60,7 +58,7 @@ def unfollow(model: PreTrainedModel) -> None:
 def _translated(
     model: PreTrainedModel,
     ties: dict[str, str],
-    all_submodels: bool = True,  # noqa: ARG001 - transformers' signature
+    all_submodels: bool = True,  # noqa: ARG001
 ) -> dict[str, str]:
     parts = {key.weight: (key.g, key.v) for key in keys_of(model)}
     found: dict[str, str] = {}
@@ -69,7 +67,7 @@ def _translated(
             found |= dict(zip(parts[target], parts[source], strict=True))
         elif target not in parts and source not in parts:
             found[target] = source
-        # One end alone was untied by its rule.
+        # Otherwise a rule has untied them.
     return found
 
 
@@ -84,7 +82,7 @@ def _resize(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         for site in records.record(model)
         if site["name"].rpartition(".")[0] in paths
     ]
-    # remove() takes rules that apply for rules that remove.
+    # remove() takes rules that apply as rules that remove.
     wn.remove(model, records.replay(own))
     unfollow(model)
     try:
@@ -95,7 +93,7 @@ def _resize(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 
 
 def is_g_frozen(site: Site) -> bool:
-    """Whether g alone is not trained, as by a rule with ``train_g=False``."""
+    """Return whether g alone is not trained, as by a rule with ``train_g=False``."""
     held = site.held
     if held is None or held.g is None or held.v is None:
         return False

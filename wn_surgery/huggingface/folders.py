@@ -1,4 +1,4 @@
-"""Folders of transformers models, without their weights."""
+"""Folders of transformers models: built without weights, and patched."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 import wn_surgery as wn
 from wn_surgery.checkpoints.atomic import atomic_folder
 from wn_surgery.checkpoints.folders import copy_companions, find
 from wn_surgery.errors import CheckpointError
-from wn_surgery.huggingface import reload
-from wn_surgery.huggingface.bases import PreTrainedModel
 from wn_surgery.huggingface.config import WeightNormConfig
+from wn_surgery.huggingface.loading import register
 from wn_surgery.huggingface.patching import patch_model
 from wn_surgery.model.state_keys import keys_of
 from wn_surgery.rules.sources import RulesLike, as_rules
@@ -24,15 +24,15 @@ __all__ = ["apply_folder", "built_in_keys", "model_on_meta"]
 
 
 def model_on_meta(folder: str | os.PathLike[str]) -> PreTrainedModel:
-    """The model of a folder, of its class, on the meta device: no weight is read.
+    """Build the model of a folder on the meta device, without reading weights.
 
-    Code that a folder brings along is not run.
+    Code in the folder is not run.
 
     Args:
         folder: with a ``config.json``.
 
     Returns:
-        The model as its class builds it; weight norm that :func:`patch_model` put on is not there.
+        The model as its class builds it, without weight norm that :func:`patch_model` put on.
 
     Raises:
         CheckpointError: there is no such config, or transformers does not know the class.
@@ -46,7 +46,7 @@ def model_on_meta(folder: str | os.PathLike[str]) -> PreTrainedModel:
         ...     model_on_meta(folder).embeddings.word_embeddings.weight.device
         device(type='meta')
     """
-    reload.register()
+    register()
     try:
         config = transformers.AutoConfig.from_pretrained(Path(folder), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -69,9 +69,9 @@ def model_on_meta(folder: str | os.PathLike[str]) -> PreTrainedModel:
 
 
 def built_in_keys(folder: str | os.PathLike[str]) -> frozenset[str]:
-    """The plain keys of the weights on which the class of a model puts weight norm itself.
+    """Return the plain keys of the weights on which the class of a model puts weight norm itself.
 
-    A checkpoint of such a class has to hold g and v: it has no place for a plain weight.
+    A checkpoint of such a class has to hold g and v: the class does not read a plain weight.
 
     Args:
         folder: with a ``config.json``.
@@ -88,11 +88,11 @@ def built_in_keys(folder: str | os.PathLike[str]) -> frozenset[str]:
 def apply_folder(
     source: str | os.PathLike[str], target: str | os.PathLike[str], rules: RulesLike | None
 ) -> wn.Report:
-    """Load a model, put weight norm on it, and save it with what its folder has beside weights.
+    """Load a model, put weight norm on it, and save it with the folder's other files.
 
     Args:
         source: a folder that ``from_pretrained`` reads.
-        target: a folder that is not there yet, or empty; it appears whole or not at all.
+        target: a folder that does not exist yet, or an empty one; it is written atomically.
         rules: for :func:`patch_model`; None for those of the model's type.
 
     Returns:
