@@ -21,6 +21,7 @@ from wn_surgery.callbacks.lightning.fusing import Folding, Fused, fuse
 from wn_surgery.callbacks.lightning.layouts import LayoutIO, SaveLayout
 from wn_surgery.callbacks.lightning.monitoring import Monitor
 from wn_surgery.callbacks.lightning.patching import Replaced, Rules
+from wn_surgery.model.records import KEY
 from wn_surgery.rules.sources import as_rules
 from wn_surgery.surgery.planning import OnUnmatched
 
@@ -193,13 +194,13 @@ class WeightNorm(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # Also for strategies that write shards, which have no LayoutIO.
-        checkpoint[layouts.KEY] = layouts.record(pl_module, self)
+        checkpoint[KEY] = layouts.record(pl_module, self)
 
     @override
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        info = checkpoint.get(layouts.KEY)
+        info = checkpoint.get(KEY)
         if info is not None:
             if neighbours.shards(trainer):
                 layouts.check(checkpoint, pl_module, "the checkpoint")

@@ -10,6 +10,7 @@ from torch import nn
 
 import wn_surgery as wn
 from wn_surgery.fused import is_fused
+from wn_surgery.model.sites import normed
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -41,12 +42,12 @@ def _roots(pl_module: LightningModule) -> list[nn.Module]:
     waiting: list[nn.Module] = list(pl_module.children())
     while waiting:
         child = waiting.pop(0)
-        normed = [site for site in wn.sites(child) if site.normed]
-        if any(site.module is child for site in normed):
+        found = normed(child)
+        if any(site.module is child for site in found):
             return [pl_module]
         if type(child).forward is nn.Module.forward:  # a list or dict of modules
             waiting[:0] = child.children()
-        elif normed:
+        elif found:
             roots.append(child)
     return roots
 
@@ -65,9 +66,9 @@ class Folding:
         if self._stack is not None:
             return
         self._stack = ExitStack()
-        normed = [site for site in wn.sites(pl_module) if site.normed]
+        found = normed(pl_module)
         # A sharded v is not whole before the forward of its unit.
-        if not normed or any(_is_split(site) for site in normed):
+        if not found or any(_is_split(site) for site in found):
             return
         # Not as inference tensors: a step may turn gradients on, for a penalty.
         with torch.inference_mode(False), torch.no_grad():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
@@ -13,21 +12,18 @@ from typing_extensions import override
 import wn_surgery as wn
 from wn_surgery.callbacks.lightning.bases import CheckpointIO
 from wn_surgery.model import records
-from wn_surgery.model.state_keys import Keys, keys_of, stripped
+from wn_surgery.model.records import KEY, VERSION
+from wn_surgery.model.state_keys import keys_of, stripped
+from wn_surgery.norm.naming import keys_for, part_of
 from wn_surgery.training.optimizer_states import names_in, names_in_layout, remap
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["KEY", "LayoutIO", "SaveLayout", "WeightNormMixin", "check", "record", "rename_states"]
+__all__ = ["LayoutIO", "SaveLayout", "WeightNormMixin", "check", "record", "rename_states"]
 
 SaveLayout: TypeAlias = Literal["parametrized", "plain", "legacy"]
 
-KEY = "wn_surgery"
-"""The checkpoint's entry about weight norm: plain data, which weights_only loading accepts."""
-
-_VERSION = 1
-_PAIR = re.compile(r"(?:(.*)\.)?parametrizations\.([^.]+)\.original0")
 _log = logging.getLogger(__name__)
 
 
@@ -67,7 +63,9 @@ class LayoutIO(CheckpointIO):
         checkpoint: dict[str, Any] = self.inner.load_checkpoint(path, *args, **kwargs)
         if "state_dict" in checkpoint and self.callback.module is not None:
             check(checkpoint, self.callback.module, str(path))
-            _unpack(checkpoint, self.callback.module)
+            # Other layouts are read by the load hooks of modules.
+            for name, parts in checkpoint.get(KEY, {}).pop("exact", {}).items():
+                checkpoint[name] = records.with_exact(checkpoint[name], parts)
         return checkpoint
 
     @override
@@ -126,7 +124,7 @@ class WeightNormMixin:
 def record(pl_module: nn.Module, callback: Surgeon) -> dict[str, Any]:
     """Return what a checkpoint says about weight norm."""
     return {
-        "version": _VERSION,
+        "version": VERSION,
         "layout": "parametrized",
         # A predicate cannot be written down, and a checkpoint must not fail because of it.
         "rules": [
@@ -163,25 +161,21 @@ def check(checkpoint: Mapping[str, Any], pl_module: nn.Module, path: str) -> Non
 
 
 def _check_version(info: Mapping[str, Any], path: str) -> None:
-    if info["version"] > _VERSION:
+    if info["version"] > VERSION:
         raise wn.CheckpointMismatchError(
             f"{path} has weight-norm data of version {info['version']}, and this release of "
-            f"wn-surgery reads up to {_VERSION}; install a newer one"
+            f"wn-surgery reads up to {VERSION}; install a newer one"
         )
 
 
 def _check_foreign(state: Mapping[str, Any], pl_module: nn.Module, path: str) -> None:
     plain_here = {name for name, _ in pl_module.named_parameters(remove_duplicate=False)}
     for name in state:
-        if match := _PAIR.fullmatch(name):
-            other = name.removesuffix("0") + "1"
-            weight = ".".join(part for part in match.groups() if part)
-        elif name.endswith("_g"):
-            weight = name.removesuffix("_g")
-            other = f"{weight}_v"
-        else:
+        part = part_of(name)
+        if part is None or part.part == "v" or part.weight not in plain_here:
             continue
-        if other in state and weight in plain_here:
+        weight = part.weight
+        if keys_for(weight, part.layout)[1] in state:
             raise wn.CheckpointMismatchError(
                 f"{path} has weight norm on {weight}, and the rules of this run do not: add a rule "
                 "that matches it, or strip the checkpoint first"
@@ -194,7 +188,7 @@ def _packed(checkpoint: dict[str, Any], pl_module: nn.Module, callback: Surgeon)
     checkpoint = {**checkpoint, KEY: info}
     if callback.save_layout == "parametrized":
         return checkpoint
-    keys = _our_keys(pl_module)
+    keys = [key for key in keys_of(pl_module) if key.site.ours]
     exact: dict[str, dict[str, Any]] = {}
     for name, state in checkpoint.items():
         # Weight averaging has the current model beside the average one.
@@ -212,31 +206,6 @@ def _packed(checkpoint: dict[str, Any], pl_module: nn.Module, callback: Surgeon)
         # w = g · v/‖v‖ does not give ‖v‖ back, nor v to the bit.
         info["exact"] = exact
     return checkpoint
-
-
-def _unpack(checkpoint: dict[str, Any], pl_module: nn.Module) -> None:
-    """Put g and v, bit for bit, in the place of plain weights; load hooks read other layouts."""
-    info = checkpoint.get(KEY)
-    if info is None:
-        return
-    keys = _our_keys(pl_module)
-    for name, parts in info.pop("exact", {}).items():
-        pairs = {key.weight: (key.g, key.v) for key in keys if key.g in parts and key.v in parts}
-        whole: dict[str, Any] = {}
-        for key, value in checkpoint[name].items():
-            if key in pairs:
-                whole |= {part: parts[part] for part in pairs[key]}
-            else:
-                whole[key] = value
-        checkpoint[name] = whole
-
-
-def _our_keys(module: nn.Module) -> list[Keys]:
-    return [
-        key
-        for key in keys_of(module)
-        if key.site.held is not None and key.site.held.maker == "wn_surgery"
-    ]
 
 
 def rename_states(checkpoint: dict[str, Any], trainer: Trainer, pl_module: LightningModule) -> None:

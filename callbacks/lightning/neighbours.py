@@ -8,6 +8,7 @@ from torch import nn
 
 import wn_surgery as wn
 from wn_surgery.callbacks.lightning.bases import Callback
+from wn_surgery.model.sites import normed
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -73,6 +74,6 @@ def _copies(other: Any, pl_module: LightningModule) -> bool:
                 type(module) is type(pl_module) and module is not pl_module
                 for module in value.modules()
             )
-            if found and not any(site.normed for site in wn.sites(value)):
+            if found and not normed(value):
                 return True
     return False

@@ -55,11 +55,15 @@ def apply_rules(
             f"(its children: {children}). Layers are found if __init__, setup or "
             "configure_model builds them, not later."
         ) from error
-    except wn.WrappedModuleError as error:
-        raise wn.WrappedModuleError(
+    except wn.ModelError as error:
+        if error.kind != "wrapped":
+            raise
+        raise wn.ModelError(
             f"{error}\nThe callback cannot reach layers that configure_model() builds and shards: "
             "build them in __init__, or call wn_surgery.apply(self, rules) in configure_model() "
-            "before sharding them."
+            "before sharding them.",
+            kind="wrapped",
+            site=error.site,
         ) from error
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-import wn_surgery as wn
-from wn_surgery.errors import RuleError, RuleFileError
+from wn_surgery.errors import RuleError
+from wn_surgery.model.sites import normed
 from wn_surgery.norm import savers
 from wn_surgery.rules.fields import did_you_mean
 from wn_surgery.rules.presets import preset
@@ -98,7 +98,7 @@ class WeightNormConfig(QuantizationConfigMixin):
         model = None if frame is None else frame.f_locals["self"]
         if frame is None or not self.sites or not isinstance(model, PreTrainedModel):
             return
-        if recorded(model.config) is self and not any(site.normed for site in wn.sites(model)):
+        if recorded(model.config) is self and not normed(model):
             savers.warn(
                 frame,
                 f"the config of {type(model).__name__} names weight norm on "
@@ -123,7 +123,7 @@ class WeightNormConfig(QuantizationConfigMixin):
         """Read what :meth:`save_pretrained` wrote, or the config of a saved patched model.
 
         Raises:
-            RuleFileError: there is none, or it is not JSON of this kind.
+            RuleError: there is none, or it is not JSON of this kind.
         """
         for name in (FILE, "config.json"):
             path = Path(folder) / name
@@ -132,13 +132,14 @@ class WeightNormConfig(QuantizationConfigMixin):
             try:
                 data = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise RuleFileError(f"{path} is not JSON: {error}") from error
+                raise RuleError(f"{path} is not JSON: {error}", kind="file") from error
             if name != FILE:
                 data = data.get("quantization_config") or {}
             if _is_ours(data):
                 return cls(**data)
-        raise RuleFileError(
-            f"{folder} has neither {FILE} nor a config.json of a model that patch_model() patched"
+        raise RuleError(
+            f"{folder} has neither {FILE} nor a config.json of a model that patch_model() patched",
+            kind="file",
         )
 
     def __eq__(self, other: object) -> bool:

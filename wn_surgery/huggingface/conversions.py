@@ -15,22 +15,33 @@ from typing_extensions import override
 
 from wn_surgery.model.reloading import built_keys
 from wn_surgery.model.state_keys import Keys, keys_of
-from wn_surgery.norm.parametrization import WeightNorm
+from wn_surgery.norm.math import weight_norm
+from wn_surgery.norm.options import NormOptions
+from wn_surgery.norm.parametrization import parts_of
 
 __all__ = ["built_in", "drop_ours", "reading_plain", "save_as_built"]
 
 
-class _Split(ConversionOps):
-    """A weight → its g and v; ``g_init`` takes the place of its norm, as in a rule."""
+class _OfNorm(ConversionOps):
+    """A conversion with the options of a norm."""
 
-    def __init__(self, norm: WeightNorm, g_init: float | None = None) -> None:
+    def __init__(self, norm: NormOptions, g_init: float | None = None) -> None:
         self.norm = norm
         self.g_init = g_init
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Version 0.1.0 kept the module WeightNorm, which has the options.
+        norm = state["norm"]
+        self.__init__(getattr(norm, "options", norm), state.get("g_init"))  # type: ignore[misc]
+
+
+class _Split(_OfNorm):
+    """A weight → its g and v; ``g_init`` takes the place of its norm, as in a rule."""
 
     @override
     @torch.no_grad()
     def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **_: Any) -> Any:
-        g, v = self.norm.right_inverse(_only(input_dict.values()))
+        g, v = parts_of(_only(input_dict.values()), self.norm)
         if self.g_init is not None:
             g = torch.full_like(g, self.g_init)
         return dict(zip(target_patterns, (g, v), strict=True))
@@ -41,17 +52,14 @@ class _Split(ConversionOps):
         return _Merge(self.norm)
 
 
-class _Merge(ConversionOps):
+class _Merge(_OfNorm):
     """A g and v → their weight."""
-
-    def __init__(self, norm: WeightNorm) -> None:
-        self.norm = norm
 
     @override
     @torch.no_grad()
     def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **_: Any) -> Any:
         g, v = (_only([input_dict[pattern]]) for pattern in source_patterns)
-        return {target_patterns[0]: self.norm(g, v)}
+        return {target_patterns[0]: weight_norm(v, g, *self.norm)}
 
     @property
     @override
@@ -71,7 +79,6 @@ def reading_plain(
             [_Split(key.site.norm, fills.get(key.site.name))],
         )
         for key in keys_of(model)
-        if key.site.norm is not None
     ]
 
 
@@ -117,7 +124,7 @@ def save_as_built(model: PreTrainedModel, removed: Iterable[str]) -> None:
     merged = [
         WeightConverter([re.escape(key.g), re.escape(key.v)], [key.weight], [_Merge(key.site.norm)])
         for key in built_in(model)
-        if key.weight in gone and key.site.norm is not None
+        if key.weight in gone
     ]
     if not merged:
         return

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 import wn_surgery as wn
 from wn_surgery.model import records
-from wn_surgery.model.sites import Site
+from wn_surgery.model.sites import normed
 from wn_surgery.model.state_keys import keys_of
 
-__all__ = ["follow", "follows", "is_g_frozen", "ties_of", "unfollow"]
+__all__ = ["follow", "follows", "frozen_g", "ties_of", "unfollow"]
 
 _TIES = "get_expanded_tied_weights_keys"
 _KEYS = "_tied_weights_keys"
@@ -31,14 +31,14 @@ def follow(model: PreTrainedModel, ties: dict[str, str]) -> None:
 
     ``ties`` is what :func:`ties_of` gave before it was patched.
     """
-    normed = {key.weight for key in keys_of(model)}
-    if normed & {*ties.keys(), *ties.values()}:
+    weights = {key.weight for key in keys_of(model)}
+    if weights & {*ties.keys(), *ties.values()}:
         # On the instance: tie_weights(), from_pretrained and resizing ask it for the names.
         vars(model)[_TIES] = partial(_translated, model, ties)
         model.all_tied_weights_keys = _translated(model, ties)
         # Saving looks here for which of two names of one tensor to leave out.
         vars(model)[_KEYS] = _translated(model, ties)
-    if any(site.normed and site.module in _embeddings(model) for site in wn.sites(model)):
+    if any(site.module in _embeddings(model) for site in normed(model)):
         vars(model)[_RESIZE] = partial(_resize, model)
 
 
@@ -76,7 +76,7 @@ def _resize(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     ties = ties_of(model)
     embeddings = _embeddings(model)
     paths = {path for path, module in model.named_modules() if module in embeddings}
-    frozen = {site.name for site in wn.sites(model) if is_g_frozen(site)}
+    frozen = frozen_g(model)
     own = [
         {**site, "train_g": site["name"] not in frozen}
         for site in records.record(model)
@@ -92,12 +92,13 @@ def _resize(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         follow(model, ties)
 
 
-def is_g_frozen(site: Site) -> bool:
-    """Return whether g alone is not trained, as by a rule with ``train_g=False``."""
-    held = site.held
-    if held is None or held.g is None or held.v is None:
-        return False
-    return held.v.requires_grad and not held.g.requires_grad
+def frozen_g(model: PreTrainedModel) -> set[str]:
+    """Return the sites of which g alone is not trained, as by a rule with ``train_g=False``."""
+    return {
+        site.name
+        for site in normed(model)
+        if site.held.v.requires_grad and not site.held.g.requires_grad
+    }
 
 
 def _embeddings(model: PreTrainedModel) -> list[nn.Module]:

@@ -21,7 +21,7 @@ import wn_surgery as wn
 from wn_surgery.huggingface.config import METHOD, WeightNormConfig, write
 from wn_surgery.huggingface.conversions import drop_ours, reading_plain
 from wn_surgery.huggingface.patching import freeze, put
-from wn_surgery.model.sites import Site
+from wn_surgery.model.sites import NormedSite, normed
 
 __all__ = ["FUSIONS", "WeightNormQuantizer", "register"]
 
@@ -80,7 +80,7 @@ def register() -> None:
 
 
 def _initialize(model: PreTrainedModel, config: WeightNormConfig) -> None:
-    unread = [site for site in wn.sites(model) if _is_unread(site)]
+    unread = [site for site in normed(model) if _is_unread(site)]
     with ExitStack() as opened:
         for module in {id(site.module): site.module for site in unread}.values():
             opened.enter_context(wn.writable(module))
@@ -91,14 +91,12 @@ def _initialize(model: PreTrainedModel, config: WeightNormConfig) -> None:
     fills = {site["name"]: site.get("g_init") for site in config.sites or ()}
     for site in unread:
         fill = fills.get(site.name)
-        if fill is not None and site.held is not None and site.held.g is not None:
+        if fill is not None:
             site.held.g.data.fill_(fill)
 
 
-def _is_unread(site: Site) -> bool:
+def _is_unread(site: NormedSite) -> bool:
     """Return whether g or v was not in the checkpoint."""
-    if site.held is None or site.held.g is None or site.held.v is None:
-        return False
     # What is on disk is on meta here, and so is an end that will be tied.
     parts = [part for part in (site.held.g, site.held.v) if not part.is_meta]
     return any(not getattr(part, _READ, False) for part in parts)

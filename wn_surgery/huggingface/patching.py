@@ -15,6 +15,7 @@ from wn_surgery.huggingface import conversions, embeddings
 from wn_surgery.huggingface.adapters import without_adapters
 from wn_surgery.huggingface.config import ConfigLike, WeightNormConfig, fill_in, recorded
 from wn_surgery.model import records, reloading
+from wn_surgery.model.sites import normed
 from wn_surgery.model.state_keys import keys_of
 from wn_surgery.rules.sources import Rule
 
@@ -43,7 +44,7 @@ def patch_model(
     Raises:
         WeightNormError: the rules do not fit the model; see :func:`wn_surgery.apply`.
         RuleError: the rules are wrong, or None for a model type that has no usual ones.
-        QuantizedWeightError: the model is quantized, or its config says it will be.
+        ModelError: the model is quantized, or its config says it will be.
         UnmatchedRuleError: the config is of another kind of model. Nothing has changed then.
         TypeError: ``model`` is not a model of transformers.
 
@@ -111,7 +112,7 @@ def unpatch_model(model: nn.Module, *, optimizers: Any = ()) -> wn.Report:
     """
     keys = keys_of(model)
     report = wn.remove(model, optimizers=optimizers)
-    foreign = any(key.site.held and key.site.held.maker != "wn_surgery" for key in keys)
+    foreign = not all(key.site.ours for key in keys)
     # A model with our weight norm reads plain weights. But diffusers reads key by key, without
     # calling the hooks of modules.
     if foreign or reloading.is_model_of(model) == "diffusers":
@@ -164,9 +165,10 @@ def _refuse_quantized(model: PreTrainedModel, ours: WeightNormConfig | None) -> 
     if getattr(model, "hf_quantizer", None) is None and (held is None or ours is not None):
         return
     method = held.get("quant_method") if isinstance(held, dict) else type(held).__name__
-    raise wn.QuantizedWeightError(
+    raise wn.ModelError(
         f"{type(model).__name__} is quantized ({method}); patch the model before it is quantized, "
-        "train, unpatch_model(), and quantize then"
+        "train, unpatch_model(), and quantize then",
+        kind="quantized",
     )
 
 
@@ -209,8 +211,8 @@ def _of_g(step: wn.Step) -> dict[str, Any]:
 def freeze(model: PreTrainedModel, config: WeightNormConfig) -> None:
     """Freeze each g that the config says is not trained: loading makes new Parameters."""
     frozen = {site["name"] for site in config.sites or () if not site.get("train_g", True)}
-    for site in wn.sites(model):
-        if site.name in frozen and site.held is not None and site.held.g is not None:
+    for site in normed(model):
+        if site.name in frozen:
             site.held.g.requires_grad_(False)
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 import wn_surgery as wn
 from wn_surgery.huggingface.config import WeightNormConfig, fill_in, forget, nested, recorded, write
 from wn_surgery.huggingface.conversions import built_in
-from wn_surgery.huggingface.embeddings import follows, is_g_frozen, ties_of
+from wn_surgery.huggingface.embeddings import follows, frozen_g, ties_of
 from wn_surgery.model import records
 from wn_surgery.model.reloading import match
 from wn_surgery.model.state_keys import Keys, keys_of, stripped
@@ -65,7 +65,7 @@ def save_pretrained(
         model.save_pretrained(folder, **kwargs)
         return
     held = recorded(model.config)
-    ours = [key for key in keys_of(model) if key.site.held and key.site.held.maker == "wn_surgery"]
+    ours = [key for key in keys_of(model) if key.site.ours]
     built = {key.weight for key in built_in(model)} if ours else set()
     state = stripped(model.state_dict(), [key for key in ours if key.weight not in built])
     forget(model.config)
@@ -110,9 +110,10 @@ def note(model: PreTrainedModel, call: Mapping[str, Any], ours: list[Keys]) -> L
 def _write_into(model: PreTrainedModel, call: Mapping[str, Any], sites: list[Any]) -> None:
     name, held = type(model).__name__, recorded(model.config)
     if held is None and getattr(model.config, "quantization_config", None) is not None:
-        raise wn.QuantizedWeightError(
+        raise wn.ModelError(
             f"the config of {name} has a quantization, and no place to say where weight norm is; "
-            "call wn_surgery.remove(model) before saving"
+            "call wn_surgery.remove(model) before saving",
+            kind="quantized",
         )
     folder = call.get("save_directory")
     if folder is None:
@@ -126,9 +127,7 @@ def _write_into(model: PreTrainedModel, call: Mapping[str, Any], sites: list[Any
     for each in (config, *nested(config)):
         forget(each)
     if sites:
-        frozen = [
-            {"name": site.name, "train_g": False} for site in wn.sites(model) if is_g_frozen(site)
-        ]
+        frozen = [{"name": name, "train_g": False} for name in frozen_g(model)]
         said = fill_in(fill_in(sites, held.sites if held else None), frozen)
         write(config, WeightNormConfig(held.rules if held else None, said, config.model_type))
     if call.get("is_main_process", True) and call.get("save_on_this_rank", True):
