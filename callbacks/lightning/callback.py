@@ -149,13 +149,7 @@ class WeightNorm(Callback):
         return self._module() if self._module is not None else None
 
     def patch(self, model: nn.Module) -> wn.Report:
-        """Apply the rules to a model outside a Trainer: for Fabric, before ``fabric.setup``.
-
-        Args:
-            model: any module tree.
-
-        Returns:
-            What was done.
+        """Apply the rules outside a Trainer, for Fabric before ``fabric.setup``; return the report.
 
         Raises:
             wn_surgery.WeightNormError: as :func:`wn_surgery.apply` does.

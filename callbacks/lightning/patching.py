@@ -101,14 +101,7 @@ def once_after(pl_module: LightningModule, hook: str, then: Callable[[], None]) 
     setattr(pl_module, hook, partial(_run_then, pl_module, hook, own, then))
 
 
-def _run_then(
-    pl_module: LightningModule,
-    hook: str,
-    own: Any,
-    then: Callable[[], None],
-    *args: Any,
-    **kwargs: Any,
-) -> None:
+def _run_then(pl_module: Any, hook: str, own: Any, then: Any, *args: Any, **kwargs: Any) -> None:
     delattr(pl_module, hook)
     if own is not None:
         setattr(pl_module, hook, own)

@@ -25,17 +25,8 @@ from wn_surgery.huggingface.patching import patch_model, repair, unpatch_model
 from wn_surgery.huggingface.saving import save_pretrained
 
 __all__ = [
-    "WeightNormConfig",
-    "apply_folder",
-    "built_in_keys",
-    "merge_adapter",
-    "merge_and_unload",
-    "model_on_meta",
-    "patch_model",
-    "repair",
-    "rules_for",
-    "save_pretrained",
-    "unpatch_model",
-]
+    "WeightNormConfig", "apply_folder", "built_in_keys", "merge_adapter", "merge_and_unload",
+    "model_on_meta", "patch_model", "repair", "rules_for", "save_pretrained", "unpatch_model",
+]  # fmt: skip
 
 register()

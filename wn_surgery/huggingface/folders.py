@@ -26,13 +26,10 @@ __all__ = ["apply_folder", "built_in_keys", "model_on_meta"]
 def model_on_meta(folder: str | os.PathLike[str]) -> PreTrainedModel:
     """Build the model of a folder on the meta device, without reading weights.
 
-    Code in the folder is not run.
+    Code in the folder is not run. Weight norm that :func:`patch_model` put on is not there.
 
     Args:
         folder: with a ``config.json``.
-
-    Returns:
-        The model as its class builds it, without weight norm that :func:`patch_model` put on.
 
     Raises:
         CheckpointError: there is no such config, or transformers does not know the class.
@@ -54,8 +51,8 @@ def model_on_meta(folder: str | os.PathLike[str]) -> PreTrainedModel:
         raise CheckpointError(
             f"{str(folder)!r} has no config that transformers reads: {said}"
         ) from error
-    name = (config.architectures or [""])[0]
-    cls: Any = getattr(transformers, str(name), None)
+    name = str((config.architectures or [""])[0])
+    cls: Any = getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise CheckpointError(
             f"{str(folder)!r}: transformers {transformers.__version__} has no class {name!r}; "
@@ -74,10 +71,7 @@ def built_in_keys(folder: str | os.PathLike[str]) -> frozenset[str]:
     A checkpoint of such a class has to hold g and v: the class does not read a plain weight.
 
     Args:
-        folder: with a ``config.json``.
-
-    Returns:
-        The keys; none for a class that transformers does not know.
+        folder: with a ``config.json``. For a class that transformers does not know there are none.
     """
     try:
         return frozenset(key.weight for key in keys_of(model_on_meta(folder)))
@@ -114,14 +108,14 @@ def apply_folder(
         ...     len(report.changed)
         78
     """
-    folder, goal = Path(source), Path(target)
+    folder = Path(source)
     cls = type(model_on_meta(folder))
     found = find(folder)
     if found.patched is not None:
         raise CheckpointError(f"{str(folder)!r} is weight-normed already; strip it first")
     model = cls.from_pretrained(folder, local_files_only=True, dtype="auto")
     report = patch_model(model, WeightNormConfig(None if rules is None else as_rules(rules)))
-    with atomic_folder(goal, like=folder) as made:
+    with atomic_folder(Path(target), like=folder) as made:
         copy_companions(found, made, plain=False)
         model.save_pretrained(made)
     return report

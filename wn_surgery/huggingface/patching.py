@@ -42,10 +42,9 @@ def patch_model(
         ``model.config.quantization_config`` the config with its sites.
 
     Raises:
-        WeightNormError: the rules do not fit the model; see :func:`wn_surgery.apply`.
+        WeightNormError: the rules do not fit the model; see :func:`wn_surgery.apply`. The model is
+            quantized, or its config says it will be. The config is of another kind of model.
         RuleError: the rules are wrong, or None for a model type that has no usual ones.
-        ModelError: the model is quantized, or its config says it will be.
-        UnmatchedRuleError: the config is of another kind of model. Nothing has changed then.
         TypeError: ``model`` is not a model of transformers.
 
     Example:
@@ -96,9 +95,6 @@ def unpatch_model(model: nn.Module, *, optimizers: Any = ()) -> wn.Report:
         model: any module.
         optimizers: optimizers that hold g and v, which get the weight in their place.
 
-    Returns:
-        What was done.
-
     Raises:
         WeightNormError: as :func:`wn_surgery.remove` does.
 
@@ -131,12 +127,6 @@ def repair(model: nn.Module) -> nn.Module:
 
     Each module in it that has such a method gets one that removes its weight norm in any layout.
     The classes are not changed, and copies of the model have the new methods too.
-
-    Args:
-        model: any module.
-
-    Returns:
-        The model.
 
     Raises:
         TypeError: no module has a ``remove_weight_norm`` method.
@@ -173,11 +163,7 @@ def _refuse_quantized(model: PreTrainedModel, ours: WeightNormConfig | None) -> 
 
 
 def put(
-    model: PreTrainedModel,
-    config: WeightNormConfig,
-    *,
-    replace: bool = False,
-    optimizers: Any = (),
+    model: PreTrainedModel, config: WeightNormConfig, *, replace: bool = False, optimizers: Any = ()
 ) -> wn.Report:
     """Put weight norm on a model by a config, and write into the config what was put where.
 
@@ -201,9 +187,9 @@ def put(
 def _of_g(step: wn.Step) -> dict[str, Any]:
     """Return what a rule says about the g of a site, where it is not just the weight's norm."""
     said: dict[str, Any] = {"name": step.site.name}
-    if step.rule is not None and step.rule.g_init is not None:
+    if step.rule and step.rule.g_init is not None:
         said["g_init"] = step.rule.g_init
-    if step.rule is not None and not step.rule.train_g:
+    if step.rule and not step.rule.train_g:
         said["train_g"] = False
     return said
 
@@ -229,10 +215,9 @@ def _replayed(model: PreTrainedModel, config: WeightNormConfig, replace: bool) -
     lacking: list[str] = []
     for site in config.sites or ():
         name = site["name"]
-        spellings = [name, name.removeprefix(body), f"{body}{name}"]
-        here = next((each for each in spellings if each in known), None)
-        if here is not None:
-            found.append({**site, "name": here})
+        here = [n for n in (name, name.removeprefix(body), f"{body}{name}") if n in known]
+        if here:
+            found.append({**site, "name": here[0]})
         else:
             lacking.append(name)
     part = type(model).__name__ not in (getattr(model.config, "architectures", None) or ())
