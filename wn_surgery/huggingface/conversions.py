@@ -133,7 +133,8 @@ def save_as_built(model: PreTrainedModel, removed: Iterable[str]) -> None:
         # What transformers would take for a model that was not loaded from a checkpoint.
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [each for each in conversions if not isinstance(each, PrefixChange)]
-    model._weight_conversions = [*_others(conversions), *merged]
+    kept: Any = [*_others(conversions), *merged]
+    model._weight_conversions = kept
 
 
 def _only(values: Iterable[Any]) -> Tensor:
