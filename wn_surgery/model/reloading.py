@@ -71,8 +71,8 @@ def fitting(frame: FrameType) -> Layouts:
         return {}
     if library == "transformers":
         # Its config can say where weight norm is. Not imported above: that needs transformers.
-        noting = import_module("wn_surgery.huggingface.noting")
-        layouts: Layouts = noting.note(model, frame.f_locals, ours)
+        saving = import_module("wn_surgery.huggingface.saving")
+        layouts: Layouts = saving.note(model, frame.f_locals, ours)
         return layouts
     built = _asked(model, frame)
     if built is None:
