@@ -1,8 +1,8 @@
 """Draw the pictures of the README: a plan, and g and the effective learning rate in a training.
 
 Run ``python docs/make_images.py`` from a clone (about a minute). It needs the extra ``demo``. The
-plan is what ``wn.plan`` prints for examples/digits_tcn.py; the curves are what the Lightning callback
-records while that example trains on the digits of scikit-learn.
+plan is what ``wn.plan`` prints for examples/digits_tcn.py. The curves are what the Lightning
+callback records while that example trains on the digits of scikit-learn.
 """
 
 from __future__ import annotations
@@ -100,7 +100,10 @@ def training(history: History) -> Figure:
     """Draw g and the effective learning rate of each layer over the training."""
     figure = Figure(figsize=(11.5, 4.6), layout="constrained", facecolor="white")
     names = list(history.records[0])
-    panels = [("g", "g, mean over the channels"), ("effective_lr", "effective learning rate, lr / ‖v‖²")]
+    panels = [
+        ("g", "g, mean over the channels"),
+        ("effective_lr", "effective learning rate, lr / ‖v‖²"),
+    ]
     for axes, (key, title) in zip(figure.subplots(1, 2), panels, strict=True):
         for name, colour in zip(names, COLOURS, strict=True):
             values = [record[name][key] for record in history.records]
@@ -116,7 +119,15 @@ def training(history: History) -> Figure:
     figure.axes[1].set_ylim(0)
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12, wspace=0.06)  # type: ignore[union-attr]
     handles = figure.axes[0].get_lines()
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=11, columnspacing=1.2, handlelength=1.4, frameon=False)
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=6,
+        fontsize=11,
+        columnspacing=1.2,
+        handlelength=1.4,
+        frameon=False,
+    )
     return figure
 
 

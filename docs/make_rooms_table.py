@@ -1,7 +1,7 @@
 """Write the table of rooms in docs/design.md from what the ``__init__`` of each room says.
 
-Run ``python docs/make_rooms_table.py`` after a change to one; with ``--check`` it writes nothing, and
-its exit status is 1 if the page is out of date.
+Run ``python docs/make_rooms_table.py`` after a change to one. With ``--check`` it writes nothing,
+and its exit status is 1 if the page is out of date.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "design.md"
 BEGIN, END = "<!-- rooms: begin -->\n", "<!-- rooms: end -->\n"
-ROOMS = (
-    "norm rules model surgery training fused export checkpoints huggingface callbacks cli".split()
-)
+ROOMS = ["norm", "rules", "model", "surgery", "training", "fused", "export", "checkpoints"]
+ROOMS += ["huggingface", "callbacks", "cli"]
 
 
 def row(room: str) -> str:
