@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import wn_surgery as wn
+from wn_surgery.model.layouts import Normed
 from wn_surgery.norm.math import norm_except
 
 from .measure import Call
@@ -245,9 +246,8 @@ def _gradients(workload: Workload, model: nn.Module) -> dict[str, Tensor]:
             found[f"the gradient of {name}"] = gradient.detach().clone()
 
     for site in wn.sites(model):
-        if site.normed and site.held is not None:
+        if isinstance(site.held, Normed):
             g, v = site.held.g, site.held.v
-            assert g is not None and v is not None  # it is normed
             normed |= {id(g), id(v)}
             if g.grad is not None and v.grad is not None:
                 add(site.name, _joined(g.grad, v.grad))

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 import wn_surgery as wn
+from wn_surgery.model.sites import normed
 
 __all__ = ["held_by", "refuse_unheld"]
 
@@ -41,10 +42,10 @@ def refuse_unheld(model: nn.Module, optimizers: Iterable[Any], advice: str) -> N
     lacking: list[str] = []
     halves: list[str] = []
     reached = False
-    for site in wn.sites(model):
-        if not site.normed or site.held is None or site.held.maker != "wn_surgery":
+    for site in normed(model):
+        if not site.ours:
             continue
-        parts = [p for p in (site.held.g, site.held.v) if p is not None and p.requires_grad]
+        parts = [p for p in (site.held.g, site.held.v) if p.requires_grad]
         there = [id(part) in held for part in parts]
         reached = reached or any(there)
         if not all(there):

@@ -14,6 +14,7 @@ import wn_surgery as wn
 from wn_surgery.callbacks.holding import refuse_unheld
 from wn_surgery.huggingface import patch_model, save_pretrained
 from wn_surgery.huggingface.config import ConfigLike, as_config
+from wn_surgery.model.sites import NormedSite, normed
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -61,7 +62,7 @@ class WeightNormCallback(TrainerCallback):
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Patch the model: there is no optimizer yet."""
         model = kwargs["model"]
-        if not any(site.normed for site in _ours(model)):
+        if not _ours(model):
             self.report = patch_model(model, self.config)
 
     @override
@@ -110,15 +111,11 @@ class WeightNormTrainer(Trainer):
     @override
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """The base's names without those of magnitudes."""
-        magnitudes = {id(site.held.g) for site in wn.sites(model) if site.normed and site.held}
+        magnitudes = {id(site.held.g) for site in normed(model)}
         exempt = {name for name, p in model.named_parameters() if id(p) in magnitudes}
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if name not in exempt]
 
 
-def _ours(model: nn.Module) -> list[Any]:
-    return [
-        site
-        for site in wn.sites(model)
-        if site.normed and site.held is not None and site.held.maker == "wn_surgery"
-    ]
+def _ours(model: nn.Module) -> list[NormedSite]:
+    return [site for site in normed(model) if site.ours]

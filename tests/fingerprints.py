@@ -200,7 +200,7 @@ def effective(model: nn.Module) -> dict[str, tuple[torch.dtype, bytes]]:
         for site in (site for node in walk(model) for site in sites_of(node)):
             if site.held is None:
                 weight = getattr(site.module, site.param)
-            elif site.held.compute is not None:
+            elif site.normed:
                 weight = site.held.compute()
             else:
                 continue  # spectral norm in training changes at each look

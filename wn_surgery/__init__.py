@@ -6,26 +6,29 @@ from wn_surgery.errors import (
     CheckpointError,
     CheckpointFileError,
     CheckpointMismatchError,
-    ConflictingNamesError,
-    DimensionError,
-    ExistingSiteError,
     ExportError,
-    FoldedModelError,
-    FusionError,
-    InferenceModeError,
-    InitializationError,
-    LazyParameterError,
-    NonFloatingError,
-    QuantizedWeightError,
+    ModelError,
     RuleError,
-    RuleFileError,
-    StackedParametrizationError,
-    TiedParameterError,
     UnmatchedRuleError,
     WeightNormError,
-    WrappedModuleError,
     ZeroNormError,
 )
+
+# The names of 0.1.0 for one kind of error each; `__all__` no longer lists them.
+from wn_surgery.errors import ConflictingNamesError as ConflictingNamesError
+from wn_surgery.errors import DimensionError as DimensionError
+from wn_surgery.errors import ExistingSiteError as ExistingSiteError
+from wn_surgery.errors import FoldedModelError as FoldedModelError
+from wn_surgery.errors import FusionError as FusionError
+from wn_surgery.errors import InferenceModeError as InferenceModeError
+from wn_surgery.errors import InitializationError as InitializationError
+from wn_surgery.errors import LazyParameterError as LazyParameterError
+from wn_surgery.errors import NonFloatingError as NonFloatingError
+from wn_surgery.errors import QuantizedWeightError as QuantizedWeightError
+from wn_surgery.errors import RuleFileError as RuleFileError
+from wn_surgery.errors import StackedParametrizationError as StackedParametrizationError
+from wn_surgery.errors import TiedParameterError as TiedParameterError
+from wn_surgery.errors import WrappedModuleError as WrappedModuleError
 from wn_surgery.fused import Fusion, fuse, unfuse
 from wn_surgery.model import reloading as _reloading  # noqa: F401 - it is asked by what savers.py finds
 from wn_surgery.model.contexts import folded, writable
@@ -48,35 +51,22 @@ __all__ = [
     "CheckpointError",
     "CheckpointFileError",
     "CheckpointMismatchError",
-    "ConflictingNamesError",
-    "DimensionError",
-    "ExistingSiteError",
     "ExportError",
-    "FoldedModelError",
     "Fusion",
-    "FusionError",
-    "InferenceModeError",
     "Initialization",
-    "InitializationError",
-    "LazyParameterError",
-    "NonFloatingError",
+    "ModelError",
     "ParameterGroups",
     "Plan",
-    "QuantizedWeightError",
     "Report",
     "Rule",
     "RuleError",
-    "RuleFileError",
     "Site",
     "SiteStatistics",
-    "StackedParametrizationError",
     "Statistics",
     "Step",
-    "TiedParameterError",
     "UnmatchedRuleError",
     "UnmatchedRuleWarning",
     "WeightNormError",
-    "WrappedModuleError",
     "ZeroNormError",
     "apply",
     "checkpoints",

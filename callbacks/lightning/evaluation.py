@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import wn_surgery as wn
+from wn_surgery.model.sites import normed
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -34,9 +35,9 @@ class Folding:
         if self._stack is not None:
             return
         self._stack = ExitStack()
-        normed = [site for site in wn.sites(pl_module) if site.normed]
+        found = normed(pl_module)
         # A sharded v is not whole before the forward of its unit.
-        if not normed or any(_split(site) for site in normed):
+        if not found or any(_split(site) for site in found):
             return
         # Not as inference tensors: a step may turn gradients on, for a penalty.
         with torch.inference_mode(False), torch.no_grad():

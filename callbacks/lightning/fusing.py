@@ -8,6 +8,7 @@ from torch import nn
 
 import wn_surgery as wn
 from wn_surgery.fused import is_fused
+from wn_surgery.model.sites import normed
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -43,11 +44,11 @@ def _roots(pl_module: LightningModule) -> list[nn.Module]:
     waiting: list[nn.Module] = list(pl_module.children())
     while waiting:
         child = waiting.pop(0)
-        normed = [site for site in wn.sites(child) if site.normed]
-        if any(site.module is child for site in normed):
+        found = normed(child)
+        if any(site.module is child for site in found):
             return [pl_module]
         if type(child).forward is nn.Module.forward:  # a list or dict of modules
             waiting[:0] = child.children()
-        elif normed:
+        elif found:
             roots.append(child)
     return roots

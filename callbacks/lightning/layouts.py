@@ -224,11 +224,7 @@ def _check_foreign(state: Mapping[str, Any], pl_module: nn.Module, path: str) ->
 
 
 def _our_keys(module: nn.Module) -> list[Keys]:
-    return [
-        key
-        for key in keys_of(module)
-        if key.site.held is not None and key.site.held.maker == "wn_surgery"
-    ]
+    return [key for key in keys_of(module) if key.site.ours]
 
 
 def _plain(rule: wn.Rule) -> dict[str, Any]:

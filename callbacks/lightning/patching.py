@@ -57,11 +57,15 @@ def apply_rules(
             f"(its children: {children}). Layers are found if __init__, setup or "
             "configure_model builds them, not later."
         ) from error
-    except wn.WrappedModuleError as error:
-        raise wn.WrappedModuleError(
+    except wn.ModelError as error:
+        if error.kind != "wrapped":
+            raise
+        raise wn.ModelError(
             f"{error}\nLayers that configure_model() builds and shards are out of the "
             "callback's reach: build them in __init__, or call wn_surgery.apply(self, rules) "
-            "in configure_model() before sharding them."
+            "in configure_model() before sharding them.",
+            kind="wrapped",
+            site=error.site,
         ) from error
 
 

@@ -23,7 +23,7 @@ from wn_surgery.norm.module_class import (
     computed_names,
     is_managed,
 )
-from wn_surgery.norm.parametrization import WeightNorm
+from wn_surgery.norm.options import NormOptions
 
 X = torch.linspace(-1, 1, 6).view(2, 3)
 
@@ -194,7 +194,7 @@ def test_copies_are_whole_and_apart(build: Callable[[], nn.Module], copies: str)
     assert not any(module.training for module in copied.modules())
     (site,) = wn.sites(copied)
     assert type(site.module) is type(wn.sites(model)[0].module)
-    assert site.norm is not None and site.norm.same_as(WeightNorm(1, 1e-3, torch.float64))
+    assert site.norm == NormOptions(1, 1e-3, torch.float64)
     with torch.no_grad():
         for parameter in copied.parameters():
             parameter.mul_(2)

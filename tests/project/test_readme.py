@@ -82,6 +82,15 @@ def test_the_page_of_errors_has_every_exception() -> None:
     page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
     assert sorted(listed) == sorted(errors.__all__)
+    kinds = dict(re.findall(r'^\| `"(\w+)"` \| `(\w+)` \|', page, re.MULTILINE))
+    family = errors.WeightNormError.__subclasses__()
+    others = {
+        error.__name__: error.kind
+        for each in family
+        for error in [each, *each.__subclasses__()]
+        if error.__name__ not in errors.__all__ and error.__module__ == errors.__name__
+    }
+    assert {name: kind for kind, name in kinds.items()} == others
 
 
 def test_the_page_of_the_design_has_every_room() -> None:

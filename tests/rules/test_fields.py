@@ -14,6 +14,7 @@ from torch import nn
 
 from wn_surgery.errors import RuleError
 from wn_surgery.rules import fields
+from wn_surgery.rules.rule import matches_class, matches_module
 from wn_surgery.rules.sources import Rule
 
 
@@ -196,18 +197,18 @@ class Linear(nn.Module):
 def test_types_go_along_the_bases(wanted: Any, module_type: type, expected: bool) -> None:
     rule = Rule(types=wanted)
     for _ in range(2):  # the second answer comes from the cache
-        assert rule.type_matches(module_type) is expected
-    assert rule.matches_module("a", module_type) is expected
-    assert Rule(exclude_types=wanted).matches_module("a", module_type) is not expected
-    assert Rule(types=["Nothing", wanted]).type_matches(module_type) is expected
+        assert matches_class(rule, module_type) is expected
+    assert matches_module(rule, "a", module_type) is expected
+    assert matches_module(Rule(exclude_types=wanted), "a", module_type) is not expected
+    assert matches_class(Rule(types=["Nothing", wanted]), module_type) is expected
 
 
 def test_a_parametrized_module_matches_as_what_it_was() -> None:
     module = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
     assert type(module) is not nn.Linear
-    assert Rule(types=["torch.nn.Linear"]).type_matches(type(module))
+    assert matches_class(Rule(types=["torch.nn.Linear"]), type(module))
     original = nn.utils.parametrize.type_before_parametrizations(module)
-    assert Rule(types=nn.Linear).type_matches(original)
+    assert matches_class(Rule(types=nn.Linear), original)
 
 
 def test_a_local_class_is_named_with_its_function() -> None:
@@ -216,7 +217,7 @@ def test_a_local_class_is_named_with_its_function() -> None:
 
     name = fields.type_spelling(Local)
     assert "<locals>" in name
-    assert Rule(types=name).type_matches(Local)
+    assert matches_class(Rule(types=name), Local)
 
 
 def test_a_package_whose_attributes_raise_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,15 +226,15 @@ def test_a_package_whose_attributes_raise_is_no_obstacle(monkeypatch: pytest.Mon
             raise RuntimeError(name)
 
     monkeypatch.setitem(sys.modules, "rude", Rude("rude"))
-    assert not Rule(types="rude.Derived").type_matches(Derived)
+    assert not matches_class(Rule(types="rude.Derived"), Derived)
 
 
 def test_no_class_is_kept_alive() -> None:
     class Gone(nn.Module):
         pass
 
-    assert not Rule(types=["Linear", Gone]).type_matches(nn.Conv1d)
-    assert Rule(types=["Linear", "Gone"]).type_matches(Gone)
+    assert not matches_class(Rule(types=["Linear", Gone]), nn.Conv1d)
+    assert matches_class(Rule(types=["Linear", "Gone"]), Gone)
     reference = weakref.ref(Gone)
     del Gone
     gc.collect()

@@ -8,13 +8,14 @@ from torch import nn
 
 from wn_surgery.errors import RuleError
 from wn_surgery.rules.presets import PRESETS, Preset, preset
+from wn_surgery.rules.rule import matches_class, matches_module
 from wn_surgery.rules.sources import Rule, as_rules
 
 
 def matched(name: str, model: nn.Module) -> list[str]:
     (rule,) = preset(name)
     modules = model.named_modules(remove_duplicate=False)
-    return [path for path, module in modules if rule.matches_module(path, type(module))]
+    return [path for path, module in modules if matches_module(rule, path, type(module))]
 
 
 class Block(nn.Module):
@@ -63,9 +64,9 @@ def test_convolutions() -> None:
     (rule,) = preset("convolutions")
     assert rule.dim == 0
     for kind in kinds:
-        assert rule.type_matches(getattr(nn, kind))
+        assert matches_class(rule, getattr(nn, kind))
     for other in (nn.Linear, nn.LayerNorm, nn.Embedding, nn.LSTM, nn.Module):
-        assert not rule.type_matches(other)
+        assert not matches_class(rule, other)
 
 
 def test_linears() -> None:
@@ -73,13 +74,13 @@ def test_linears() -> None:
     assert matched("linears", model) == ["fc", "attention.out_proj"]
     (rule,) = preset("linears")
     assert rule.dim == "out"
-    assert not rule.type_matches(nn.Bilinear)
+    assert not matches_class(rule, nn.Bilinear)
 
 
 def test_linears_of_gpt2() -> None:
     pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
     (rule,) = preset("linears")
-    assert rule.type_matches(pytorch_utils.Conv1D)
+    assert matches_class(rule, pytorch_utils.Conv1D)
 
 
 def test_hifigan() -> None:

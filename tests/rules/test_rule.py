@@ -7,6 +7,8 @@ import dataclasses
 import inspect
 import json
 import pickle
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,14 +19,16 @@ from torch import nn
 
 from wn_surgery.errors import RuleError
 from wn_surgery.rules.patterns import PatternError, compile_pattern
-from wn_surgery.rules.sources import (
-    Rule,
-    as_rules,
-    rules_from_json,
-    rules_from_yaml,
-    rules_to_json,
-    rules_to_yaml,
+from wn_surgery.rules.rule import (
+    has_axes,
+    is_universal,
+    last_match,
+    matches_class,
+    matches_module,
+    matches_param,
+    takes_rank,
 )
+from wn_surgery.rules.sources import Rule, as_rules, dump_rules, load_rules
 
 
 class Base(nn.Linear):
@@ -88,12 +92,12 @@ def test_a_rule_is_a_value() -> None:
     for other in (copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))):
         assert other == rule
         assert other.label == "x"
-        assert other.matches_module("a", nn.Linear)
+        assert matches_module(other, "a", nn.Linear)
     replaced = dataclasses.replace(rule, names=("b",))
     assert replaced.names == ("b",)
     assert replaced.label == "x"
-    assert replaced.matches_module("b", nn.Linear)
-    assert not replaced.matches_module("a", nn.Linear)
+    assert matches_module(replaced, "b", nn.Linear)
+    assert not matches_module(replaced, "a", nn.Linear)
 
 
 def test_repr_is_the_call_that_makes_the_rule() -> None:
@@ -149,7 +153,7 @@ def test_options() -> None:
     ],
 )
 def test_is_universal(rule: Rule, universal: bool) -> None:
-    assert rule.is_universal is universal
+    assert is_universal(rule) is universal
 
 
 def test_fields_combine_with_and_values_with_or() -> None:
@@ -160,24 +164,24 @@ def test_fields_combine_with_and_values_with_or() -> None:
         exclude_types=[Derived],
         where=lambda name, module: False,  # not asked by matches_module
     )
-    assert rule.matches_module("a.y", nn.Linear)
-    assert rule.matches_module("b", nn.Conv1d)
-    assert rule.matches_module("a", Base)
-    assert not rule.matches_module("c", nn.Linear)
-    assert not rule.matches_module("b", nn.Conv2d)
-    assert not rule.matches_module("a.x", nn.Linear)
-    assert not rule.matches_module("a.y.lora", nn.Linear)
-    assert not rule.matches_module("a.y", Derived)
-    assert Rule().matches_module("", nn.Module)
+    assert matches_module(rule, "a.y", nn.Linear)
+    assert matches_module(rule, "b", nn.Conv1d)
+    assert matches_module(rule, "a", Base)
+    assert not matches_module(rule, "c", nn.Linear)
+    assert not matches_module(rule, "b", nn.Conv2d)
+    assert not matches_module(rule, "a.x", nn.Linear)
+    assert not matches_module(rule, "a.y.lora", nn.Linear)
+    assert not matches_module(rule, "a.y", Derived)
+    assert matches_module(Rule(), "", nn.Module)
 
 
 def test_params() -> None:
-    assert Rule().matches_param("weight")
-    assert not Rule().matches_param("weight_hh_l0")
+    assert matches_param(Rule(), "weight")
+    assert not matches_param(Rule(), "weight_hh_l0")
     rule = Rule(params=["weight_hh_l*", "in_proj_weight"])
-    assert rule.matches_param("weight_hh_l0_reverse")
-    assert rule.matches_param("in_proj_weight")
-    assert not rule.matches_param("weight")
+    assert matches_param(rule, "weight_hh_l0_reverse")
+    assert matches_param(rule, "in_proj_weight")
+    assert not matches_param(rule, "weight")
 
 
 @pytest.mark.parametrize(
@@ -195,7 +199,23 @@ def test_params() -> None:
     ],
 )
 def test_parameters_named_literally(params: Any, param: str, named: bool) -> None:
-    assert Rule(params=params).names_param_literally(param) is named
+    rule = Rule(params=params)
+    assert takes_rank(rule, param, 1) is named
+    assert takes_rank(rule, param, 2)
+
+
+def test_the_last_rule_decides_about_a_name_and_a_rank() -> None:
+    rules = (Rule(names="a.**"), Rule(names="a.b", action="skip"), Rule(params="scale"))
+    assert last_match(rules, "a.c", "weight", 2) is rules[0]
+    assert last_match(rules, "a.b", "weight", 2) is rules[1]
+    assert last_match(rules, "a.b", "scale", 1) is rules[2]
+    assert last_match(rules, "a.b", "weight", 1) is None
+    assert last_match(rules, "b", "weight", 2) is None
+
+
+def test_a_tensor_has_the_axes_of_a_dim_or_not() -> None:
+    assert has_axes(0, None) and has_axes(2, 1) and has_axes(2, (0, 1))
+    assert not has_axes(2, 2) and not has_axes(2, (0, 2))
 
 
 def test_to_dict_holds_what_is_not_at_its_default() -> None:
@@ -218,13 +238,15 @@ def test_to_dict_holds_what_is_not_at_its_default() -> None:
         "norm_dtype": "bfloat16",
     }
     assert json.loads(json.dumps(data)) == data
-    assert Rule.from_dict(data).type_matches(Derived)
+    assert matches_class(Rule.from_dict(data), Derived)
 
 
-@pytest.mark.parametrize("write", [Rule.to_dict, rules_to_json, rules_to_yaml])
-def test_a_rule_with_a_predicate_is_not_written(write: Any) -> None:
+@pytest.mark.parametrize("name", ["", "a.json", "a.yaml"])
+def test_a_rule_with_a_predicate_is_not_written(name: str, tmp_path: Path) -> None:
+    rule = Rule(names="a", where=predicate)
     with pytest.raises(RuleError, match=r"names=a.*where=predicate is a Python predicate"):
-        write(Rule(names="a", where=predicate))
+        dump_rules(rule, tmp_path / name) if name else rule.to_dict()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -306,8 +328,10 @@ RULES = st.one_of(
 def test_round_trips(rules: list[Rule]) -> None:
     expected = tuple(rules)
     assert tuple(Rule.from_dict(rule.to_dict()) for rule in rules) == expected
-    assert rules_from_json(rules_to_json(rules)) == expected
-    assert rules_from_yaml(rules_to_yaml(rules)) == expected
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("rules.json", "rules.yaml"):
+            dump_rules(rules, Path(folder, name))
+            assert load_rules(Path(folder, name)) == expected
     assert as_rules([rule.to_dict() for rule in rules]) == expected
     for rule in rules:
         assert eval(repr(rule), {"Rule": Rule, "torch": torch}) == rule

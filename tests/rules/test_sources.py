@@ -13,14 +13,13 @@ from torch import nn
 
 from wn_surgery.errors import RuleError, RuleFileError, WeightNormError
 from wn_surgery.rules.presets import preset
-from wn_surgery.rules.sources import (
-    Rule,
-    as_rules,
-    dump_rules,
-    load_rules,
-    rules_from_json,
-    rules_from_yaml,
-)
+from wn_surgery.rules.sources import Rule, as_rules, dump_rules, load_rules
+
+
+def written(folder: Path, text: str, name: str = "r.yaml") -> Path:
+    file = folder / name
+    file.write_text(text, encoding="utf-8")
+    return file
 
 
 def predicate(name: str, module: nn.Module) -> bool:
@@ -89,14 +88,14 @@ def test_the_page_of_the_rule_language_holds_what_the_code_does() -> None:
     assert all(f"`{name}`" in text for name in inspect.signature(Rule).parameters)
 
 
-def test_the_example_of_the_design() -> None:
+def test_the_example_of_the_design(tmp_path: Path) -> None:
     text = """
 rules:
   - {action: apply, types: [Conv1d, ConvTranspose1d]}
   - {action: apply, names: "decoder.layers.{0..11}.**", types: Linear, dim: 0, eps: 1.0e-12}
   - {action: skip,  names: "**.conv_post"}
 """
-    assert rules_from_yaml(text) == (
+    assert load_rules(written(tmp_path, text)) == (
         Rule(types=["Conv1d", "ConvTranspose1d"]),
         Rule(names="decoder.layers.{0..11}.**", types="Linear", eps=1e-12),
         Rule(action="skip", names="**.conv_post"),
@@ -119,10 +118,10 @@ rules:
         ("- &a {names: x, dim: 1}\n- {<<: *a, dim: 2}", None),
     ],
 )
-def test_yaml(text: str, expected: Any) -> None:
+def test_yaml(text: str, expected: Any, tmp_path: Path) -> None:
     if expected is None:  # a merged key may be overridden: that is no duplicate
         expected = (Rule(names="x", dim=1), Rule(names="x", dim=2))
-    assert rules_from_yaml(text) == expected
+    assert load_rules(written(tmp_path, text)) == expected
 
 
 @pytest.mark.parametrize(
@@ -200,9 +199,9 @@ def test_a_byte_order_mark_is_no_obstacle(tmp_path: Path) -> None:
         assert load_rules(tmp_path / name) == preset("tcn")
 
 
-def test_labels_of_a_file_and_of_a_preset_are_kept_apart() -> None:
-    rules = rules_from_yaml("[tcn, {names: a}, {names: b, label: mine}]", source="r.yaml")
-    assert [rule.label for rule in rules] == ["preset tcn", "r.yaml, rule 2", "mine"]
+def test_labels_of_a_file_and_of_a_preset_are_kept_apart(tmp_path: Path) -> None:
+    file = written(tmp_path, "[tcn, {names: a}, {names: b, label: mine}]")
+    assert [rule.label for rule in load_rules(file)] == ["preset tcn", f"{file}, rule 2", "mine"]
 
 
 def test_a_failed_write_leaves_the_file_as_it_was(
@@ -247,4 +246,4 @@ def test_without_pyyaml_the_error_says_what_to_install(
         load_rules(file)
     with pytest.raises(RuleFileError, match="or use JSON"):
         dump_rules("tcn", file)
-    assert rules_from_json('["tcn"]') == preset("tcn")
+    assert load_rules(written(tmp_path, '["tcn"]', "r.json")) == preset("tcn")

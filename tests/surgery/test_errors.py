@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -306,6 +308,7 @@ def test_every_exception_has_a_case() -> None:
         wn.RuleFileError,
         wn.FoldedModelError,
         wn.FusionError,
+        wn.ModelError,
         wn.WeightNormError,
     }
     family = {
@@ -314,6 +317,31 @@ def test_every_exception_has_a_case() -> None:
         if isinstance(value, type) and issubclass(value, wn.WeightNormError)
     }
     assert family == raised | elsewhere
+
+
+def test_a_kind_can_be_caught_by_its_class_and_by_its_name() -> None:
+    with pytest.raises(wn.ModelError) as caught:
+        wn.apply(Tied(), {"types": "Linear"})
+    error = caught.value
+    assert (error.kind, error.site) == ("tied", "head.weight")
+    assert type(error) is wn.TiedParameterError and "TiedParameterError" not in wn.__all__
+    assert type(wn.ModelError("text", kind="tied")) is wn.TiedParameterError
+    for again in (pickle.loads(pickle.dumps(error)), copy.deepcopy(error)):
+        assert type(again) is type(error)
+        assert (str(again), again.kind, again.site) == (str(error), "tied", "head.weight")
+    for old in (IndexError, wn.DimensionError):
+        with pytest.raises(old):
+            wn.apply(linear(), {"types": "Linear", "dim": 2})
+
+
+def test_a_new_name_is_an_error_of_its_own_kind() -> None:
+    class Mine(wn.ModelError):
+        pass
+
+    assert Mine("text").kind == "model" and Mine("text").site is None
+    assert type(wn.ModelError("text", kind="model")) is wn.ModelError
+    with pytest.raises(KeyError):
+        wn.ModelError("text", kind="tide")
 
 
 @pytest.mark.parametrize("verb", [wn.remove, wn.migrate])

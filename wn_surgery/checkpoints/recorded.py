@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from wn_surgery.checkpoints.pairs import Options, keys_for
-from wn_surgery.errors import CheckpointError
+from wn_surgery.errors import CheckpointError, RuleError
 from wn_surgery.rules import fields
 
 __all__ = ["KEY", "is_record", "options_of", "unpacked"]
@@ -40,7 +40,7 @@ def options_of(sites: Any, where: str) -> dict[str, Options]:
     """
     try:
         return {str(site["name"]): _options(site) for site in sites}
-    except (TypeError, KeyError, fields.FieldError) as error:
+    except (TypeError, KeyError, RuleError) as error:
         raise CheckpointError(
             f"{where} has a record of weight norm that this release cannot read: {error}; update "
             "wn-surgery, or delete the record if nothing has an eps"
@@ -52,7 +52,7 @@ def _options(site: Mapping[str, Any]) -> Options:
     dim = fields.dim(dim)
     dtype = fields.norm_dtype(site["norm_dtype"])
     if dim == "out":
-        raise fields.FieldError("dim='out' in a record")
+        raise RuleError("dim='out' in a record")
     name = None if dtype is None else str(dtype).removeprefix("torch.")
     return Options(dim, fields.eps(site["eps"]), name)
 

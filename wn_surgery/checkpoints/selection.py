@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from wn_surgery.checkpoints.pairs import Options, Shape
-from wn_surgery.errors import DimensionError, RuleError
-from wn_surgery.rules.rule import Rule
+from wn_surgery.errors import ModelError, RuleError
+from wn_surgery.rules.rule import Rule, has_axes, last_match
 from wn_surgery.rules.sources import RulesLike, as_rules
 
 __all__ = ["checked_rules", "select"]
@@ -79,7 +79,7 @@ def select(
         Options by key.
 
     Raises:
-        DimensionError: a rule's dim is no axis of a tensor that it matches.
+        ModelError: a rule's dim is no axis of a tensor that it matches.
 
     Example:
         >>> import wn_surgery as wn
@@ -90,9 +90,7 @@ def select(
     chosen: dict[str, Options] = {}
     for key, shape in shapes.items():
         path, _, param = key.rpartition(".")
-        rule = next(
-            (each for each in reversed(rules) if _matches(each, path, param, len(shape))), None
-        )
+        rule = last_match(rules, path, param, len(shape))
         if rule is None or rule.action == "skip":
             continue
         if ranks is not None and len(shape) not in ranks:
@@ -101,22 +99,13 @@ def select(
     return chosen
 
 
-def _matches(rule: Rule, path: str, param: str, rank: int) -> bool:
-    return (
-        rule.matches_param(param)
-        and rule.matches_path(path)
-        and (rank >= 2 or rule.names_param_literally(param))
-    )
-
-
 def _options(rule: Rule, key: str, shape: Shape) -> Options:
     dim: Any = rule.dim
-    if dim is not None:
-        axes = (dim,) if isinstance(dim, int) else dim
-        if any(axis >= len(shape) for axis in axes):
-            raise DimensionError(
-                f"{key!r} {shape} has no axis {rule.dim}, which rule `{rule.describe()}` asks for; "
-                "give another dim, or choose tensors by ranks="
-            )
+    if not has_axes(len(shape), dim):
+        raise ModelError(
+            f"{key!r} {shape} has no axis {rule.dim}, which rule `{rule.describe()}` asks for; "
+            "give another dim, or choose tensors by ranks=",
+            kind="dim",
+        )
     name = None if rule.norm_dtype is None else str(rule.norm_dtype).removeprefix("torch.")
     return Options(dim, rule.eps, name)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from wn_surgery.errors import ExportError, WrappedModuleError
+from wn_surgery.errors import ExportError, ModelError
 from wn_surgery.model.layouts import carried, hand_over
 from wn_surgery.model.sites import sites_of, walk
 from wn_surgery.norm.module_class import FOLDED
@@ -43,7 +43,7 @@ def stripped_copy(model: M) -> M:
 
     Raises:
         ExportError: something in the model cannot be copied; the message names it.
-        WrappedModuleError: the model is inside DDP or FSDP.
+        ModelError: the model is inside DDP or FSDP.
         WeightNormError: weight norm cannot be taken off: see :func:`wn_surgery.remove`.
 
     Example:
@@ -76,10 +76,11 @@ def stripped_copy(model: M) -> M:
 def _refuse_wrapped(model: nn.Module) -> None:
     for node in walk(model):
         if node.wrapped and any(site.normed for site in sites_of(node)):
-            raise WrappedModuleError(
+            raise ModelError(
                 f"{node.paths[0] or type(model).__name__} is held by {node.wrapped}; of a "
                 "DistributedDataParallel model copy the model in it, stripped_copy(ddp.module); of "
-                "a sharded one gather the full state dict and load it into a model that is not"
+                "a sharded one gather the full state dict and load it into a model that is not",
+                kind="wrapped",
             )
 
 

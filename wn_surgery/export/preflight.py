@@ -198,7 +198,7 @@ def _traced(_: Site) -> _Verdict:
 def _scripted(site: Site) -> _Verdict:
     if site.layout == "legacy":
         return _Verdict("breaks", "torch.jit.script takes no hook that is an object")
-    if site.held is not None and site.held.maker == "wn_surgery":
+    if site.ours:
         return _Verdict("breaks", "torch.jit.script cannot compile the property that computes it")
     return _Verdict("breaks", "torch.jit.script fails, or what it saves raises when it is run")
 

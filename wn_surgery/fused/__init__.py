@@ -13,7 +13,7 @@ from typing import get_args
 
 from torch import nn
 
-from wn_surgery.errors import FoldedModelError, FusionError
+from wn_surgery.errors import ModelError
 from wn_surgery.fused.choice import Mode
 from wn_surgery.fused.fusion import (
     Enter,
@@ -59,9 +59,9 @@ def fuse(model: nn.Module, mode: Mode = "auto") -> Fusion:
         The groups; print it to see which path each weight takes, and why.
 
     Raises:
-        FusionError: nothing in the model is weight-normed, or ``mode`` names a path that a
+        ModelError: nothing in the model is weight-normed, or ``mode`` names a path that a
             weight cannot take.
-        FoldedModelError: the model is inside ``folded`` or ``writable``.
+        ModelError: the model is inside ``folded`` or ``writable``.
 
     Example:
         >>> import torch, wn_surgery as wn
@@ -81,14 +81,17 @@ def fuse(model: nn.Module, mode: Mode = "auto") -> Fusion:
     for node in nodes:
         if is_folded(node):
             where = node.paths[0] or type(model).__name__
-            raise FoldedModelError(f"{where} is inside folded() or writable(); leave it first")
+            raise ModelError(
+                f"{where} is inside folded() or writable(); leave it first", kind="folded"
+            )
     found = [site for node in nodes for site in sites_of(node) if site.normed]
     if not found:
-        raise FusionError(
+        raise ModelError(
             f"{type(model).__name__} has no weight-normed parameter to fuse; "
-            "call wn_surgery.apply(model, rules) first"
+            "call wn_surgery.apply(model, rules) first",
+            kind="fusion",
         )
-    if any(site.held and site.held.layout == "parametrized" for site in found):
+    if any(site.layout == "parametrized" for site in found):
         execute(build_migration(model, "parametrized", {"parametrized"}))
     unfuse(model)
     fusion = Fusion(mode)
@@ -98,9 +101,10 @@ def fuse(model: nn.Module, mode: Mode = "auto") -> Fusion:
         fusion.release()
         first = refused[0]
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
-        raise FusionError(
+        raise ModelError(
             f"{first.name}{more} cannot take the path {mode!r}: {first.why}; "
-            "with mode='auto' it is left out"
+            "with mode='auto' it is left out",
+            kind="fusion",
         )
     hook(model, fusion)
     return fusion
@@ -157,7 +161,7 @@ def shared(model: nn.Module) -> Generator[None]:
         model: any module tree; fused roots below it are found.
 
     Raises:
-        FusionError: nothing in the model is fused.
+        ModelError: nothing in the model is fused.
 
     Example:
         >>> import torch, wn_surgery as wn
@@ -171,7 +175,9 @@ def shared(model: nn.Module) -> Generator[None]:
     """
     found = list(_fusions(model))
     if not found:
-        raise FusionError(f"{type(model).__name__} is not fused; call wn_surgery.fuse(model) first")
+        raise ModelError(
+            f"{type(model).__name__} is not fused; call wn_surgery.fuse(model) first", kind="fusion"
+        )
     owner = object()
     try:
         for fusion in found:

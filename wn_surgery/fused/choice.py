@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from wn_surgery.fused.evaluator import Spec
 from wn_surgery.fused.group import gradient_hooks, module_hooks_of
+from wn_surgery.model.layouts import Normed
 from wn_surgery.model.sites import Site
 from wn_surgery.norm.math import KERNEL_DTYPES
 from wn_surgery.norm.module_class import is_managed
@@ -54,7 +55,7 @@ class Choice:
         """What its evaluator needs to know."""
         norm, tensor = self.site.norm, self.site.tensor
         assert norm is not None and tensor is not None  # a choice is about a normed site
-        return Spec(tuple(tensor.shape), norm.dim, norm.eps, norm.norm_dtype)
+        return Spec(tuple(tensor.shape), *norm)
 
     @property
     def tensor(self) -> Tensor:
@@ -94,7 +95,7 @@ def choose(site: Site, mode: Mode) -> Choice:
 
 def _why_off(site: Site) -> str:
     held, module = site.held, site.module
-    assert held is not None and held.g is not None and held.v is not None
+    assert isinstance(held, Normed)  # a choice is about a normed site
     if site.node.wrapped not in (None, "DistributedDataParallel"):
         return f"its parameters are sharded by {site.node.wrapped}"
     if held.layout == "legacy":

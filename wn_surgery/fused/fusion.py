@@ -32,7 +32,7 @@ from wn_surgery.fused.group import (
     infrastructure_mode,
 )
 from wn_surgery.fused.scope import Scope
-from wn_surgery.model.sites import sites_of, walk
+from wn_surgery.model.sites import normed
 from wn_surgery.norm.math import traced, transformed
 from wn_surgery.norm.parametrization import WeightNormList
 from wn_surgery.norm.slots import RootHook, changes
@@ -106,9 +106,7 @@ class Fusion:
         self._root = ref(root)
         self._seen = changes.count
         self._scope.stale = False
-        choices = [
-            choose(site, self.mode) for node in walk(root) for site in sites_of(node) if site.normed
-        ]
+        choices = [choose(site, self.mode) for site in normed(root)]
         numbers: dict[int, int] = {}
         for number, chosen in enumerate(cut(choices)):
             self._groups.append(self._group(chosen))

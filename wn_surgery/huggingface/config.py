@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import wn_surgery as wn
-from wn_surgery.errors import RuleFileError
+from wn_surgery.errors import RuleError
 from wn_surgery.huggingface.bases import PreTrainedModel, QuantizationConfigMixin
 from wn_surgery.norm import savers
 from wn_surgery.rules.sources import Rule, RulesLike, as_rules
@@ -120,7 +120,7 @@ class WeightNormConfig(QuantizationConfigMixin):
         """Read what :meth:`save_pretrained` wrote, or the config of a saved patched model.
 
         Raises:
-            RuleFileError: there is none, or it is not JSON of this kind.
+            RuleError: there is none, or it is not JSON of this kind.
         """
         for name in (FILE, "config.json"):
             path = Path(folder) / name
@@ -129,13 +129,14 @@ class WeightNormConfig(QuantizationConfigMixin):
             try:
                 data = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise RuleFileError(f"{path} is not JSON: {error}") from error
+                raise RuleError(f"{path} is not JSON: {error}", kind="file") from error
             if name != FILE:
                 data = data.get("quantization_config") or {}
             if _is_ours(data):
                 return cls(**data)
-        raise RuleFileError(
-            f"{folder} has neither {FILE} nor a config.json of a model that patch_model() patched"
+        raise RuleError(
+            f"{folder} has neither {FILE} nor a config.json of a model that patch_model() patched",
+            kind="file",
         )
 
     def __eq__(self, other: object) -> bool:

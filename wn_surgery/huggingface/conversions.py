@@ -18,7 +18,9 @@ from wn_surgery.huggingface.bases import (
 )
 from wn_surgery.model.reloading import built_keys
 from wn_surgery.model.state_keys import Keys, keys_of
-from wn_surgery.norm.parametrization import WeightNorm
+from wn_surgery.norm.math import weight_norm
+from wn_surgery.norm.options import NormOptions
+from wn_surgery.norm.parametrization import parts_of
 
 __all__ = ["built_in", "is_ours", "reading_plain", "save_as_built"]
 
@@ -26,7 +28,7 @@ __all__ = ["built_in", "is_ours", "reading_plain", "save_as_built"]
 class _Split(ConversionOps):
     """A weight → its g and v; ``g_init`` takes the place of its norm, as in a rule."""
 
-    def __init__(self, norm: WeightNorm, g_init: float | None = None) -> None:
+    def __init__(self, norm: NormOptions, g_init: float | None = None) -> None:
         self.norm = norm
         self.g_init = g_init
 
@@ -39,7 +41,7 @@ class _Split(ConversionOps):
         **kwargs: Any,  # noqa: ARG002
     ) -> dict[str, Any]:
         """One tensor under its name → two under theirs."""
-        g, v = self.norm.right_inverse(_only(input_dict.values()))
+        g, v = parts_of(_only(input_dict.values()), self.norm)
         if self.g_init is not None:
             g = torch.full_like(g, self.g_init)
         return dict(zip(target_patterns, (g, v), strict=True))
@@ -53,7 +55,7 @@ class _Split(ConversionOps):
 class _Merge(ConversionOps):
     """A g and v → their weight."""
 
-    def __init__(self, norm: WeightNorm) -> None:
+    def __init__(self, norm: NormOptions) -> None:
         self.norm = norm
 
     @torch.no_grad()
@@ -66,7 +68,7 @@ class _Merge(ConversionOps):
     ) -> dict[str, Any]:
         """Two tensors under their names → one under its own."""
         g, v = (_only([input_dict[pattern]]) for pattern in source_patterns)
-        return {target_patterns[0]: self.norm(g, v)}
+        return {target_patterns[0]: weight_norm(v, g, *self.norm)}
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -86,7 +88,6 @@ def reading_plain(
             [_Split(key.site.norm, fills.get(key.site.name))],
         )
         for key in keys_of(model)
-        if key.site.norm is not None
     ]
 
 
@@ -140,7 +141,6 @@ def save_as_built(model: PreTrainedModel, removed: Iterable[str]) -> list[str]:
     merged = [
         WeightConverter([re.escape(key.g), re.escape(key.v)], [key.weight], [_Merge(key.site.norm)])
         for key in keys
-        if key.site.norm is not None
     ]
     kept: Any = [*(each for each in conversions if not is_ours(each)), *merged]
     model._weight_conversions = kept

@@ -10,6 +10,7 @@ from torch import nn
 import wn_surgery as wn
 from wn_surgery.huggingface.bases import PreTrainedModel
 from wn_surgery.model import records
+from wn_surgery.model.layouts import Normed
 from wn_surgery.model.sites import Site
 from wn_surgery.model.state_keys import keys_of
 
@@ -97,9 +98,7 @@ def _resize(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 def is_g_frozen(site: Site) -> bool:
     """Whether g alone is not trained, as by a rule with ``train_g=False``."""
     held = site.held
-    if held is None or held.g is None or held.v is None:
-        return False
-    return held.v.requires_grad and not held.g.requires_grad
+    return isinstance(held, Normed) and held.v.requires_grad and not held.g.requires_grad
 
 
 def _embeddings(model: PreTrainedModel) -> list[nn.Module]:

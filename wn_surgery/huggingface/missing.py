@@ -8,7 +8,7 @@ from functools import partial
 import wn_surgery as wn
 from wn_surgery.huggingface.bases import PreTrainedModel
 from wn_surgery.huggingface.config import WeightNormConfig
-from wn_surgery.model.sites import Site
+from wn_surgery.model.sites import NormedSite, normed
 
 __all__ = ["draw_missing", "forget_missing"]
 
@@ -33,7 +33,7 @@ def forget_missing(model: PreTrainedModel) -> None:
 
 
 def _initialize(model: PreTrainedModel, config: WeightNormConfig) -> None:
-    unread = [site for site in wn.sites(model) if _is_unread(site)]
+    unread = [site for site in normed(model) if _is_unread(site)]
     with ExitStack() as opened:
         for module in {id(site.module): site.module for site in unread}.values():
             opened.enter_context(wn.writable(module))
@@ -44,14 +44,12 @@ def _initialize(model: PreTrainedModel, config: WeightNormConfig) -> None:
     fills = {site["name"]: site.get("g_init") for site in config.sites or ()}
     for site in unread:
         fill = fills.get(site.name)
-        if fill is not None and site.held is not None and site.held.g is not None:
+        if fill is not None:
             site.held.g.data.fill_(fill)
 
 
-def _is_unread(site: Site) -> bool:
+def _is_unread(site: NormedSite) -> bool:
     """Whether g or v was not in the checkpoint."""
-    if site.held is None or site.held.g is None or site.held.v is None:
-        return False
     # What is on disk is on meta here, and so is an end that will be tied.
     parts = [part for part in (site.held.g, site.held.v) if not part.is_meta]
     return any(not getattr(part, _READ, False) for part in parts)

@@ -83,7 +83,7 @@ def note(model: PreTrainedModel, call: Mapping[str, Any], ours: list[Keys]) -> L
 
     Raises:
         CheckpointMismatchError: nothing can be noted, or the class computes other weights.
-        QuantizedWeightError: the config speaks of another quantization.
+        ModelError: the config speaks of another quantization.
     """
     if call.get("_hf_peft_config_loaded"):
         return {}  # adapters alone are saved, and no config
@@ -115,9 +115,10 @@ def _write_into(
 ) -> None:
     name = type(model).__name__
     if held is None and getattr(model.config, "quantization_config", None) is not None:
-        raise wn.QuantizedWeightError(
+        raise wn.ModelError(
             f"the config of {name} speaks of a quantization, and cannot say as well where weight "
-            "norm is; call wn_surgery.remove(model) before saving"
+            "norm is; call wn_surgery.remove(model) before saving",
+            kind="quantized",
         )
     folder = call.get("save_directory")
     if folder is None:

@@ -39,7 +39,7 @@ def patch_model(model: PreTrainedModel, config: ConfigLike = None) -> wn.Report:
     Raises:
         WeightNormError: the rules do not fit the model; see :func:`wn_surgery.apply`.
         RuleError: the rules are wrong, or None for a model type that has no usual ones.
-        QuantizedWeightError: the model is quantized, or its config says it will be.
+        ModelError: the model is quantized, or its config says it will be.
         UnmatchedRuleError: the config is of another kind of model. Nothing has changed then.
         TypeError: ``model`` is not a model of transformers.
 
@@ -114,7 +114,7 @@ def unpatch_model(model: nn.Module, *, optimizers: Any = ()) -> wn.Report:
     """
     keys = keys_of(model)
     report = wn.remove(model, optimizers=optimizers)
-    foreign = any(key.site.held and key.site.held.maker != "wn_surgery" for key in keys)
+    foreign = any(not key.site.ours for key in keys)
     # Ours reads plain weights, but diffusers reads key by key, past the hooks of modules.
     if foreign or reloading.is_model_of(model) == "diffusers":
         reloading.save_as_built(model)
@@ -168,7 +168,8 @@ def _refuse_quantized(model: PreTrainedModel) -> None:
     ):
         return
     method = held.get("quant_method") if isinstance(held, dict) else type(held).__name__
-    raise wn.QuantizedWeightError(
+    raise wn.ModelError(
         f"{type(model).__name__} is quantized ({method}); patch the model before it is quantized, "
-        "train, unpatch_model(), and quantize then"
+        "train, unpatch_model(), and quantize then",
+        kind="quantized",
     )

@@ -11,6 +11,7 @@ from wn_surgery.huggingface.config import WeightNormConfig
 from wn_surgery.huggingface.noting import joined
 from wn_surgery.huggingface.presets import rules_for
 from wn_surgery.model import records
+from wn_surgery.model.sites import normed
 from wn_surgery.rules.sources import Rule
 
 __all__ = ["freeze", "put"]
@@ -52,8 +53,8 @@ def _said(step: wn.Step) -> dict[str, Any]:
 def freeze(model: PreTrainedModel, config: WeightNormConfig) -> None:
     """Freeze each g that the config says is not trained: loading makes new Parameters."""
     frozen = {site["name"] for site in config.sites or () if not site.get("train_g", True)}
-    for site in wn.sites(model):
-        if site.name in frozen and site.held is not None and site.held.g is not None:
+    for site in normed(model):
+        if site.name in frozen:
             site.held.g.requires_grad_(False)
 
 

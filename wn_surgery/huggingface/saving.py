@@ -60,7 +60,7 @@ def save_pretrained(
         model.save_pretrained(folder, **kwargs)
         return
     held = recorded(model.config)
-    ours = [key for key in keys_of(model) if key.site.held and key.site.held.maker == "wn_surgery"]
+    ours = [key for key in keys_of(model) if key.site.ours]
     built = {key.weight for key in built_in(model)} if ours else set()
     state = stripped(model.state_dict(), [key for key in ours if key.weight not in built])
     forget(model.config)

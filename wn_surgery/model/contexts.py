@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from wn_surgery.errors import FoldedModelError
+from wn_surgery.errors import ModelError
 from wn_surgery.model import layouts
 from wn_surgery.model.opened import (
     Opened,
@@ -21,20 +21,9 @@ from wn_surgery.model.opened import (
     parametrized,
     restore_class,
 )
-from wn_surgery.model.sites import (
-    Site,
-    is_folded,
-    sites_of,
-    walk,
-)
+from wn_surgery.model.sites import NormedSite, is_folded, normed
 from wn_surgery.norm.math import builds_graph
-from wn_surgery.norm.module_class import (
-    FOLDED,
-    class_for,
-    computed_names,
-    is_managed,
-    opener,
-)
+from wn_surgery.norm.module_class import FOLDED, class_for, computed_names, is_managed, opener
 from wn_surgery.norm.slots import NotCopied
 
 __all__ = ["folded", "writable"]
@@ -64,7 +53,7 @@ def folded(model: nn.Module) -> Generator[None]:
             overlap, on one model or on several, in one thread or in several.
 
     Raises:
-        FoldedModelError: a folded weight was assigned or deleted: at once, or for the hook
+        ModelError: a folded weight was assigned or deleted: at once, or for the hook
             of ``torch.nn.utils.weight_norm`` on exit. Nothing has changed then. Also for
             surgery inside; and for that hook's layout, which has one weight for all
             threads, where another thread folds or calls the layer.
@@ -78,13 +67,13 @@ def folded(model: nn.Module) -> Generator[None]:
         >>> layer.weight is layer.weight
         False
     """
-    found: list[Site] = []
-    entered: list[tuple[Site, _Fold]] = []
+    found: list[NormedSite] = []
+    entered: list[tuple[NormedSite, _Fold]] = []
     replaced: list[str] = []
     try:
         # One step for all threads: the last to leave must not tear down what another enters.
         with _LOCK:
-            found = _normed(model)
+            found = normed(model)
             for site in found:
                 fold = _fold_of(site)
                 fold.enter()
@@ -98,28 +87,26 @@ def folded(model: nn.Module) -> Generator[None]:
                     replaced.append(site.name)
             _refresh(found)
     if replaced:
-        raise FoldedModelError(
+        raise ModelError(
             f"{', '.join(reversed(replaced))} was assigned or deleted inside folded(), where it is "
-            "only read, and is as it was before; write to it inside writable(), or outside"
+            "only read, and is as it was before; write to it inside writable(), or outside",
+            kind="folded",
         )
 
 
-def _normed(model: nn.Module) -> list[Site]:
-    return [site for node in walk(model) for site in sites_of(node) if site.normed]
-
-
-def _refresh(found: list[Site]) -> None:
+def _refresh(found: list[NormedSite]) -> None:
     for module in {id(site.module): site.module for site in found}.values():
         layouts.refresh(module)
 
 
-def _fold_of(site: Site) -> _Fold:
+def _fold_of(site: NormedSite) -> _Fold:
     fold: object = FOLDED.get(site.module, {}).get(site.param)
     if isinstance(fold, _Fold):
         return fold
     if fold is not None:
-        raise FoldedModelError(
-            f"{site.name} was given weight norm inside writable(); leave that context first"
+        raise ModelError(
+            f"{site.name} was given weight norm inside writable(); leave that context first",
+            kind="folded",
         )
     return (_HookFold if site.layout == "legacy" else _ListFold)(site)
 
@@ -127,8 +114,7 @@ def _fold_of(site: Site) -> _Fold:
 class _Fold:
     """One weight that is held as a plain tensor while at least one context wants it."""
 
-    def __init__(self, site: Site) -> None:
-        assert site.held is not None
+    def __init__(self, site: NormedSite) -> None:
         self._name = site.name
         self._module = site.module
         self._param = site.param
@@ -137,7 +123,6 @@ class _Fold:
 
     def enter(self) -> None:
         """Compute the weight for this thread and hold it."""
-        assert self._held.compute is not None
         mine = self._values.get(get_ident())
         current = mine[-1] if mine else None
         # Under no_grad a value with a graph serves too; the other way round it would
@@ -169,7 +154,6 @@ class _Fold:
 
     def _wants_graph(self) -> bool:
         g, v = self._held.g, self._held.v
-        assert g is not None and v is not None
         return builds_graph() and (g.requires_grad or v.requires_grad)
 
     def _begin(self) -> None:
@@ -236,10 +220,10 @@ class _HookFold(_Fold):
         """As in the base class; one thread at a time, for there is one attribute.
 
         Raises:
-            FoldedModelError: another thread has folded it.
+            ModelError: another thread has folded it.
         """
         if self._values.keys() - {get_ident()}:
-            raise FoldedModelError(_of_another_thread(self._name))
+            raise ModelError(_of_another_thread(self._name), kind="folded")
         super().enter()
 
     def _begin(self) -> None:
@@ -287,7 +271,7 @@ class _FoldedHook:
     def __call__(self, _module: nn.Module, _inputs: Any) -> None:
         """Leave the weight as it is."""
         if not _is_compiling() and get_ident() != self._thread:
-            raise FoldedModelError(_of_another_thread(self._name))
+            raise ModelError(_of_another_thread(self._name), kind="folded")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_itself, (self.folds,))
@@ -310,7 +294,7 @@ def writable(model: nn.Module) -> Generator[None]:
         model: any module tree; all layouts become writable.
 
     Raises:
-        FoldedModelError: the model is inside ``folded``. (Inside another ``writable`` its
+        ModelError: the model is inside ``folded``. (Inside another ``writable`` its
             weights are writable already, and this one does nothing.) Or, on exit, a weight
             is no Parameter any more, since the body deleted or parametrized it; its module
             is then as it was on entry. Also for surgery inside.
@@ -326,18 +310,19 @@ def writable(model: nn.Module) -> Generator[None]:
         >>> layer.parametrizations.weight.original0.flatten()[:2].tolist()
         [2.0, 2.0]
     """
-    found: list[Site] = []
+    found: list[NormedSite] = []
     opened: dict[int, Opened] = {}
     weights: list[Weight] = []
     written: list[Pair | None] | None = None
     try:
         with _LOCK:
-            found = _normed(model)
+            found = normed(model)
             for site in found:
                 if is_folded(site.node):
-                    raise FoldedModelError(
+                    raise ModelError(
                         f"{site.name} is inside folded() or writable() now; "
-                        "leave that context first"
+                        "leave that context first",
+                        kind="folded",
                     )
             opened = {id(site.module): Opened(site.module) for site in found}
             made: dict[int, nn.Parameter] = {}

@@ -10,53 +10,48 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _WeightNorm as TorchParametrization
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
-from wn_surgery.norm.module_class import (
-    base_class,
-    class_for,
-    computed_names,
-    is_managed,
-)
+from wn_surgery.norm.module_class import base_class, class_for, computed_names, is_managed
+from wn_surgery.norm.naming import Layout, NormedLayout, keys_for
+from wn_surgery.norm.options import NormOptions
 from wn_surgery.norm.parametrization import WeightNorm, WeightNormList
 from wn_surgery.norm.slots import note_change
 
-__all__ = ["Held", "Layout", "carried", "clear", "put_legacy", "put_parametrized", "put_plain"]
+__all__ = ["Foreign", "Normed", "SiteLayout", "carried", "clear", "put_plain"]
 
-Layout: TypeAlias = Literal["plain", "legacy", "parametrized", "other"]
+SiteLayout: TypeAlias = Layout | Literal["other"]
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
-    """How one weight-normed parameter is stored now.
+class Normed:
+    """How a weight-normed parameter is stored.
 
     Attributes:
-        layout: ``legacy`` or ``parametrized``; ``other`` for what is not weight norm, or
-            not weight norm alone.
-        maker: who computes the weight: ``torch``, ``wn_surgery``, or a dotted class name.
-        g: the magnitude; ``None`` for ``other``.
-        v: the direction; ``None`` for ``other``.
-        norm: dim, eps and norm_dtype; ``None`` for ``other``.
-        compute: the weight as its maker computes it.
+        layout: ``legacy`` or ``parametrized``.
+        maker: what computes the weight: ``torch``, ``wn_surgery``, or a dotted class name.
+        g: the magnitude.
+        v: the direction.
+        norm: dim, eps and norm_dtype.
+        compute: returns the weight as its maker computes it.
         g_init: what a rule has filled g with, where that is known.
     """
 
-    layout: Layout
+    layout: NormedLayout
     maker: str
-    g: nn.Parameter | None = None
-    v: nn.Parameter | None = None
-    norm: WeightNorm | None = None
-    compute: Callable[[], Tensor] | None = None
+    g: nn.Parameter
+    v: nn.Parameter
+    norm: NormOptions
+    compute: Callable[[], Tensor]
     g_init: float | None = None
 
     def weight(self) -> nn.Parameter:
         """The weight as a Parameter: same bits as the last forward's, laid out like v."""
-        assert self.compute is not None and self.v is not None and self.g is not None
         with torch.no_grad():
             w = self.compute()
             if w.stride() != self.v.stride():
@@ -64,6 +59,19 @@ class Held:
         weight = nn.Parameter(w.detach(), self.g.requires_grad or self.v.requires_grad)
         hand_over(self.v, weight)
         return weight
+
+
+@dataclass(frozen=True, eq=False)
+class Foreign:
+    """A parameter that something else computes, or weight norm and something else.
+
+    Attributes:
+        maker: dotted class names, joined by `` + ``.
+    """
+
+    layout: ClassVar[Literal["other"]] = "other"
+
+    maker: str
 
 
 def hand_over(source: Tensor, target: Tensor) -> None:
@@ -75,9 +83,9 @@ def hand_over(source: Tensor, target: Tensor) -> None:
 # Reading --------------------------------------------------------------------------------
 
 
-def carried(module: nn.Module) -> dict[str, Held]:
+def carried(module: nn.Module) -> dict[str, Normed | Foreign]:
     """The parameters of ``module`` itself that are computed from others, by name."""
-    held: dict[str, Held] = {}
+    held: dict[str, Normed | Foreign] = {}
     children = module.__dict__["_modules"]
     if "parametrizations" in children and isinstance(children["parametrizations"], nn.ModuleDict):
         for name, plist in children["parametrizations"].items():
@@ -92,30 +100,30 @@ def carried(module: nn.Module) -> dict[str, Held]:
         if found := _read_legacy(module, hook, name):
             held[name] = found
         elif f"{name}_orig" in module._parameters:
-            held[name] = Held("other", _dotted(type(hook)))
+            held[name] = Foreign(_dotted(type(hook)))
     return held
 
 
-def _read_parametrized(plist: Any) -> Held:
+def _read_parametrized(plist: Any) -> Normed | Foreign:
     first = plist[0]
     parameters = plist._parameters
     if len(plist) == 1 and {"original0", "original1"} <= parameters.keys():
         g, v = parameters["original0"], parameters["original1"]
         if isinstance(first, WeightNorm):
             g_init = getattr(plist, "g_init", None)
-            return Held("parametrized", "wn_surgery", g, v, first, plist, g_init)
+            return Normed("parametrized", "wn_surgery", g, v, first.options, plist, g_init)
         if type(first).__name__.endswith("WeightNorm") and hasattr(first, "dim"):
             maker = "torch" if type(first) is TorchParametrization else _dotted(type(first))
-            return Held("parametrized", maker, g, v, _options(first.dim, v), plist)
-    return Held("other", " + ".join(_dotted(type(p)) for p in _parametrizations(plist)))
+            return Normed("parametrized", maker, g, v, _options(first.dim, v), plist)
+    return Foreign(" + ".join(_dotted(type(p)) for p in _parametrizations(plist)))
 
 
 def _parametrizations(plist: Any) -> Iterator[nn.Module]:
     return (child for key, child in plist._modules.items() if key.isdigit())
 
 
-def _read_legacy(module: nn.Module, hook: Any, name: str) -> Held | None:
-    g, v = (module._parameters.get(f"{name}_{part}") for part in "gv")
+def _read_legacy(module: nn.Module, hook: Any, name: str) -> Normed | None:
+    g, v = (module._parameters.get(key) for key in keys_for(name, "legacy"))
     if g is None or v is None or not (hasattr(hook, "compute_weight") and hasattr(hook, "dim")):
         return None
     maker = "torch" if type(hook) is LegacyHook else _dotted(type(hook))
@@ -123,14 +131,14 @@ def _read_legacy(module: nn.Module, hook: Any, name: str) -> Held | None:
     def compute() -> Tensor:
         return cast(Tensor, hook.compute_weight(module))
 
-    return Held("legacy", maker, g, v, _options(hook.dim, v), compute)
+    return Normed("legacy", maker, g, v, _options(hook.dim, v), compute)
 
 
-def _options(dim: int | None, v: Tensor) -> WeightNorm:
-    """The options behind torch's ``dim``: -1 is the whole tensor, while -2 is an axis."""
+def _options(dim: int | None, v: Tensor) -> NormOptions:
+    """The options for torch's ``dim``: -1 is the whole tensor, while -2 is an axis."""
     if dim is None or dim == -1:
-        return WeightNorm.options(None)
-    return WeightNorm.options(dim + v.ndim if dim < 0 else dim)
+        return NormOptions(None)
+    return NormOptions(dim + v.ndim if dim < 0 else dim)
 
 
 def _dotted(cls: type) -> str:
@@ -185,8 +193,8 @@ def _clear_legacy(module: nn.Module, name: str) -> tuple[str, ...]:
             order = getattr(hook, "order", ())
             del module._forward_pre_hooks[key]
     order = order or _usual_order(module, name)
-    for part in "gv":
-        del module._parameters[f"{name}_{part}"]
+    for part in keys_for(name, "legacy"):
+        del module._parameters[part]
     module.__dict__.pop(name, None)
     return order
 
@@ -204,7 +212,7 @@ def put_plain(module: nn.Module, name: str, weight: nn.Parameter, order: Iterabl
 def put_parametrized(
     module: nn.Module,
     name: str,
-    norm: WeightNorm,
+    norm: NormOptions,
     g: nn.Parameter,
     v: nn.Parameter,
     order: Sequence[str],
@@ -231,15 +239,15 @@ def put_parametrized(
 def put_legacy(
     module: nn.Module,
     name: str,
-    norm: WeightNorm,
+    norm: NormOptions,
     g: nn.Parameter,
     v: nn.Parameter,
     order: Sequence[str],
 ) -> None:
     """Register ``name_g``, ``name_v`` and the hook of ``torch.nn.utils.weight_norm``."""
     assert not isinstance(norm.dim, tuple)  # the plan has refused it
-    module.register_parameter(f"{name}_g", g)
-    module.register_parameter(f"{name}_v", v)
+    for key, part in zip(keys_for(name, "legacy"), (g, v), strict=True):
+        module.register_parameter(key, part)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         hook = LegacyHook(name, -1 if norm.dim is None else norm.dim)
@@ -262,7 +270,7 @@ def refresh(module: nn.Module) -> None:
 
 def _usual_order(module: nn.Module, name: str) -> tuple[str, ...]:
     """Where others took ``name`` out without leaving a note: as torch's own layers register it."""
-    order = [key for key in module._parameters if key not in (f"{name}_g", f"{name}_v")]
+    order = [key for key in module._parameters if key not in keys_for(name, "legacy")]
     if isinstance(module, nn.RNNBase):
         return tuple(module._flat_weights_names)
     if isinstance(module, nn.RNNCellBase):

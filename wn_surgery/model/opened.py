@@ -8,11 +8,12 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from wn_surgery.errors import FoldedModelError, ZeroNormError
+from wn_surgery.errors import ModelError, ZeroNormError
 from wn_surgery.model import layouts
-from wn_surgery.model.sites import Site
+from wn_surgery.model.sites import NormedSite
 from wn_surgery.model.undo import Snapshot
 from wn_surgery.norm.module_class import FOLDED, base_class, class_for
+from wn_surgery.norm.parametrization import parts_of
 
 __all__ = ["Opened", "Pair", "Weight", "forget", "parametrized", "restore_class"]
 
@@ -56,8 +57,7 @@ class Weight:
         made: the Parameters by the id of v, so that tied ends get the same one.
     """
 
-    def __init__(self, site: Site, made: dict[int, nn.Parameter]) -> None:
-        assert site.held is not None and site.held.g is not None and site.held.v is not None
+    def __init__(self, site: NormedSite, made: dict[int, nn.Parameter]) -> None:
         self.site = site
         self._g, self._v = site.held.g, site.held.v
         self.parameter = made.setdefault(id(self._v), site.held.weight())
@@ -65,13 +65,13 @@ class Weight:
 
     def read_back(self) -> Pair | None:
         """What g and v are to be; ``None`` where they stay as they are."""
-        name, norm = self.site.name, self.site.norm
-        assert norm is not None
+        name = self.site.name
         now = self.site.module._parameters.get(self.site.param)
         if now is None:
-            raise FoldedModelError(
+            raise ModelError(
                 f"{name} is no Parameter any more: it was deleted or parametrized inside "
-                "writable(); write into it or assign a Parameter, or remove weight norm first"
+                "writable(); write into it or assign a Parameter, or remove weight norm first",
+                kind="folded",
             )
         weight = now.detach()
         # Integers and 8-bit floats have no norm, and sparse tensors none along an axis.
@@ -94,7 +94,8 @@ class Weight:
         if self._is_unwritten(weight):
             return self.moved(weight)
         try:
-            return norm.right_inverse(weight if self._has_moved(weight) else weight.to(self._v))
+            weight = weight if self._has_moved(weight) else weight.to(self._v)
+            return parts_of(weight, self.site.norm)
         except ZeroNormError as error:
             raise ZeroNormError(f"{name}: {error}") from error
 
@@ -140,7 +141,7 @@ class Weight:
         layouts.hand_over(old, new)
         module, held = self.site.module, self.site.held
         owner = module
-        if held is not None and held.layout == "parametrized":
+        if held.layout == "parametrized":
             owner = cast(nn.ModuleDict, module._modules["parametrizations"])[self.site.param]
         for key, parameter in owner._parameters.items():
             if parameter is old:

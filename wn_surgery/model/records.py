@@ -1,35 +1,40 @@
-"""Where a model has weight norm, as plain data: written beside weights, and replayed from there."""
+"""Where a model has weight norm, as plain data that is written beside weights and replayed.
+
+A record is a list with one dict for each site. The Lightning callback writes it into checkpoints,
+under :data:`KEY`; the config of a patched transformers model holds one too.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
-from wn_surgery.model.sites import Site, sites
-from wn_surgery.norm.parametrization import WeightNorm
+from wn_surgery.errors import RuleError
+from wn_surgery.model.sites import NormedSite, normed
+from wn_surgery.norm.naming import keys_for
+from wn_surgery.norm.options import NormOptions
+from wn_surgery.rules import fields
 from wn_surgery.rules.rule import Rule
 
-__all__ = ["bare", "line", "record", "replay"]
+__all__ = ["KEY", "VERSION", "bare", "is_record", "line", "options_of", "record", "replay"]
 
-_OF_G = ("g_init", "train_g")
+KEY = "wn_surgery"
+"""The entry of a Lightning checkpoint that the callback writes."""
+
+VERSION = 1
+"""The newest version of that entry that this release reads."""
 
 
 def record(model: nn.Module) -> list[dict[str, Any]]:
-    """The sites that carry weight norm of this library, with their options.
+    """The sites on which this library has put weight norm, with their options.
 
     Weight norm that a model's own code puts on is left out: it is there again when the model is
-    built again.
-
-    Args:
-        model: any module tree.
-
-    Returns:
-        For each site its name, ``dim`` (an int, a list or None), ``eps`` and ``norm_dtype`` (a name
-        or None), in the order of the model; and ``g_init`` where a rule has filled g, so that the
-        same rule does not fill it again.
+    built again. Each site has its name, ``dim`` (an int, a list or None), ``eps`` and
+    ``norm_dtype`` (a name or None); and ``g_init`` where a rule has filled g, so that the same
+    rule does not fill it again.
 
     Example:
         >>> import torch, wn_surgery as wn
@@ -39,24 +44,41 @@ def record(model: nn.Module) -> list[dict[str, Any]]:
         >>> record(model)
         [{'name': '0.weight', 'dim': 0, 'eps': 1e-06, 'norm_dtype': None}]
     """
-    return [_options(site) for site in sites(model) if _ours(site)]
+    return [_of_site(site) for site in normed(model) if site.ours]
+
+
+def _of_site(site: NormedSite) -> dict[str, Any]:
+    g_init = site.held.g_init
+    filled = {} if g_init is None else {"g_init": g_init}
+    return {"name": site.name, **site.norm.to_dict(), **filled}
+
+
+def options_of(site: Mapping[str, Any]) -> NormOptions:
+    """The options in one site of a record, which may come from a hostile file.
+
+    Raises:
+        RuleError: an option is not valid.
+        KeyError: an option is missing.
+    """
+    dim = fields.dim(_dim(site))
+    if dim == "out":
+        raise RuleError("dim='out' in a record")
+    return NormOptions(dim, fields.eps(site["eps"]), fields.norm_dtype(site["norm_dtype"]))
+
+
+def _dim(site: Mapping[str, Any]) -> Any:
+    return tuple(site["dim"]) if isinstance(site["dim"], list) else site["dim"]
 
 
 def replay(records: Iterable[Mapping[str, Any]], *, replace: bool = False) -> list[Rule]:
     r"""The rules that put weight norm where :func:`record` found it.
 
-    Sites with the same options share a rule. Tied parameters stay tied.
-
-    Args:
-        records: what :func:`record` returned, or the same read from JSON. ``g_init`` and
-            ``train_g`` are taken from a site that has them, as of a rule.
-        replace: put it also where a model that was just built has weight norm with other options.
-
-    Returns:
-        The rules; none for no records.
+    Sites with the same options share a rule, and tied parameters stay tied. ``g_init`` and
+    ``train_g`` are taken from a site that has them, as of a rule. ``replace`` is for a model that
+    was just built and has weight norm with other options.
 
     Raises:
-        RuleError: an option is no valid one.
+        RuleError: an option is not valid.
 
     Example:
         >>> from wn_surgery.model.records import replay
@@ -67,45 +89,20 @@ def replay(records: Iterable[Mapping[str, Any]], *, replace: bool = False) -> li
     alike: dict[tuple[Any, ...], list[str]] = {}
     for site in records:
         path, _, param = site["name"].rpartition(".")
-        dim = tuple(site["dim"]) if isinstance(site["dim"], list) else site["dim"]
-        options = (
-            *(param, dim, site["eps"], site["norm_dtype"]),
-            *(site.get("g_init"), site.get("train_g", True)),
-        )
-        alike.setdefault(options, []).append(f"re:{re.escape(path)}")
+        options = (_dim(site), site["eps"], site["norm_dtype"], site.get("g_init"))
+        key = (param, *options, site.get("train_g", True))
+        alike.setdefault(key, []).append(f"re:{re.escape(path)}")
+    given = ("params", "dim", "eps", "norm_dtype", "g_init", "train_g")
     return [
-        Rule(
-            names=names,
-            params=param,
-            dim=dim,
-            eps=eps,
-            norm_dtype=norm_dtype,
-            g_init=g_init,
-            train_g=train_g,
-            tied="together",
-            replace=replace,
-        )
-        for (param, dim, eps, norm_dtype, g_init, train_g), names in alike.items()
+        Rule(names=names, tied="together", replace=replace, **dict(zip(given, key, strict=True)))
+        for key, names in alike.items()
     ]
 
 
 def bare(sites: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Sites by name, without what they say of g: what two have to share to compute the same.
-
-    Args:
-        sites: as of :func:`record`.
-
-    Returns:
-        For each name the name and the options.
-
-    Example:
-        >>> from wn_surgery.model.records import bare
-        >>> site = {"name": "0.weight", "dim": 0, "eps": 0.0, "norm_dtype": None, "g_init": 2.0}
-        >>> bare([site])
-        {'0.weight': {'name': '0.weight', 'dim': 0, 'eps': 0.0, 'norm_dtype': None}}
-    """
+    """Sites by name, without what they say of g: what two need to share to compute the same."""
     return {
-        site["name"]: {key: value for key, value in site.items() if key not in _OF_G}
+        site["name"]: {key: site[key] for key in site if key not in ("g_init", "train_g")}
         for site in sites
     }
 
@@ -116,18 +113,15 @@ def line(site: Mapping[str, Any]) -> str:
     return f"{site['name']} dim={site['dim']}{more}"
 
 
-def _ours(site: Site) -> bool:
-    return site.normed and site.held is not None and site.held.maker == "wn_surgery"
+def is_record(value: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Whether a value is what the Lightning callback writes under :data:`KEY`."""
+    return isinstance(value, Mapping) and "sites" in value and "version" in value
 
 
-def _options(site: Site) -> dict[str, Any]:
-    norm: WeightNorm | None = site.norm
-    assert norm is not None  # of a weight-normed site
-    filled = site.held and site.held.g_init
-    return {
-        "name": site.name,
-        "dim": list(norm.dim) if isinstance(norm.dim, tuple) else norm.dim,
-        "eps": norm.eps,
-        "norm_dtype": norm.norm_dtype and str(norm.norm_dtype).removeprefix("torch."),
-        **({} if filled is None else {"g_init": filled}),
-    }
+def with_exact(state: Mapping[Any, Any], parts: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A state dict with the exact g and v, from ``parts``, in the places of plain weights."""
+    whole: dict[Any, Any] = {}
+    for key, value in state.items():
+        both = keys_for(str(key), "parametrized")
+        whole |= {part: parts[part] for part in both} if set(both) <= parts.keys() else {key: value}
+    return whole

@@ -23,6 +23,7 @@ from wn_surgery.errors import CheckpointMismatchError, ZeroNormError
 from wn_surgery.model.state_keys import Keys, keys_of
 from wn_surgery.norm import savers
 from wn_surgery.norm.module_class import base_class
+from wn_surgery.norm.parametrization import parts_of
 from wn_surgery.norm.savers import Layouts
 
 __all__ = ["AsBuilt", "built_keys", "fitting", "is_model_of", "match", "save_as_built"]
@@ -76,7 +77,7 @@ def fitting(frame: FrameType) -> Layouts:
     """
     model = frame.f_locals["self"]
     library = is_model_of(model)
-    ours = [key for key in keys_of(model) if key.site.held and key.site.held.maker == "wn_surgery"]
+    ours = [key for key in keys_of(model) if key.site.ours]
     if library is None or not ours:
         return {}
     if library == "transformers":
@@ -110,14 +111,15 @@ def match(model: nn.Module, ours: Iterable[Keys], built: Mapping[str, Keys]) -> 
     layouts: dict[int, Literal["plain", "legacy"]] = {}
     for key in ours:
         there = built.get(key.weight)
-        if there is None or there.site.norm is None or key.site.norm is None:
+        if there is None:
             continue
-        if not there.site.norm.same_as(key.site.norm):
+        if there.site.norm != key.site.norm:
             name = base_class(model).__name__
             raise CheckpointMismatchError(
-                f"{name}() builds {there.site.norm} on {key.weight}, and the model to save has "
-                f"{key.site.norm}: from_pretrained would compute other weights. Give both the same "
-                f"options, or call wn_surgery.huggingface.unpatch_model(model) before saving"
+                f"{name}() builds weight norm on {key.weight} with {there.site.norm}, and the "
+                f"model to save has {key.site.norm}: from_pretrained would compute other weights. "
+                "Give both the same options, or call "
+                "wn_surgery.huggingface.unpatch_model(model) before saving"
             )
         if there.site.layout == "legacy":
             layouts[_holder(key)] = "legacy"
@@ -151,11 +153,11 @@ class AsBuilt:
             weight = prefix + key.weight.removeprefix(owner)
             value = state.get(weight) if key.weight.startswith(owner) else None
             # What is on disk is on meta here; transformers' own conversions read it.
-            if value is None or value.is_meta or key.site.norm is None:
+            if value is None or value.is_meta:
                 continue
             try:
                 with torch.no_grad():
-                    parts = key.site.norm.right_inverse(value)
+                    parts = parts_of(value, key.site.norm)
             except ZeroNormError as error:
                 raise ZeroNormError(
                     f"{base_class(model).__name__}() builds weight norm on {key.weight}, which "

@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from wn_surgery.model.layouts import Held, Layout, carried
-from wn_surgery.norm.math import Dim
+from wn_surgery.model.layouts import Foreign, Normed, SiteLayout, carried
 from wn_surgery.norm.module_class import FOLDED, base_class
-from wn_surgery.norm.parametrization import WeightNorm
+from wn_surgery.norm.naming import keys_for
+from wn_surgery.norm.options import Dim, NormOptions
 
-__all__ = ["Node", "Site", "as_module", "sites", "walk"]
+__all__ = ["Node", "NormedSite", "Site", "as_module", "normed", "sites", "sites_of", "walk"]
 
 _T = TypeVar("_T")
 
@@ -71,21 +71,22 @@ class Node:
     uncalled: bool = False
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Site:
     """One parameter of one module: a place where weight norm is, or could be.
 
     Attributes:
         node: the module and its paths.
         param: the parameter's name in its module.
-        held: how g and v are stored; ``None`` for a plain parameter.
+        held: how g and v are stored, as a ``Normed``; a ``Foreign`` for what is computed by
+            something other than weight norm alone; ``None`` for a plain parameter.
         tensor: the plain weight, or v: same shape, dtype and device as the weight.
             ``None`` where something other than weight norm computes it.
     """
 
     node: Node
     param: str
-    held: Held | None
+    held: Normed | Foreign | None
     tensor: Tensor | None = field(repr=False)
 
     @property
@@ -105,19 +106,24 @@ class Site:
         return f"{path}.{self.param}" if path else self.param
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> SiteLayout:
         """``plain``, ``legacy``, ``parametrized``, or ``other`` (not weight norm alone)."""
         return "plain" if self.held is None else self.held.layout
 
     @property
     def normed(self) -> bool:
         """Whether the parameter carries weight norm that can be removed."""
-        return self.held is not None and self.held.norm is not None
+        return isinstance(self.held, Normed)
 
     @property
-    def norm(self) -> WeightNorm | None:
+    def ours(self) -> bool:
+        """Whether this library put the weight norm on."""
+        return isinstance(self.held, Normed) and self.held.maker == "wn_surgery"
+
+    @property
+    def norm(self) -> NormOptions | None:
         """dim, eps and norm_dtype of the weight norm it carries."""
-        return None if self.held is None else self.held.norm
+        return self.held.norm if isinstance(self.held, Normed) else None
 
     @property
     def dim(self) -> Dim:
@@ -144,6 +150,24 @@ class Site:
             "dim": None if norm is None else norm.dim,
             "eps": None if norm is None else norm.eps,
         }
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class NormedSite(Site):
+    """A site that carries weight norm: what may be ``None`` in a site is there."""
+
+    held: Normed
+    tensor: Tensor = field(repr=False)
+
+    @property
+    def norm(self) -> NormOptions:
+        """dim, eps and norm_dtype."""
+        return self.held.norm
+
+
+def normed(model: nn.Module) -> list[NormedSite]:
+    """The weight-normed parameters in any layout, in the order of ``model.named_modules()``."""
+    return [site for node in walk(model) for site in sites_of(node) if isinstance(site, NormedSite)]
 
 
 def sites(model: nn.Module) -> list[Site]:
@@ -186,12 +210,17 @@ def sites_of(node: Node) -> Iterator[Site]:
                 yield Site(node, name, None, parameter)
         return
     held = carried(module)
-    parts = {f"{name}_{part}" for name, h in held.items() if h.layout == "legacy" for part in "gv"}
+    parts = {
+        key for name in held if held[name].layout == "legacy" for key in keys_for(name, "legacy")
+    }
     for name, parameter in module._parameters.items():
         if parameter is not None and name not in parts:
             yield Site(node, name, None, parameter)
     for name, how in held.items():
-        yield Site(node, name, how, how.v)
+        if isinstance(how, Normed):
+            yield NormedSite(node, name, how, how.v)
+        else:
+            yield Site(node, name, how, None)
 
 
 def as_module(model: object) -> nn.Module:

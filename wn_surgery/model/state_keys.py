@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wn_surgery.model.sites import Site, sites
+from wn_surgery.model.sites import NormedSite, normed
+from wn_surgery.norm.math import weight_norm
+from wn_surgery.norm.naming import keys_for
 
 __all__ = ["Keys", "keys_of", "plain_state_dict", "stripped"]
 
@@ -25,7 +27,7 @@ class Keys:
         v: the key of the direction as it is stored now.
     """
 
-    site: Site
+    site: NormedSite
     weight: str
     g: str
     v: str
@@ -33,13 +35,12 @@ class Keys:
     @property
     def legacy(self) -> tuple[str, str]:
         """The keys of g and v in torch's legacy layout."""
-        return f"{self.weight}_g", f"{self.weight}_v"
+        return keys_for(self.weight, "legacy")
 
     @property
     def parametrized(self) -> tuple[str, str]:
         """The keys of g and v in torch's parametrized layout."""
-        prefix = self.weight.removesuffix(self.site.param)
-        return tuple(f"{prefix}parametrizations.{self.site.param}.original{i}" for i in (0, 1))  # type: ignore[return-value]
+        return keys_for(self.weight, "parametrized")
 
 
 def keys_of(model: nn.Module) -> list[Keys]:
@@ -64,10 +65,8 @@ def keys_of(model: nn.Module) -> list[Keys]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     found: list[Keys] = []
-    for site in sites(model):
-        if not site.normed or site.held is None:
-            continue
-        ends = _ends(site)
+    for site in normed(model):
+        ends = keys_for(site.param, site.held.layout)
         for v in names.get(id(site.held.v), ()):
             # Tied parameters have the names of both ends; those of this site end like it.
             prefix = v.removesuffix(ends[1])
@@ -124,19 +123,12 @@ def plain_state_dict(model: nn.Module, *, maker: str | None = None) -> dict[str,
     """
     keys = keys_of(model)
     if maker is not None:
-        keys = [key for key in keys if key.site.held and key.site.held.maker == maker]
+        keys = [key for key in keys if key.site.held.maker == maker]
     return stripped(model.state_dict(), keys)
 
 
-def _weight(site: Site, g: Tensor, v: Tensor) -> Tensor:
-    held, norm = site.held, site.norm
-    assert held is not None and held.compute is not None and norm is not None
-    live = held.v is not None and held.v.data_ptr() == v.data_ptr() and held.v.shape == v.shape
+def _weight(site: NormedSite, g: Tensor, v: Tensor) -> Tensor:
+    held = site.held
+    live = held.v.data_ptr() == v.data_ptr() and held.v.shape == v.shape
     # A class of the user's own may compute it in a way of its own.
-    return held.compute().detach().clone() if live else norm(g, v)
-
-
-def _ends(site: Site) -> tuple[str, str]:
-    if site.layout == "legacy":
-        return f"{site.param}_g", f"{site.param}_v"
-    return tuple(f"parametrizations.{site.param}.original{i}" for i in (0, 1))  # type: ignore[return-value]
+    return held.compute().detach().clone() if live else weight_norm(v, g, *site.norm)

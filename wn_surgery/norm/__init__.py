@@ -5,6 +5,7 @@ Out: weights, gradients, and modules whose parameter is computed.
 Imports: errors.
 """
 
-from wn_surgery.norm.math import Dim, g_shape, magnitude, norm_except, weight_norm
+from wn_surgery.norm.math import g_shape, magnitude, norm_except, weight_norm
+from wn_surgery.norm.options import Dim, NormOptions
 
-__all__ = ["Dim", "g_shape", "magnitude", "norm_except", "weight_norm"]
+__all__ = ["Dim", "NormOptions", "g_shape", "magnitude", "norm_except", "weight_norm"]

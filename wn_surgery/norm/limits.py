@@ -12,14 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from wn_surgery.norm.math import (
-    Dim,
-    computed_norms,
-    g_shape,
-    in_dtype,
-    norm_except,
-    real_dtype,
-)
+from wn_surgery.norm.math import computed_norms, g_shape, in_dtype, norm_except, real_dtype
+from wn_surgery.norm.options import Dim
 
 __all__ = ["has_easy_norms", "zero_slices"]
 

@@ -11,19 +11,19 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
+from wn_surgery.norm.options import Dim, kept_axes
+
 __all__ = ["Dim", "g_shape", "magnitude", "norm_except", "weight_norm"]
 
-Dim: TypeAlias = "int | tuple[int, ...] | None"
-
 KERNEL_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
-_PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
+PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def g_shape(shape: torch.Size | tuple[int, ...], dim: Dim) -> tuple[int, ...]:
@@ -44,7 +44,7 @@ def g_shape(shape: torch.Size | tuple[int, ...], dim: Dim) -> tuple[int, ...]:
     """
     if dim is None:
         return ()
-    kept = (dim,) if isinstance(dim, int) else dim
+    kept = kept_axes(dim)
     return tuple(size if axis in kept else 1 for axis, size in enumerate(shape))
 
 
@@ -119,8 +119,8 @@ def weight_norm(
             return like(torch._weight_norm(v, g, dim), v)
     elif (
         g.dtype is v.dtype in KERNEL_DTYPES
-        and type(v) in _PLAIN_TYPES
-        and type(g) in _PLAIN_TYPES
+        and type(v) in PLAIN_TYPES
+        and type(g) in PLAIN_TYPES
         and g.device == v.device
         and v.numel() > 0
         and not transformed()
@@ -191,7 +191,7 @@ def _norm(x: Tensor, dim: Dim) -> Tensor:
     # forward AD.
     if dim is None:
         return cast(Tensor, torch.linalg.vector_norm(x))
-    kept = dim if isinstance(dim, tuple) else (dim,)
+    kept = kept_axes(dim)
     reduced = tuple(axis for axis in range(x.ndim) if axis not in kept)
     # vector_norm reads an empty tuple as "every axis".
     if not reduced:
@@ -386,7 +386,7 @@ class Axes(NamedTuple):
         """The three axes that norms are taken over; ``None`` where three do not suffice."""
         if dim is None or dim == ():
             return cls(1, 1, math.prod(shape))
-        kept = sorted((dim,) if isinstance(dim, int) else dim)
+        kept = sorted(kept_axes(dim))
         first, last = kept[0], kept[-1]
         if kept != list(range(first, last + 1)):
             return None
@@ -400,7 +400,7 @@ class Axes(NamedTuple):
 def _sums(products: Tensor, axes: Axes | None, dim: Dim) -> Tensor:
     """The sums of the slices of a contiguous tensor."""
     if axes is None:
-        kept = cast("tuple[int, ...]", dim)
+        kept = kept_axes(dim)
         return products.sum([a for a in range(products.ndim) if a not in kept], keepdim=True)
     if axes.before > 1:
         # The leading axis by itself: torch is slow at reducing both sides of a kept axis.

@@ -16,8 +16,9 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from wn_surgery.errors import FoldedModelError, NonFloatingError, ZeroNormError
+from wn_surgery.errors import ModelError, ZeroNormError
 from wn_surgery.norm.drafts import following
+from wn_surgery.norm.naming import keys_for
 from wn_surgery.norm.parametrization import WeightNorm, WeightNormList
 
 __all__ = ["FOLDED", "base_class", "class_for", "computed_names", "is_managed", "opener"]
@@ -244,9 +245,10 @@ def _refuse_if_held(module: nn.Module, name: str) -> None:
     if getattr(cast(Any, module.parametrizations)[name], "hold", None) is not None and (
         name in FOLDED.get(module, ())
     ):
-        raise FoldedModelError(
+        raise ModelError(
             f"{base_class(module).__name__}.{name} is inside folded() now, where it is only read; "
-            "write to it inside writable(), or leave the context first"
+            "write to it inside writable(), or leave the context first",
+            kind="folded",
         )
 
 
@@ -322,9 +324,9 @@ def _adopt_layouts(
     for name, plist in module.__dict__["_modules"].get("parametrizations", {}).items():
         if not _is_weight_norm(plist):
             continue
-        g_key = f"{prefix}parametrizations.{name}.original0"
-        v_key = f"{prefix}parametrizations.{name}.original1"
-        plain, legacy = prefix + name, (f"{prefix}{name}_g", f"{prefix}{name}_v")
+        plain = prefix + name
+        g_key, v_key = keys_for(plain, "parametrized")
+        legacy = keys_for(plain, "legacy")
         if all(key in state_dict for key in legacy):
             state_dict[g_key] = state_dict.pop(legacy[0])
             state_dict[v_key] = state_dict.pop(legacy[1])
@@ -354,5 +356,5 @@ def _split(weight: Any, plist: WeightNormList, assign: bool) -> tuple[Any, Any, 
         return *now, f"expected a floating-point tensor to assign, got {weight.dtype}"
     try:
         return cast(WeightNorm, plist[0]).right_inverse(weight)[0], weight, ""
-    except (NonFloatingError, ZeroNormError) as error:
+    except (ModelError, ZeroNormError) as error:
         return *now, str(error)

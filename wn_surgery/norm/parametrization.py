@@ -6,7 +6,6 @@ From outside this is torch's layout: ``module.parametrizations.weight.original0`
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, MutableMapping
 from typing import Any, cast
 
@@ -15,12 +14,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.nn.utils.parametrize import ParametrizationList
 
-from wn_surgery.errors import NonFloatingError, ZeroNormError
+from wn_surgery.errors import ModelError, ZeroNormError
 from wn_surgery.norm import savers
 from wn_surgery.norm.limits import zero_slices
-from wn_surgery.norm.math import Dim, magnitude, weight_norm
+from wn_surgery.norm.math import magnitude, weight_norm
+from wn_surgery.norm.naming import keys_for
+from wn_surgery.norm.options import Dim, NormOptions, dtype_name
 
-__all__ = ["WeightNorm", "WeightNormList"]
+__all__ = ["WeightNorm", "WeightNormList", "parts_of"]
 
 
 class WeightNorm(nn.Module):
@@ -57,56 +58,45 @@ class WeightNorm(nn.Module):
         """The g and v that give ``weight``; v is a copy, never an alias.
 
         Raises:
-            NonFloatingError: ``weight`` is of another kind, or not dense.
+            ModelError: ``weight`` is of another kind, or not dense.
             ZeroNormError: a slice of ``weight`` has a norm that is zero (and ``eps`` is 0), not
                 finite, or too small or large for the dtype.
         """
-        if not (weight.is_floating_point() or weight.is_complex()) or weight.itemsize < 2:
-            raise NonFloatingError(
-                f"the new weight has dtype {weight.dtype}; expected a floating-point tensor of 16 "
-                "bits or more; convert it first"
-            )
-        if weight.layout is not torch.strided:
-            raise NonFloatingError(
-                f"the new weight is stored as {str(weight.layout).removeprefix('torch.')}; "
-                "expected a dense tensor; call to_dense() first"
-            )
-        if not (weight.is_meta or is_fake(weight)) and (
-            bad := zero_slices(weight, self.dim, self.eps, self.norm_dtype)
-        ):
-            raise ZeroNormError(
-                f"the new weight has {bad} slice(s) along dim={self.dim} whose norm is zero, not "
-                "finite, or too small or large for its dtype; write a weight without them, or "
-                f"apply weight norm with {'a larger eps' if self.eps else 'eps > 0'} or a wider "
-                "norm_dtype"
-            )
-        g = magnitude(weight, self.dim, self.eps, self.norm_dtype)
-        return g, weight.detach().clone(memory_format=torch.preserve_format)
+        return parts_of(weight, self.options)
 
-    @classmethod
-    @functools.cache
-    def options(
-        cls, dim: Dim = 0, eps: float = 0.0, norm_dtype: torch.dtype | None = None
-    ) -> WeightNorm:
-        """A shared instance that only stands for its options; modules get their own."""
-        return cls(dim, eps, norm_dtype)
-
-    def same_as(self, other: WeightNorm | None) -> bool:
-        """Whether both compute the same function."""
-        return other is not None and (self.dim, self.eps, self.norm_dtype) == (
-            other.dim,
-            other.eps,
-            other.norm_dtype,
-        )
+    @property
+    def options(self) -> NormOptions:
+        """The three options as one value."""
+        return NormOptions(self.dim, self.eps, self.norm_dtype)
 
     def extra_repr(self) -> str:
-        """The options that differ from torch's defaults, and ``dim``."""
-        parts = [f"dim={self.dim}"]
-        if self.eps != 0.0:
-            parts.append(f"eps={self.eps}")
-        if self.norm_dtype is not None:
-            parts.append(f"norm_dtype={self.norm_dtype}")
-        return ", ".join(parts)
+        """``dim``, and the options that differ from torch's."""
+        return str(self.options)
+
+
+def parts_of(weight: Tensor, norm: NormOptions) -> tuple[Tensor, Tensor]:
+    """The g and v that give ``weight``; v is a copy. Raises as :meth:`WeightNorm.right_inverse`."""
+    if not (weight.is_floating_point() or weight.is_complex()) or weight.itemsize < 2:
+        raise ModelError(
+            f"the new weight has dtype {weight.dtype}; expected a floating-point tensor of 16 "
+            "bits or more; convert it first",
+            kind="dtype",
+        )
+    if weight.layout is not torch.strided:
+        raise ModelError(
+            f"the new weight is stored as {dtype_name(weight.layout)}; expected a dense tensor; "
+            "call to_dense() first",
+            kind="dtype",
+        )
+    if not (weight.is_meta or is_fake(weight)) and (bad := zero_slices(weight, *norm)):
+        raise ZeroNormError(
+            f"the new weight has {bad} slice(s) along dim={norm.dim} whose norm is zero, not "
+            "finite, or too small or large for its dtype; write a weight without them, or "
+            f"apply weight norm with {'a larger eps' if norm.eps else 'eps > 0'} or a wider "
+            "norm_dtype"
+        )
+    g = magnitude(weight, *norm)
+    return g, weight.detach().clone(memory_format=torch.preserve_format)
 
 
 class WeightNormList(ParametrizationList):
@@ -116,7 +106,7 @@ class WeightNormList(ParametrizationList):
     and it copies into them on assignment instead of aliasing the assigned tensor.
 
     Args:
-        norm: the options; the list makes a parametrization of its own from them.
+        norm: the options.
         g: the magnitude, registered as ``original0``.
         v: the direction, registered as ``original1``.
         order: the names in the module's ``_parameters`` before surgery, so that removal
@@ -136,9 +126,9 @@ class WeightNormList(ParametrizationList):
     slot = None
 
     def __init__(
-        self, norm: WeightNorm, g: nn.Parameter, v: nn.Parameter, order: Iterable[str] = ()
+        self, norm: NormOptions, g: nn.Parameter, v: nn.Parameter, order: Iterable[str] = ()
     ) -> None:
-        nn.ModuleList.__init__(self, [WeightNorm(norm.dim, norm.eps, norm.norm_dtype)])
+        nn.ModuleList.__init__(self, [WeightNorm(*norm)])
         self.unsafe = True
         self.is_tensor = False
         self.ntensors = 2
@@ -201,5 +191,7 @@ class WeightNormList(ParametrizationList):
             with torch.no_grad():
                 destination[owner + param] = self()
             return
-        for end, part in (("_g", self.original0), ("_v", self.original1)):
-            destination[f"{owner}{param}{end}"] = part if keep_vars else part.detach()
+        for key, part in zip(
+            keys_for(owner + param, "legacy"), (self.original0, self.original1), strict=True
+        ):
+            destination[key] = part if keep_vars else part.detach()

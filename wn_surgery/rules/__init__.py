@@ -2,7 +2,7 @@
 
 In: Python objects, YAML, JSON, or the name of a preset.
 Out: a tuple of :class:`Rule`.
-Imports: errors.
+Imports: errors, norm.
 """
 
 from wn_surgery.rules.rule import Rule

@@ -1,7 +1,7 @@
 """The fields of a rule: what each accepts, what it becomes, and how types are named.
 
-Every function takes what the user gave and returns the one form that a `Rule` keeps, or raises
-`FieldError`; the rule that asked adds its own name to the message.
+Each function takes what the user gave and returns the form that a `Rule` keeps, or raises
+`RuleError`, whose message the rule puts after its own text.
 """
 
 from __future__ import annotations
@@ -16,44 +16,24 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from wn_surgery.errors import WeightNormError
+from wn_surgery.errors import RuleError
+from wn_surgery.norm.options import Dim, dtype_name
 from wn_surgery.rules.patterns import PatternError, PatternSet
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+__all__ = ["MAX_DIM", "did_you_mean", "type_matches", "type_spelling"]
 
-    Dim = int | tuple[int, ...] | Literal["out"] | None
-
-__all__ = ["MAX_DIM", "FieldError", "did_you_mean", "type_matches", "type_spelling"]
-
-MAX_DIM: Final = 63
-"""The last axis that a tensor can have: torch allows 64 dimensions."""
+MAX_DIM: Final = 63  # torch allows 64 dimensions
 
 _DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
+    dtype_name(dtype): dtype
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
 
 
-class FieldError(WeightNormError, ValueError):
-    """A field of a rule is wrong; the message begins with the field's name."""
-
-
 def did_you_mean(word: object, choices: Iterable[str]) -> str:
-    """Suggest the choice that is spelled most like ``word``.
-
-    Args:
-        word: What was given.
-        choices: What would have been right.
-
-    Returns:
-        ``"; did you mean '…'?"``, or the empty string where nothing is close.
-
-    Example:
-        >>> from wn_surgery.rules.fields import did_you_mean
-        >>> did_you_mean("dims", ["dim", "eps"])
-        "; did you mean 'dim'?"
-    """
+    """``"; did you mean '…'?"`` with the choice spelled most like ``word``, or nothing."""
     near = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -63,7 +43,7 @@ def choice(name: str, value: object, allowed: Sequence[str]) -> str:
     if isinstance(value, str) and value in allowed:
         return value
     expected = ", ".join(map(repr, allowed))
-    raise FieldError(
+    raise RuleError(
         f"{name}: expected one of {expected}, got {value!r}{did_you_mean(value, allowed)}"
     )
 
@@ -72,46 +52,43 @@ def flag(name: str, value: object) -> bool:
     """Check that ``value`` is a bool, and not something that merely acts as one."""
     if isinstance(value, bool):
         return value
-    raise FieldError(f"{name}: expected true or false, got {value!r}")
+    raise RuleError(f"{name}: expected true or false, got {value!r}")
 
 
 def strings(name: str, value: object, *, or_none: bool = False) -> tuple[str, ...]:
-    """Make a tuple of patterns out of one string or several; check each pattern.
-
-    There has to be one, but in a field that excludes, or with ``or_none``.
-    """
+    """Make a tuple of patterns of one string or several, and check each; none only if allowed."""
     patterns = _items(name, value, str, or_none or name.startswith("exclude_"))
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise FieldError(
+            raise RuleError(
                 f"{name}: expected a pattern as a string, got {pattern!r} "
                 f"({type(pattern).__name__}); put it in quotes"
             )
         if name == "params" and not pattern:
-            raise FieldError("params: no parameter has an empty name; write '*' for all of them")
+            raise RuleError("params: no parameter has an empty name; write '*' for all of them")
     try:
         PatternSet.of(patterns)
     except PatternError as error:
-        raise FieldError(f"{name}: {error}") from None
+        raise RuleError(f"{name}: {error}") from None
     return patterns
 
 
 def types(name: str, value: object) -> tuple[str | type, ...]:
-    """Make a tuple of classes and class names out of one or several; check each."""
+    """Make a tuple of classes and class names of one or several, and check each."""
     found = _items(name, value, (str, type), name.startswith("exclude_"))
     for item in found:
         if isinstance(item, str):
             _check_type_name(name, item)
         elif not isinstance(item, type):
-            raise FieldError(
+            raise RuleError(
                 f"{name}: expected a class or its name, got {item!r} ({type(item).__name__})"
             )
         if item in ("object", "builtins.object", object):
-            raise FieldError(f"{name}: every module is an 'object'; leave {name} out to match all")
+            raise RuleError(f"{name}: every module is an 'object'; leave {name} out to match all")
     return found
 
 
-def dim(value: object) -> Dim:
+def dim(value: object) -> Dim | Literal["out"]:
     """Normalise ``dim``: an axis, distinct axes in order, None (the whole tensor) or "out"."""
     if value is None:
         return None
@@ -120,17 +97,17 @@ def dim(value: object) -> Dim:
             return "out"
         hint = "; write null (None in Python)" if value.lower() == "none" else ""
         hint = hint or did_you_mean(value, ["out"])
-        raise FieldError(f"dim: expected an axis, axes, None or 'out', got {value!r}{hint}")
+        raise RuleError(f"dim: expected an axis, axes, None or 'out', got {value!r}{hint}")
     if not isinstance(value, list | tuple):
         return _axis(value)
     if not value:
-        raise FieldError(
+        raise RuleError(
             "dim: expected at least one axis, got none; for one norm over the whole tensor, "
             "write None (null in a file)"
         )
     axes = sorted(map(_axis, value))
     if len(set(axes)) < len(axes):
-        raise FieldError(f"dim: expected distinct axes, got {value!r}")
+        raise RuleError(f"dim: expected distinct axes, got {value!r}")
     return axes[0] if len(axes) == 1 else tuple(axes)
 
 
@@ -138,7 +115,7 @@ def eps(value: object) -> float:
     """Normalise ``eps``: a finite number, 0 or more."""
     number = _finite("eps", value)
     if number < 0:
-        raise FieldError(f"eps: expected 0 or more, got {value!r}; it bounds the norm from below")
+        raise RuleError(f"eps: expected 0 or more, got {value!r}; it bounds the norm from below")
     return number
 
 
@@ -154,7 +131,7 @@ def norm_dtype(value: object) -> torch.dtype | None:
     name = str(value).removeprefix("torch.")
     if isinstance(value, torch.dtype | str) and name in _DTYPES:
         return _DTYPES[name]
-    raise FieldError(
+    raise RuleError(
         f"norm_dtype: expected a floating dtype ({', '.join(_DTYPES)}), got {value!r}"
         f"{did_you_mean(name, _DTYPES)}"
     )
@@ -162,60 +139,27 @@ def norm_dtype(value: object) -> torch.dtype | None:
 
 def number_from_text(value: object) -> object:
     """Read a number that YAML left as text: YAML 1.1 takes ``1e-12`` for a string."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def type_matches(wanted: Iterable[str | type], module_type: type) -> bool:
-    """Tell whether ``module_type`` is one of the ``wanted`` classes, or a subclass of one.
+    """Whether ``module_type`` is one of the ``wanted`` classes, or a subclass of one.
 
     A bare name is compared with the name of every class along the MRO, a dotted one with its
     qualified name (from any segment on), and with where a package exports it again:
     ``torch.nn.Conv1d`` and ``nn.Conv1d`` are ``torch.nn.modules.conv.Conv1d``.
-
-    Args:
-        wanted: Classes and names.
-        module_type: The class to look at; of a parametrized module, the one before that.
-
-    Returns:
-        True if any of them fits.
-
-    Example:
-        >>> import torch
-        >>> from wn_surgery.rules.fields import type_matches
-        >>> type_matches(["nn.Linear"], torch.nn.Bilinear)
-        False
-        >>> type_matches(["_ConvNd"], torch.nn.Conv1d)
-        True
     """
-    for item in wanted:
-        if isinstance(item, str):
-            if _is_named(module_type, item):
-                return True
-        elif issubclass(module_type, item):
-            return True
-    return False
+    return any(
+        _is_named(module_type, item) if isinstance(item, str) else issubclass(module_type, item)
+        for item in wanted
+    )
 
 
 def type_spelling(cls: type) -> str:
-    """Spell a class as a dotted name that `type_matches` takes for it.
-
-    Args:
-        cls: The class.
-
-    Returns:
-        The public name of a torch layer, the qualified name of everything else.
-
-    Example:
-        >>> import torch
-        >>> from wn_surgery.rules.fields import type_spelling
-        >>> type_spelling(torch.nn.Conv1d)
-        'torch.nn.Conv1d'
-    """
+    """The dotted name of a class: the public one of a torch layer, else the qualified one."""
     if getattr(torch.nn, cls.__name__, None) is cls:
         return f"torch.nn.{cls.__name__}"
     return f"{cls.__module__}.{cls.__qualname__}"
@@ -226,12 +170,9 @@ _NAMED: WeakKeyDictionary[type, dict[str, bool]] = WeakKeyDictionary()
 
 
 def _is_named(module_type: type, spelling: str) -> bool:
-    known = _NAMED.get(module_type)
-    if known is None:
-        known = _NAMED[module_type] = {}
+    known = _NAMED.setdefault(module_type, {})
     if spelling not in known:
-        classes = (cls for cls in module_type.__mro__ if cls is not object)
-        known[spelling] = any(_spells(spelling, cls) for cls in classes)
+        known[spelling] = any(_spells(spelling, cls) for cls in module_type.__mro__[:-1])
     return known[spelling]
 
 
@@ -257,7 +198,7 @@ def _check_type_name(name: str, spelling: str) -> None:
     if all(part.isidentifier() or part == "<locals>" for part in parts):
         return
     hint = "; a base class matches its subclasses" if set(spelling) & set("*?[{") else ""
-    raise FieldError(
+    raise RuleError(
         f"{name}: expected a class name such as 'Conv1d' or 'torch.nn.Conv1d', "
         f"got {spelling!r}{hint}"
     )
@@ -269,12 +210,12 @@ def _items(
     if isinstance(value, single):
         return (value,)
     if isinstance(value, bytes | Mapping) or not isinstance(value, Iterable):
-        raise FieldError(
+        raise RuleError(
             f"{name}: expected a string or a list, got {value!r} ({type(value).__name__})"
         )
     items = tuple(value)
     if not items and not or_none:
-        raise FieldError(f"{name}: an empty list matches nothing; leave {name} out instead")
+        raise RuleError(f"{name}: an empty list matches nothing; leave {name} out instead")
     return items
 
 
@@ -284,15 +225,15 @@ def _axis(value: object) -> int:
     except TypeError:
         axis = None
     if axis is None or isinstance(value, bool):
-        raise FieldError(f"dim: expected an axis (int), axes, None or 'out', got {value!r}")
+        raise RuleError(f"dim: expected an axis (int), axes, None or 'out', got {value!r}")
     if axis < 0:
-        raise FieldError(
+        raise RuleError(
             f"dim: expected None or an axis that is not negative, got {axis}; torch stores None "
             "as -1, so to torch -1 is the whole tensor while -2 is an axis. Write None (null in "
             "a file) for the whole tensor, or count the axis from the front"
         )
     if axis > MAX_DIM:
-        raise FieldError(f"dim: expected an axis up to {MAX_DIM}, torch's last, got {axis}")
+        raise RuleError(f"dim: expected an axis up to {MAX_DIM}, torch's last, got {axis}")
     return axis
 
 
@@ -304,4 +245,4 @@ def _finite(name: str, value: object) -> float:
             number = math.inf
         if math.isfinite(number):
             return number
-    raise FieldError(f"{name}: expected a finite number, got {value!r}")
+    raise RuleError(f"{name}: expected a finite number, got {value!r}")

@@ -30,53 +30,27 @@ _CLASSES = "write a class as [0-9] or [!a]; match a bracket itself with 're:'"
 
 
 class PatternError(WeightNormError, ValueError):
-    """A pattern is not in the language. The message says which piece, and what to write."""
+    """A pattern is not in the language; the message says which piece, and what to write."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """A compiled pattern; make one with `compile_pattern`.
+    """A compiled pattern; `compile_pattern` makes it."""
 
-    Attributes:
-        source: The pattern as it was written.
-        literal: True if it has no wildcard, no braces and no ``re:``, and so names one path.
-        alternatives: What the braces expand into; the pattern itself where it has none.
-    """
-
-    source: str
-    literal: bool
-    alternatives: tuple[str, ...] = field(compare=False)
+    source: str  # as it was written
+    literal: bool  # it has no wildcard, no braces and no `re:`, and so names one path
+    alternatives: tuple[str, ...] = field(compare=False)  # what the braces expand into
     exact: frozenset[str] = field(repr=False, compare=False)
     regex: re.Pattern[str] | None = field(repr=False, compare=False)
 
     def matches(self, path: str) -> bool:
-        """Tell whether the pattern matches the whole of ``path``.
-
-        Args:
-            path: A dotted path; the root's is the empty string.
-
-        Returns:
-            True on a full match.
-
-        Example:
-            >>> from wn_surgery.rules.patterns import compile_pattern
-            >>> compile_pattern("**.q_proj").matches("layers.0.q_proj")
-            True
-            >>> compile_pattern("layers.1").matches("layers.10")
-            False
-        """
-        if path in self.exact:
-            return True
-        return self.regex is not None and self.regex.fullmatch(path) is not None
+        """Whether the pattern matches the whole of ``path``."""
+        return path in self.exact or (self.regex is not None and bool(self.regex.fullmatch(path)))
 
 
 @dataclass(frozen=True, slots=True)
 class PatternSet:
-    """Several patterns, any of which may match.
-
-    Attributes:
-        patterns: The compiled patterns, in the order given.
-    """
+    """Several patterns, any of which may match."""
 
     patterns: tuple[Pattern, ...]
     exact: frozenset[str] = field(repr=False, compare=False)
@@ -84,69 +58,25 @@ class PatternSet:
 
     @classmethod
     def of(cls, sources: Iterable[str]) -> PatternSet:
-        """Compile ``sources`` into one set.
-
-        Args:
-            sources: The patterns.
-
-        Returns:
-            The set. The set of no patterns matches nothing.
-
-        Raises:
-            PatternError: A pattern is not in the language.
-
-        Example:
-            >>> from wn_surgery.rules.patterns import PatternSet
-            >>> PatternSet.of(["encoder.**", "head"]).matches("encoder.0.fc")
-            True
-        """
+        """Compile ``sources`` into one set; that of no patterns matches nothing."""
         patterns = tuple(map(compile_pattern, sources))
         exact = frozenset[str]().union(*(pattern.exact for pattern in patterns))
         regexes = tuple(pattern.regex for pattern in patterns if pattern.regex is not None)
         return cls(patterns, exact, regexes)
 
     def matches(self, path: str) -> bool:
-        """Tell whether any of the patterns matches the whole of ``path``.
-
-        Args:
-            path: A dotted path.
-
-        Returns:
-            True if one does.
-
-        Example:
-            >>> from wn_surgery.rules.patterns import PatternSet
-            >>> PatternSet.of([]).matches("head")
-            False
-        """
-        if path in self.exact:
-            return True
-        return any(regex.fullmatch(path) is not None for regex in self.regexes)
+        """Whether any of the patterns matches the whole of ``path``."""
+        return path in self.exact or any(regex.fullmatch(path) for regex in self.regexes)
 
 
 @lru_cache(maxsize=4096)
 def compile_pattern(pattern: str) -> Pattern:
-    """Compile a pattern of the name language.
+    """Compile a pattern of the name language; equal text gives the same object.
 
     ``*`` is any run of characters inside a segment (alone: one segment, whatever its name),
     ``?`` one character, ``[0-9]`` and ``[!a]`` one character of a class, ``**`` any number of
     whole segments, none included, ``{a,b}`` and ``{0..11}`` alternatives. ``re:`` makes the rest
     a regular expression for `re.fullmatch`. The empty pattern matches only the root.
-
-    Args:
-        pattern: The pattern.
-
-    Returns:
-        The compiled pattern; the same object for the same text.
-
-    Raises:
-        PatternError: The pattern is not in the language.
-
-    Example:
-        >>> from wn_surgery.rules.patterns import compile_pattern
-        >>> pattern = compile_pattern("decoder.layers.{0..11}.**")
-        >>> [pattern.matches(path) for path in ("decoder.layers.7.fc", "decoder.layers.12.fc")]
-        [True, False]
     """
     if pattern.startswith("re:"):
         return Pattern(pattern, False, (pattern,), frozenset(), _regular_expression(pattern[3:]))
@@ -195,8 +125,8 @@ def _split(text: str) -> tuple[str, ...]:
     for segment in text.split("."):
         if not segment:
             raise PatternError(
-                f"{_short(text)} has an empty segment; a path has no two dots in a row, and none "
-                "at either end (a range goes in braces: {0..11})"
+                f"{_short(text)} has an empty segment; a path has no two dots in a row, and no "
+                "dot at either end (a range goes in braces: {0..11})"
             )
         if segment == "**" and segments[-1:] == ["**"]:
             continue
@@ -219,29 +149,26 @@ def _merge(paths: Sequence[tuple[str, ...]]) -> list[tuple[frozenset[str], ...]]
     """Join paths that differ in one segment, position by position, to undo the expansion."""
     merged = [tuple(_ANY if part == "**" else frozenset({part}) for part in path) for path in paths]
     for position in range(max(map(len, merged), default=0)):
-        groups: dict[object, list[tuple[frozenset[str], ...]]] = {}
+        groups: dict[object, tuple[frozenset[str], ...]] = {}
         for path in merged:
-            alone = position >= len(path) or path[position] == _ANY
-            key = path if alone else (path[:position], path[position + 1 :], None)
-            groups.setdefault(key, []).append(path)
-        merged = [
-            tuple(
-                frozenset[str]().union(*(path[position] for path in group))
-                if index == position
-                else part
-                for index, part in enumerate(group[0])
-            )
-            for group in groups.values()
-        ]
+            if position >= len(path) or path[position] == _ANY:
+                groups[path] = path
+                continue
+            before, part, after = path[:position], path[position], path[position + 1 :]
+            key = (before, after, None)  # None: not equal to any path
+            if known := groups.get(key):
+                part |= known[position]
+            groups[key] = (*before, part, *after)
+        merged = list(groups.values())
     return merged
 
 
 def _path_regex(path: tuple[frozenset[str], ...]) -> str:
     """Translate one path of segments, each a set of alternatives.
 
-    Between two ``**`` only the leftmost match of what stands there matters, so it is an atomic
-    group: the time stays linear in the path where a plain translation is exponential in the
-    number of ``**``.
+    Between two ``**`` only the leftmost match of a block matters, so it is an atomic group: the
+    time stays linear in the path, where a plain translation is exponential in the number of
+    ``**``. `slow` in tests/rules/test_patterns.py is the specification.
     """
     blocks: list[list[str]] = [[]]
     for part in path:
@@ -253,22 +180,16 @@ def _path_regex(path: tuple[frozenset[str], ...]) -> str:
     if not rest:
         return head
     *middle, tail = rest
-    if tail:
-        leading = rf"{head}\." if head else ""
-        return f"{leading}{''.join(map(_leftmost, middle))}(?:.*\\.)?{tail}"
-    if not middle:
+    if not tail and not middle:
         return rf"{head}(?:\..*)?" if head else ".*"
-    *middle, last = middle
-    leading = rf"{head}\." if head else ""
-    return f"{leading}{''.join(map(_leftmost, middle))}(?:[^.]+\\.)*?{last}(?:\\..*)?"
-
-
-def _leftmost(block: str) -> str:
-    return rf"(?>(?:[^.]+\.)*?{block}\.)"
+    # After the last `**` comes the tail, or nothing: then the last block ends at a dot or the end.
+    end = rf"(?:.*\.)?{tail}" if tail else rf"(?:[^.]+\.)*?{middle.pop()}(?:\..*)?"
+    leftmost = "".join(rf"(?>(?:[^.]+\.)*?{block}\.)" for block in middle)
+    return (rf"{head}\." if head else "") + leftmost + end
 
 
 def _either(segments: Sequence[str]) -> str:
-    expressions = [_segment_regex(segment) for segment in segments]
+    expressions = list(map(_segment_regex, segments))
     return expressions[0] if len(expressions) == 1 else f"(?:{'|'.join(expressions)})"
 
 

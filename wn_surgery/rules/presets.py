@@ -18,14 +18,7 @@ __all__ = ["PRESETS", "Preset", "preset"]
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """Rules with a name.
-
-    Attributes:
-        name: What to write where rules are expected.
-        rules: The rules, each labelled with the preset's name.
-        source: The publication and the code that it follows.
-        summary: What it matches, in a sentence.
-    """
+    """Rules with a name, the publication and code that they follow, and a sentence."""
 
     name: str
     rules: tuple[Rule, ...]
@@ -34,23 +27,7 @@ class Preset:
 
 
 def preset(name: str) -> tuple[Rule, ...]:
-    """Give the rules of a preset.
-
-    Args:
-        name: One of `PRESETS`.
-
-    Returns:
-        The rules, labelled ``"preset NAME"``.
-
-    Raises:
-        RuleError: There is no such preset; the message suggests near ones.
-
-    Example:
-        >>> from wn_surgery.rules.presets import preset
-        >>> for rule in preset("tcn"):
-        ...     print(rule.describe())
-        apply types=torch.nn.Conv1d exclude_names=**.downsample
-    """
+    """The rules of a preset, labelled ``"preset NAME"``."""
     found = PRESETS.get(name)
     if found is None:
         raise RuleError(

@@ -4,34 +4,29 @@
 # types of the attributes, which are the normalised forms, and refuse a plain string for `names`.
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import nn
 
 from wn_surgery.errors import RuleError
+from wn_surgery.norm.options import Dim, dtype_name, kept_axes
 from wn_surgery.rules import fields
-from wn_surgery.rules.fields import (
-    FieldError,
-    did_you_mean,
-    type_matches,
-    type_spelling,
-)
+from wn_surgery.rules.fields import did_you_mean, type_matches, type_spelling
 from wn_surgery.rules.patterns import PatternSet
 
 __all__ = ["Rule"]
 
-Action: TypeAlias = Literal["apply", "remove", "skip"]
+RuleAction: TypeAlias = Literal["apply", "remove", "skip"]
 Tied: TypeAlias = Literal["error", "skip", "together", "untie"]
-Dim: TypeAlias = int | tuple[int, ...] | Literal["out"] | None
 TypeSpec: TypeAlias = str | type
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 
 _DEFAULT_PARAMS = ("weight",)
+_COMPILED = {"names": "_names", "params": "_params", "exclude_names": "_excluded"}
 _OPTIONS = ("dim", "eps", "norm_dtype", "g_init", "train_g")
-_TIED = ("error", "skip", "together", "untie")
 _APPLY_ONLY = (*_OPTIONS, "tied", "replace")
 
 
@@ -76,14 +71,14 @@ class Rule:
         apply types=Conv1d|ConvTranspose1d names=decoder.** eps=1e-12
     """
 
-    action: Action = "apply"
+    action: RuleAction = "apply"
     names: tuple[str, ...] | None = None
     types: tuple[TypeSpec, ...] | None = None
     params: tuple[str, ...] = _DEFAULT_PARAMS
     where: Predicate | None = None
     exclude_names: tuple[str, ...] = ()
     exclude_types: tuple[TypeSpec, ...] = ()
-    dim: Dim = 0
+    dim: int | tuple[int, ...] | Literal["out"] | None = 0
     eps: float = 0.0
     norm_dtype: torch.dtype | None = None
     g_init: float | None = None
@@ -98,7 +93,7 @@ class Rule:
     def __init__(
         self,
         *,
-        action: Action = "apply",
+        action: RuleAction = "apply",
         names: str | Iterable[str] | None = None,
         types: TypeSpec | Iterable[TypeSpec] | None = None,
         params: str | Iterable[str] = _DEFAULT_PARAMS,
@@ -117,152 +112,24 @@ class Rule:
         given = {name: value for name, value in locals().items() if name != "self"}
         try:
             values = _normalised(given)
-        except FieldError as error:
-            raise RuleError(f"{_spelled(given)}: {error}") from error
+        except RuleError as error:
+            raise RuleError(f"{_spelled(given)}: {error}", detail=str(error)) from None
         for name, value in values.items():
             object.__setattr__(self, name, value)
-        names = self.names
-        object.__setattr__(self, "_names", None if names is None else PatternSet.of(names))
-        object.__setattr__(self, "_params", PatternSet.of(self.params))
-        object.__setattr__(self, "_excluded", PatternSet.of(self.exclude_names))
+        for name in ("names", "params", "exclude_names"):
+            patterns, compiled = values[name], _COMPILED[name]
+            patterns = None if patterns is None else PatternSet.of(patterns)
+            object.__setattr__(self, compiled, patterns)
 
     def __repr__(self) -> str:
         return _spelled({name: getattr(self, name) for name in _FIELDS})
 
-    def matches_module(self, path: str, module_type: type) -> bool:
-        """Tell whether names, types and the two exclusions let a module through.
-
-        The predicate ``where`` is not asked.
-
-        Args:
-            path: The module's dotted path; the root's is the empty string.
-            module_type: Its class, before any parametrization.
-
-        Returns:
-            True if the rule matches.
-
-        Example:
-            >>> import torch, wn_surgery as wn
-            >>> rule = wn.Rule(names="**.fc", types="Linear", exclude_names="head.**")
-            >>> [rule.matches_module(path, torch.nn.Linear) for path in ("fc", "a.fc", "head.fc")]
-            [True, True, False]
-        """
-        return self.matches_class(module_type) and self.matches_path(path)
-
-    def matches_class(self, module_type: type) -> bool:
-        """Tell whether ``types`` and ``exclude_types`` let a class through.
-
-        Args:
-            module_type: The class, before any parametrization.
-
-        Returns:
-            True if they do.
-
-        Example:
-            >>> import torch, wn_surgery as wn
-            >>> wn.Rule(types="Module", exclude_types="Linear").matches_class(torch.nn.Bilinear)
-            True
-        """
-        return self.type_matches(module_type) and not type_matches(self.exclude_types, module_type)
-
-    def matches_path(self, path: str) -> bool:
-        """Tell whether ``names`` and ``exclude_names`` let a path through.
-
-        Args:
-            path: The module's dotted path; the root's is the empty string.
-
-        Returns:
-            True if they do.
-
-        Example:
-            >>> import wn_surgery as wn
-            >>> wn.Rule(names="**.fc", exclude_names="head.**").matches_path("head.fc")
-            False
-        """
-        if self._names is not None and not self._names.matches(path):
-            return False
-        return not self._excluded.matches(path)
-
-    def type_matches(self, module_type: type) -> bool:
-        """Tell whether ``types`` fits a class or one of its bases; ``exclude_types`` is not asked.
-
-        Args:
-            module_type: The class, before any parametrization.
-
-        Returns:
-            True if it fits, or if the rule has no ``types``.
-
-        Example:
-            >>> import torch, wn_surgery as wn
-            >>> wn.Rule(types="nn.Conv1d").type_matches(torch.nn.Conv1d)
-            True
-        """
-        return self.types is None or type_matches(self.types, module_type)
-
-    def matches_param(self, param: str) -> bool:
-        """Tell whether ``params`` matches a name of the module's own parameters.
-
-        Args:
-            param: The name, such as ``"weight"``.
-
-        Returns:
-            True if a pattern matches it.
-
-        Example:
-            >>> import wn_surgery as wn
-            >>> wn.Rule(params="weight_hh_l*").matches_param("weight_hh_l0")
-            True
-        """
-        return self._params.matches(param)
-
-    def names_param_literally(self, param: str) -> bool:
-        """Tell whether the rule asks for this very parameter, even one of fewer than 2 axes.
-
-        It does if a pattern of ``params`` is its name, and ``params`` is not the default, since
-        ``weight`` alone would bring in every LayerNorm. ``re:weight`` asks for a 1-D ``weight``.
-
-        Args:
-            param: The parameter's name.
-
-        Returns:
-            True if the rule names it.
-
-        Example:
-            >>> import wn_surgery as wn
-            >>> wn.Rule(params=["scale"]).names_param_literally("scale")
-            True
-            >>> wn.Rule().names_param_literally("weight")
-            False
-        """
-        if f"re:{re.escape(param)}" in self.params:
-            return True
-        return self.params != _DEFAULT_PARAMS and param in {
-            pattern.source for pattern in self._params.patterns if pattern.literal
-        }
-
-    @property
-    def is_universal(self) -> bool:
-        """True if the rule has no types, and no names either, or only ``**``."""
-        return self.types is None and (self.names is None or "**" in self.names)
-
     def options(self) -> dict[str, Any]:
-        """Give the options of weight norm itself: dim, eps, norm_dtype, g_init, train_g.
-
-        Returns:
-            A new dict.
-
-        Example:
-            >>> import wn_surgery as wn
-            >>> wn.Rule(dim=None).options()
-            {'dim': None, 'eps': 0.0, 'norm_dtype': None, 'g_init': None, 'train_g': True}
-        """
+        """The options of weight norm itself: dim, eps, norm_dtype, g_init and train_g."""
         return {name: getattr(self, name) for name in _OPTIONS}
 
     def describe(self) -> str:
-        """Say the rule in one line: the action, then every field that is not at its default.
-
-        Returns:
-            The line.
+        """The rule in one line: the action, then every field that is not at its default.
 
         Example:
             >>> import wn_surgery as wn
@@ -270,20 +137,20 @@ class Rule:
             'skip names=**.conv_post|head'
         """
         order = ["types", "names", *(name for name in _FIELDS if name not in ("types", "names"))]
-        words = [
-            f"{name}={_word(getattr(self, name))}"
-            for name in order
-            if name not in ("action", "label") and getattr(self, name) != _FIELDS[name]
-        ]
+        given = self._given()
+        words = [f"{name}={_word(given[name])}" for name in order if name in given]
         return " ".join([self.action, *words])
 
+    def _given(self) -> dict[str, Any]:
+        """The fields, without action and label, that are not at their defaults."""
+        values = {name: getattr(self, name) for name in _FIELDS if name not in ("action", "label")}
+        return {name: value for name, value in values.items() if value != _FIELDS[name]}
+
     def to_dict(self) -> dict[str, Any]:
-        """Give the rule as plain JSON types: the action and all that is not at its default.
+        """The rule as plain JSON types, from which `from_dict` makes an equal rule.
 
-        Classes become dotted names, and the label stays behind.
-
-        Returns:
-            A new dict, from which `from_dict` makes an equal rule.
+        It has the action and every field that is not at its default. Classes become dotted names;
+        the label is left out.
 
         Raises:
             RuleError: The rule has a ``where``, which is Python code.
@@ -298,23 +165,16 @@ class Rule:
                 f"rule `{self.describe()}`: where={_word(self.where)} is a Python predicate and "
                 "cannot be written; use names, types or params, or keep this rule in Python"
             )
-        changed = {
-            name: _plain(getattr(self, name))
-            for name in _FIELDS
-            if name not in ("action", "label") and getattr(self, name) != _FIELDS[name]
-        }
-        return {"action": self.action, **changed}
+        given = {name: _plain(value) for name, value in self._given().items()}
+        return {"action": self.action, **given}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Rule":
         """Make a rule from a mapping of field names to values.
 
         Args:
-            data: As `to_dict` gives it. ``eps`` and ``g_init`` may be text, for in YAML 1.1
+            data: As `to_dict` gives it. ``eps`` and ``g_init`` may be text: in YAML 1.1,
                 ``1e-12`` is a string.
-
-        Returns:
-            The rule.
 
         Raises:
             RuleError: A field is unknown, or its value is wrong.
@@ -325,17 +185,15 @@ class Rule:
             Rule(action='apply', types=('Linear',), eps=1e-12)
         """
         if not isinstance(cast("object", data), Mapping):
-            detail = f"expected a mapping of fields, got {data!r} ({type(data).__name__})"
-            raise RuleError(detail) from FieldError(detail)
+            raise RuleError(f"expected a mapping of fields, got {data!r} ({type(data).__name__})")
         for key in data:
             if key not in _FIELDS:
                 near = did_you_mean(key, _FIELDS) or f"; the fields are {', '.join(_FIELDS)}"
                 detail = f"unknown field {key!r}{near}"
-                raise RuleError(f"rule {dict(data)!r}: {detail}") from FieldError(detail)
+                raise RuleError(f"rule {dict(data)!r}: {detail}", detail=detail)
         values: dict[str, Any] = dict(data)
-        for name in ("eps", "g_init"):
-            if name in values:
-                values[name] = fields.number_from_text(values[name])
+        for name in {"eps", "g_init"} & values.keys():
+            values[name] = fields.number_from_text(values[name])
         return cls(**values)
 
 
@@ -346,15 +204,13 @@ _FIELDS: dict[str, Any] = {
 
 def _normalised(given: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(given)
-    values["action"] = fields.choice("action", given["action"], ("apply", "remove", "skip"))
-    for name in ("names", "params", "exclude_names"):
-        optional = name == "names" and given[name] is None
-        values[name] = None if optional else fields.strings(name, given[name])
-    for name in ("types", "exclude_types"):
-        optional = name == "types" and given[name] is None
-        values[name] = None if optional else fields.types(name, given[name])
+    values["action"] = fields.choice("action", given["action"], get_args(RuleAction))
+    for name in ("names", "params", "exclude_names", "types", "exclude_types"):
+        if given[name] is not None or name not in ("names", "types"):
+            check = fields.types if name.endswith("types") else fields.strings
+            values[name] = check(name, given[name])
     if given["where"] is not None and not callable(given["where"]):
-        raise FieldError(
+        raise RuleError(
             f"where: expected a Python function (name, module) -> bool, got {given['where']!r}; "
             "a rule in a file cannot have one"
         )
@@ -362,24 +218,79 @@ def _normalised(given: Mapping[str, Any]) -> dict[str, Any]:
         values[name] = getattr(fields, name)(given[name])
     for name in ("train_g", "replace"):
         values[name] = fields.flag(name, given[name])
-    values["tied"] = fields.choice("tied", given["tied"], _TIED)
+    values["tied"] = fields.choice("tied", given["tied"], get_args(Tied))
     if not isinstance(given["label"], str | None):
-        raise FieldError(f"label: expected a string, got {given['label']!r}")
+        raise RuleError(f"label: expected a string, got {given['label']!r}")
     if values["action"] != "apply":
         for name in _APPLY_ONLY:
-            # Removing one end of a tie needs to be told what becomes of the other.
-            if name == "tied" and values["action"] == "remove":
-                continue
-            if values[name] != _FIELDS[name]:
-                raise FieldError(
+            # A removal of one end of a tie has to say what becomes of the other.
+            ends_tie = name == "tied" and values["action"] == "remove"
+            if values[name] != _FIELDS[name] and not ends_tie:
+                raise RuleError(
                     f"{name}: means nothing for action {values['action']!r}; leave it out, or "
                     "write action 'apply'"
                 )
     return values
 
 
+def matches_class(rule: Rule, module_type: type) -> bool:
+    """Whether ``types`` and ``exclude_types`` let a class (before any parametrization) through."""
+    included = rule.types is None or type_matches(rule.types, module_type)
+    return included and not type_matches(rule.exclude_types, module_type)
+
+
+def matches_path(rule: Rule, path: str) -> bool:
+    """Whether ``names`` and ``exclude_names`` let a module's path through; the root's is empty."""
+    included = rule._names is None or rule._names.matches(path)
+    return included and not rule._excluded.matches(path)
+
+
+def matches_module(rule: Rule, path: str, module_type: type) -> bool:
+    """Whether names, types and the two exclusions let a module through; ``where`` is not asked."""
+    return matches_class(rule, module_type) and matches_path(rule, path)
+
+
+def matches_param(rule: Rule, param: str) -> bool:
+    """Whether ``params`` matches the name of a module's own parameter."""
+    return rule._params.matches(param)
+
+
+def takes_rank(rule: Rule, param: str, rank: int) -> bool:
+    """Whether the rule is about parameters of so many axes: vectors only where it names them.
+
+    It does if a pattern of ``params`` is the name, and ``params`` is not the default, since
+    ``weight`` alone would bring in every LayerNorm. ``re:weight`` asks for a 1-D ``weight``.
+    """
+    if rank >= 2 or f"re:{re.escape(param)}" in rule.params:
+        return True
+    named = (pattern.source for pattern in rule._params.patterns if pattern.literal)
+    return rule.params != _DEFAULT_PARAMS and param in named
+
+
+def last_match(rules: Sequence[Rule], path: str, param: str, rank: int) -> Rule | None:
+    """The rule that decides about a tensor of which only name and rank are known: the last."""
+    for rule in reversed(rules):
+        if (
+            matches_param(rule, param)
+            and matches_path(rule, path)
+            and takes_rank(rule, param, rank)
+        ):
+            return rule
+    return None
+
+
+def has_axes(rank: int, dim: Dim) -> bool:
+    """Whether a tensor with so many axes has those of ``dim``."""
+    return all(axis < rank for axis in kept_axes(dim))
+
+
+def is_universal(rule: Rule) -> bool:
+    """Whether the rule is about everything: no types, and no names either, or ``**``."""
+    return rule.types is None and (rule.names is None or "**" in rule.names)
+
+
 def _spelled(values: Mapping[str, Any]) -> str:
-    """Write a rule as the call that makes it, from fields that need not be valid."""
+    """A rule as the call that makes it, from fields that need not be valid."""
     shown = [
         f"{name}={value!r}"
         for name, value in values.items()
@@ -389,17 +300,17 @@ def _spelled(values: Mapping[str, Any]) -> str:
 
 
 def _word(value: object) -> str:
-    """Write a field's value for a table."""
+    """A field's value for a table."""
     if isinstance(value, tuple):
         separator = "," if isinstance(value[0], int) else "|"
         return separator.join(map(_word, value))
     if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
+        return dtype_name(value)
     return str(getattr(value, "__name__", value))
 
 
 def _plain(value: object) -> object:
-    """Write a field's value in the types that JSON has."""
+    """A field's value in the types that JSON has."""
     if isinstance(value, tuple):
         items = [_plain(item) for item in value]
         return items[0] if len(items) == 1 else items

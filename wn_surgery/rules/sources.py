@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from wn_surgery.errors import RuleError, RuleFileError
-from wn_surgery.rules.fields import FieldError, did_you_mean
+from wn_surgery.errors import RuleError
+from wn_surgery.rules.fields import did_you_mean
 from wn_surgery.rules.presets import PRESETS, preset
 from wn_surgery.rules.rule import Rule
 
@@ -19,28 +19,17 @@ if TYPE_CHECKING:
 
     import yaml
 
-__all__ = [
-    "Rule",
-    "RulesLike",
-    "as_rules",
-    "load_rules",
-    "dump_rules",
-    "rules_from_json",
-    "rules_from_yaml",
-    "rules_to_json",
-    "rules_to_yaml",
-]
+__all__ = ["Rule", "RulesLike", "as_rules", "dump_rules", "load_rules"]
 
 RulesLike: TypeAlias = Rule | Mapping[str, Any] | str | os.PathLike[str] | Iterable[Any]
 """A Rule, a mapping, a preset's name, a file, or an iterable of Rules, mappings and names."""
 
 _YAML = (".yaml", ".yml")
 _SUFFIXES = (*_YAML, ".json")
-_ANCHOR_HINT = "a pattern with '*', '{' or '[' needs quotes in YAML"
 
 
 def as_rules(rules: RulesLike) -> tuple[Rule, ...]:
-    """Make rules of anything that stands for rules.
+    """The rules in anything that stands for rules: objects, dicts, names and files.
 
     Args:
         rules: A Rule; a dict of a rule's fields, or of ``rules``, as a file holds it; a preset's
@@ -50,9 +39,8 @@ def as_rules(rules: RulesLike) -> tuple[Rule, ...]:
         The rules in order, presets replaced by theirs.
 
     Raises:
-        RuleError: Something in it stands for no rule; the message says which, by its place in
-            the list.
-        RuleFileError: A file cannot be read or understood.
+        RuleError: Something in it is not a rule; the message says which, by its place in the
+            list. A file that cannot be read or understood has ``kind="file"``.
 
     Example:
         >>> from wn_surgery.rules.sources import as_rules
@@ -94,8 +82,8 @@ def load_rules(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
         The rules, each labelled with the file and its place in it, counted from 1.
 
     Raises:
-        RuleFileError: The file cannot be read, is neither YAML nor JSON, needs a package that
-            is missing, or holds something else than rules.
+        RuleError: ``kind="file"``: the file cannot be read, is neither YAML nor JSON, needs a
+            package that is missing, or holds something else than rules.
 
     Example:
         >>> import tempfile, pathlib, wn_surgery as wn
@@ -111,131 +99,54 @@ def load_rules(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
     try:
         text = Path(name).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise RuleFileError(f"{name}: file not found (from {Path.cwd()})") from None
+        raise RuleError(f"{name}: file not found (from {Path.cwd()})", kind="file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RuleFileError(f"{name}: cannot be read: {error}") from error
-    return (rules_from_yaml if suffix in _YAML else rules_from_json)(text, source=name)
+        raise RuleError(f"{name}: cannot be read: {error}", kind="file") from error
+    read = _yaml_document if suffix in _YAML else _json_document
+    return _from_document(read(text, name), name)
 
 
 def dump_rules(rules: RulesLike, path: str | os.PathLike[str]) -> None:
-    """Write a rule file; a file that is there is replaced in one step, or left as it is.
+    """Write a rule file in one step: a file that is there is replaced, or left as it is.
 
     Args:
         rules: Anything that `as_rules` takes.
         path: A file whose name ends in ``.yaml``, ``.yml`` or ``.json``.
 
     Raises:
-        RuleError: A rule has a ``where`` and cannot be written.
-        RuleFileError: The file cannot be written, or its name ends in something else.
+        RuleError: A rule has a ``where`` and cannot be written; or (``kind="file"``) the file
+            cannot be written, its name ends in something else, or PyYAML is missing.
 
     Example:
         See `load_rules`.
     """
     name = os.fspath(path)
-    data = (rules_to_yaml if _suffix(name) in _YAML else rules_to_json)(rules).encode()
+    is_yaml = _suffix(name) in _YAML
+    document = {"rules": [rule.to_dict() for rule in as_rules(rules)]}
+    if is_yaml:
+        options = {"sort_keys": False, "default_flow_style": None, "allow_unicode": True}
+        text: str = _yaml(name).safe_dump(document, **options, width=100)
+    else:
+        text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     # A link goes on pointing at its target, which is what gets replaced.
     target = Path(os.path.realpath(name))
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(data)
+        temporary.write_bytes(text.encode())
         temporary.replace(target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise RuleFileError(f"{name}: cannot be written: {error}") from error
+        raise RuleError(f"{name}: cannot be written: {error}", kind="file") from error
 
 
-def rules_to_json(rules: RulesLike) -> str:
-    """Write rules as JSON text.
-
-    Args:
-        rules: Anything that `as_rules` takes.
-
-    Returns:
-        The text of a rule file.
-
-    Raises:
-        RuleError: A rule has a ``where`` and cannot be written.
-
-    Example:
-        >>> import wn_surgery as wn
-        >>> from wn_surgery.rules.sources import rules_from_json, rules_to_json
-        >>> rules_from_json(rules_to_json(wn.Rule(names="head")))
-        (Rule(action='apply', names=('head',), label='JSON text, rule 1'),)
-    """
-    document = {"rules": [rule.to_dict() for rule in as_rules(rules)]}
-    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-
-
-def rules_from_json(text: str, *, source: str = "JSON text") -> tuple[Rule, ...]:
-    """Read rules from JSON text.
-
-    Args:
-        text: The text of a rule file.
-        source: What error messages and labels call it.
-
-    Returns:
-        The rules.
-
-    Raises:
-        RuleFileError: The text is not JSON, or does not hold rules.
-
-    Example:
-        See `rules_to_json`.
-    """
+def _json_document(text: str, source: str) -> object:
     try:
-        document = json.loads(text, object_pairs_hook=_without_duplicates)
+        return json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise RuleFileError(f"{source}: not JSON: {error}") from error
-    return _from_document(document, source)
+        raise RuleError(f"{source}: not JSON: {error}", kind="file") from error
 
 
-def rules_to_yaml(rules: RulesLike) -> str:
-    """Write rules as YAML text.
-
-    Args:
-        rules: Anything that `as_rules` takes.
-
-    Returns:
-        The text of a rule file.
-
-    Raises:
-        RuleError: A rule has a ``where`` and cannot be written.
-        RuleFileError: PyYAML is not installed.
-
-    Example:
-        >>> import wn_surgery as wn
-        >>> from wn_surgery.rules.sources import rules_to_yaml
-        >>> print(rules_to_yaml([wn.Rule(types=["Conv1d", "Linear"], names="a.**")]), end="")
-        rules:
-        - action: apply
-          names: a.**
-          types: [Conv1d, Linear]
-    """
-    document = {"rules": [rule.to_dict() for rule in as_rules(rules)]}
-    text: str = _yaml("YAML text").safe_dump(
-        document, sort_keys=False, default_flow_style=None, allow_unicode=True, width=100
-    )
-    return text
-
-
-def rules_from_yaml(text: str, *, source: str = "YAML text") -> tuple[Rule, ...]:
-    """Read rules from YAML text; PyYAML's safe loader is used, and only that.
-
-    Args:
-        text: The text of a rule file.
-        source: What error messages and labels call it.
-
-    Returns:
-        The rules.
-
-    Raises:
-        RuleFileError: PyYAML is not installed, the text is not YAML, or does not hold rules.
-
-    Example:
-        >>> from wn_surgery.rules.sources import rules_from_yaml
-        >>> rules_from_yaml("rules: [{names: head, eps: 1e-12}]")[0].eps
-        1e-12
-    """
+def _yaml_document(text: str, source: str) -> object:
     yaml_module = _yaml(source)
 
     class Loader(yaml_module.SafeLoader):  # type: ignore[name-defined, misc]
@@ -244,17 +155,17 @@ def rules_from_yaml(text: str, *, source: str = "YAML text") -> tuple[Rule, ...]
             keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
             for key in keys:
                 if keys.count(key) > 1:
-                    raise FieldError(f"line {node.start_mark.line + 1}: {_duplicate(key)}")
+                    raise RuleError(f"line {node.start_mark.line + 1}: {_duplicate(key)}")
             mapping: dict[Any, Any] = super().construct_mapping(node, deep)
             return mapping
 
     try:
-        document = yaml_module.load(text, Loader=Loader)
-    except FieldError as error:
-        raise RuleFileError(f"{source}: {error}") from error
+        return yaml_module.load(text, Loader=Loader)
+    except RuleError as error:
+        raise RuleError(f"{source}: {error}", kind="file") from error
     except (yaml_module.YAMLError, ValueError, RecursionError) as error:
-        raise RuleFileError(f"{source}: not YAML ({_ANCHOR_HINT}): {error}") from error
-    return _from_document(document, source)
+        hint = "a pattern with '*', '{' or '[' needs quotes in YAML"
+        raise RuleError(f"{source}: not YAML ({hint}): {error}", kind="file") from error
 
 
 def _from_text(text: str) -> tuple[Rule, ...]:
@@ -273,37 +184,36 @@ def _from_mapping(data: Mapping[str, Any]) -> tuple[Rule, ...]:
         return (Rule.from_dict(data),)
     others = [key for key in data if key != "preset"]
     if others:
-        raise _detailed(f"'preset' stands alone, got {others[0]!r} beside it; write another rule")
+        raise RuleError(f"'preset' stands alone, got {others[0]!r} beside it; write another rule")
     if not isinstance(data["preset"], str):
-        raise _detailed(f"preset: expected a name, got {data['preset']!r}")
-    try:
-        return preset(data["preset"])
-    except RuleError as error:
-        raise _detailed(str(error)) from None
+        raise RuleError(f"preset: expected a name, got {data['preset']!r}")
+    return preset(data["preset"])
 
 
 def _item(item: object, number: int) -> tuple[Rule, ...]:
-    """Make rules of one item of a Python list; an error says its place."""
+    """The rules of one item of a Python list; an error says its place."""
     if not isinstance(item, Rule | Mapping | str | os.PathLike | list | tuple):
         raise RuleError(
             f"rule {number}: expected a Rule, a dict or a preset's name, got {type(item).__name__}"
         )
     try:
         return as_rules(item)
-    except RuleFileError:
-        raise
     except RuleError as error:
-        raise RuleError(f"rule {number}: {_detail(error)}") from error
+        if error.kind == "file":
+            raise
+        raise RuleError(f"rule {number}: {error.detail}") from error
 
 
 def _from_document(document: object, source: str | None) -> tuple[Rule, ...]:
-    """Make rules of what a file holds; ``source`` is None for a dict that came from Python."""
+    """The rules in what a file holds; ``source`` is None for a dict that came from Python."""
     place = "" if source is None else f"{source}, "
     whole = "" if source is None else f"{source}: "
-    kind = RuleError if source is None else RuleFileError
+    kind = None if source is None else "file"
 
     def wrong(got: str) -> RuleError:
-        return kind(f"{whole}expected a list of rules under the key 'rules', got {got}")
+        return RuleError(
+            f"{whole}expected a list of rules under the key 'rules', got {got}", kind=kind
+        )
 
     if isinstance(document, Mapping):
         for key in document:
@@ -315,7 +225,7 @@ def _from_document(document: object, source: str | None) -> tuple[Rule, ...]:
     return tuple(_read(document, place, kind))
 
 
-def _read(items: Iterable[Any], place: str, kind: type[RuleError]) -> Iterator[Rule]:
+def _read(items: Iterable[Any], place: str, kind: str | None) -> Iterator[Rule]:
     for number, item in enumerate(items, start=1):
         try:
             if isinstance(item, Rule):
@@ -324,28 +234,17 @@ def _read(items: Iterable[Any], place: str, kind: type[RuleError]) -> Iterator[R
                 # Only presets go by a bare name here: a file does not include other files.
                 found = _from_mapping({"preset": item} if isinstance(item, str) else item)
         except RuleError as error:
-            raise kind(f"{place}rule {number}: {_detail(error)}") from error
+            raise RuleError(f"{place}rule {number}: {error.detail}", kind=kind) from error
         for rule in found:
             labelled = rule.label is not None or not place
             yield rule if labelled else replace(rule, label=f"{place}rule {number}")
-
-
-def _detailed(detail: str) -> RuleError:
-    error = RuleError(detail)
-    error.__cause__ = FieldError(detail)
-    return error
-
-
-def _detail(error: RuleError) -> str:
-    """Give the message without the rule's own spelling, where its place names it already."""
-    return str(error.__cause__ if isinstance(error.__cause__, FieldError) else error)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise FieldError(_duplicate(key))
+            raise RuleError(_duplicate(key))
         result[key] = value
     return result
 
@@ -357,8 +256,9 @@ def _duplicate(key: object) -> str:
 def _suffix(name: str) -> str:
     suffix = Path(name).suffix.lower()
     if suffix not in _SUFFIXES:
-        raise RuleFileError(
-            f"{name}: the name of a rule file ends in {', '.join(_SUFFIXES)}; got {suffix!r}"
+        raise RuleError(
+            f"{name}: the name of a rule file ends in {', '.join(_SUFFIXES)}; got {suffix!r}",
+            kind="file",
         )
     return suffix
 
@@ -367,7 +267,8 @@ def _yaml(source: str) -> ModuleType:
     try:
         import yaml
     except ImportError as error:
-        raise RuleFileError(
-            f"{source}: YAML needs PyYAML; run `pip install 'wn-surgery[yaml]'`, or use JSON"
+        raise RuleError(
+            f"{source}: YAML needs PyYAML; run `pip install 'wn-surgery[yaml]'`, or use JSON",
+            kind="file",
         ) from error
     return yaml

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,87 +11,68 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from wn_surgery.errors import (
-    DimensionError,
-    FoldedModelError,
-    InferenceModeError,
-    LazyParameterError,
-    NonFloatingError,
-    QuantizedWeightError,
-    RuleError,
-    StackedParametrizationError,
-    WeightNormError,
-    WrappedModuleError,
-    ZeroNormError,
-)
+from wn_surgery.errors import ModelError, RuleError, WeightNormError, ZeroNormError
+from wn_surgery.model.layouts import Normed
 from wn_surgery.model.sites import Node, Site, is_folded
 from wn_surgery.norm.limits import has_easy_norms, zero_slices
-from wn_surgery.norm.math import Dim
-from wn_surgery.norm.parametrization import WeightNorm
+from wn_surgery.norm.math import weight_norm
+from wn_surgery.norm.options import Dim, NormOptions, dtype_name, kept_axes
 from wn_surgery.rules.sources import Rule
 
-__all__ = ["Problem", "floating", "quantizer", "resolve_dim"]
+__all__ = ["floating", "quantizer", "resolve_dim"]
 
 
-class Problem(NamedTuple):
-    """One reason why a plan cannot be carried out."""
-
-    kind: type[WeightNormError]
-    where: str
-    message: str
-
-
-def before_any_change(site: Site) -> Iterator[Problem]:
+def before_any_change(site: Site) -> Iterator[WeightNormError]:
     """Problems that stand against every change of a site."""
     node, tensor = site.node, site.tensor
     if is_folded(node):
-        yield Problem(
-            FoldedModelError,
-            site.name,
+        yield ModelError(
             f"{site.name} is inside folded() or writable() now; leave the context first",
+            kind="folded",
+            site=site.name,
         )
     if holder := node.wrapped or _sharded(tensor):
-        yield Problem(
-            WrappedModuleError,
-            site.name,
+        yield ModelError(
             f"{site.name} is held by {holder}, which keeps references to the parameters it was "
             "given; change weight norm before wrapping or sharding the model",
+            kind="wrapped",
+            site=site.name,
         )
     if torch.is_inference_mode_enabled() or (tensor is not None and tensor.is_inference()):
-        yield Problem(
-            InferenceModeError,
-            site.name,
+        yield ModelError(
             f"{site.name} cannot be changed under torch.inference_mode(): tensors made there can "
             "never be trained; leave inference mode, or use torch.no_grad()",
+            kind="inference",
+            site=site.name,
         )
 
 
-def before_apply(site: Site) -> Iterator[Problem]:
+def before_apply(site: Site) -> Iterator[WeightNormError]:
     """Problems that stand against putting weight norm on a plain parameter."""
     tensor = site.tensor
     assert tensor is not None  # a plain site always has its parameter
     if nn.parameter.is_lazy(tensor):
-        yield Problem(
-            LazyParameterError,
-            site.name,
+        yield ModelError(
             f"{site.name} is uninitialised ({type(site.module).__name__}); run one forward pass "
             "to give it a shape, then apply weight norm",
+            kind="lazy",
+            site=site.name,
         )
         return
     if maker := quantizer(site.node, tensor):
-        yield Problem(
-            QuantizedWeightError,
-            site.name,
+        yield ModelError(
             f"{site.name} is quantized by {maker}; apply weight norm to the floating-point model "
             "and remove it before quantization, or exclude this module from the rule",
+            kind="quantized",
+            site=site.name,
         )
         return
     if not floating(tensor):
-        yield Problem(
-            NonFloatingError,
-            site.name,
+        yield ModelError(
             f"{site.name} has dtype {tensor.dtype}; expected a floating-point or complex "
             "parameter; exclude it from the rule",
+            kind="dtype",
+            site=site.name,
         )
         return
     layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
@@ -99,25 +80,24 @@ def before_apply(site: Site) -> Iterator[Problem]:
         what = "a plain tensor where a Parameter should be"
         if layout != "strided":
             what = f"stored as {layout}"
-        yield Problem(
-            NonFloatingError,
-            site.name,
+        yield ModelError(
             f"{site.name} is {what}; expected a dense nn.Parameter; exclude it from the rule, or "
             "assign one first",
+            kind="dtype",
+            site=site.name,
         )
         return
     if tensor.numel() == 0:
-        yield Problem(
-            ZeroNormError,
-            site.name,
+        yield ZeroNormError(
             f"{site.name} of shape {site.shape} has no elements and so no norm; exclude it from "
             "the rule",
+            site=site.name,
         )
         return
     yield from before_any_change(site)
 
 
-def before_norm(site: Site, norm: WeightNorm, g_init: float | None) -> Iterator[Problem]:
+def before_norm(site: Site, norm: NormOptions, g_init: float | None) -> Iterator[WeightNormError]:
     """Problems of the weight's dtype with the options of the rule."""
     tensor = site.tensor
     assert tensor is not None  # checked by the caller
@@ -128,28 +108,26 @@ def before_norm(site: Site, norm: WeightNorm, g_init: float | None) -> Iterator[
     ):
         limits = torch.finfo(dtype)
         if value > limits.max or (what == "g_init" and 0.0 < value < limits.smallest_normal):
-            yield Problem(
-                RuleError,
-                site.name,
+            yield RuleError(
                 f"{what}={value} does not fit {_short(dtype)} for {site.name}; expected at most "
                 f"{limits.max:.3g}, and 0 or at least {limits.smallest_normal:.3g}",
+                site=site.name,
             )
             return
     if norm.eps == 0.0:
         return
     working = norm.norm_dtype or tensor.dtype
     if norm.eps < torch.finfo(working).smallest_normal:
-        yield Problem(
-            ZeroNormError,
-            site.name,
+        yield ZeroNormError(
             f"eps={norm.eps} is below the smallest normal number of {working} for {site.name}; "
             f"use eps >= {torch.finfo(working).smallest_normal:.3g} or norm_dtype=torch.float32",
+            site=site.name,
         )
 
 
 def before_division(
-    wanted: Iterable[tuple[Site, WeightNorm, float | None]],
-) -> Iterator[Problem]:
+    wanted: Iterable[tuple[Site, NormOptions, float | None]],
+) -> Iterator[WeightNormError]:
     """Sites whose weight would be divided by a norm that is zero, infinite or lost.
 
     Args:
@@ -157,7 +135,7 @@ def before_division(
     """
     groups: dict[tuple[Any, ...], list[tuple[Site, Tensor]]] = {}
     for site, norm, g_init in wanted:
-        weight = site.tensor if site.held is None else site.held.weight()
+        weight = site.held.weight() if isinstance(site.held, Normed) else site.tensor
         assert weight is not None  # nothing is planned for a site without a tensor
         if not weight.is_meta and not is_fake(weight):
             options = (norm.eps, norm.norm_dtype, g_init)
@@ -173,59 +151,54 @@ def before_division(
                 continue
             for site, weight in chunk:
                 if bad := zero_slices(weight, dim, eps, norm_dtype, g_init):
-                    yield _undivided(
-                        site, weight, bad, WeightNorm.options(dim, eps, norm_dtype), g_init
-                    )
+                    yield _undivided(site, weight, bad, NormOptions(dim, eps, norm_dtype), g_init)
 
 
 _STACKED = 1 << 18
 
 
 def _stacked(chunk: Sequence[tuple[Site, Tensor]], dim: Dim) -> tuple[Tensor, Dim]:
-    axes = () if dim is None else (dim,) if isinstance(dim, int) else dim
-    return torch.stack([weight for _, weight in chunk]), (0, *(axis + 1 for axis in axes))
+    return torch.stack([w for _, w in chunk]), (0, *(axis + 1 for axis in kept_axes(dim)))
 
 
 def _undivided(
     site: Site,
     weight: Tensor,
     bad: int,
-    norm: WeightNorm,
+    norm: NormOptions,
     g_init: float | None,
-) -> Problem:
+) -> ZeroNormError:
     stored = f"g is stored in {_short(weight.dtype)}" if g_init is None else f"g_init={g_init}"
-    return Problem(
-        ZeroNormError,
-        site.name,
+    return ZeroNormError(
         f"{site.name} has {bad} slice(s) along dim={norm.dim} whose norm is zero, not finite, or "
         f"too small or large for {_short(norm.norm_dtype or weight.dtype)} ({stored}), so v/‖v‖ is "
         "no number that can be trusted; initialise them, or give the rule "
         f"{'a larger eps' if norm.eps else 'eps > 0'} or a wider norm_dtype",
+        site=site.name,
     )
 
 
 def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return dtype_name(dtype)
 
 
-def resolve_dim(site: Site, rule: Rule) -> Dim | Problem:
+def resolve_dim(site: Site, rule: Rule) -> Dim | ModelError:
     """The rule's ``dim`` for this weight, or what is wrong with it."""
     dim = rule.dim
     ndim = len(site.shape)
     if dim == "out":
         return output_axis(site)
-    axes = () if dim is None else (dim,) if isinstance(dim, int) else dim
-    if any(axis >= ndim for axis in axes):
-        return Problem(
-            DimensionError,
-            site.name,
+    if any(axis >= ndim for axis in kept_axes(dim)):
+        return ModelError(
             f"dim={dim} is out of range for {site.name} of shape {site.shape}; expected axes "
             f"from 0 to {ndim - 1}, None for the whole tensor, or 'out'",
+            kind="dim",
+            site=site.name,
         )
     return dim
 
 
-def output_axis(site: Site) -> Dim | Problem:
+def output_axis(site: Site) -> Dim | ModelError:
     module = site.module
     if isinstance(module, _ConvTransposeNd):
         # The weight is (in, out / groups, kernel): with one channel a group, each output
@@ -234,11 +207,11 @@ def output_axis(site: Site) -> Dim | Problem:
             return 1
         if module.groups == module.in_channels:
             return (0, 1)
-        return Problem(
-            DimensionError,
-            site.name,
+        return ModelError(
             f"dim='out' has no axes for {site.name}, a transposed convolution with "
             f"groups={module.groups}; use dim=0 (torch's default) or dim=1",
+            kind="dim",
+            site=site.name,
         )
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return 1
@@ -252,45 +225,45 @@ def output_axis(site: Site) -> Dim | Problem:
         for cls in type(module).__mro__
     ):
         return 1
-    return Problem(
-        DimensionError,
-        site.name,
+    return ModelError(
         f"dim='out' is not known for {site.node.base.__name__} ({site.name}); give the axis as "
         "a number",
+        kind="dim",
+        site=site.name,
     )
 
 
-def before_migration(site: Site, to: str) -> Iterator[Problem]:
+def before_migration(site: Site, to: str) -> Iterator[WeightNormError]:
     """Problems of moving a weight-normed site to another layout."""
-    norm, held = site.norm, site.held
-    assert norm is not None and held is not None and held.g is not None and held.v is not None
+    held = site.held
+    assert isinstance(held, Normed)
+    norm = held.norm
     if to == "legacy" and runs_no_hook(site):
-        yield Problem(
-            StackedParametrizationError,
-            site.name,
+        yield ModelError(
             f"{site.name} is read by attention, which never calls the module it is in, so a legacy "
             "hook would never compute it; leave it parametrized, or remove its weight norm",
+            kind="stacked",
+            site=site.name,
         )
         return
     if to == "legacy" and (
         isinstance(norm.dim, tuple) or norm.eps != 0.0 or norm.norm_dtype is not None
     ):
-        yield Problem(
-            StackedParametrizationError,
-            site.name,
-            f"{site.name} has {norm.extra_repr()}, which torch's legacy hook cannot compute; it "
+        yield ModelError(
+            f"{site.name} has {norm}, which torch's legacy hook cannot compute; it "
             "knows a single dim, eps=0 and no norm_dtype",
+            kind="stacked",
+            site=site.name,
         )
     if held.maker not in ("torch", "wn_surgery") and not held.v.is_meta:
-        assert held.compute is not None
         with torch.no_grad():
-            same = torch.equal(norm(held.g, held.v), held.compute())
+            same = torch.equal(weight_norm(held.v, held.g, *norm), held.compute())
         if not same:
-            yield Problem(
-                StackedParametrizationError,
-                site.name,
+            yield ModelError(
                 f"{site.name} is computed by {held.maker}, which gives other values than "
                 "g · v/‖v‖; it can be removed, not migrated",
+                kind="stacked",
+                site=site.name,
             )
 
 

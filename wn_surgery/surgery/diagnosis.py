@@ -6,9 +6,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from wn_surgery.errors import QuantizedWeightError, UnmatchedRuleError, WeightNormError
 from wn_surgery.model.sites import Node, sites_of
-from wn_surgery.rules.sources import Rule
+from wn_surgery.rules.rule import Rule, matches_module, matches_param
 from wn_surgery.surgery import checks
 from wn_surgery.surgery.matching import eligible
 
@@ -22,12 +21,12 @@ class Unmatched:
     Attributes:
         number: the rule's number, from 1.
         reason: which part of it failed, and near misses.
-        kind: the exception it calls for.
+        kind: of the error that it calls for.
     """
 
     number: int
     reason: str
-    kind: type[WeightNormError] = UnmatchedRuleError
+    kind: str = "unmatched"
 
 
 def explain(index: int, rules: Sequence[Rule], nodes: Sequence[Node]) -> Unmatched:
@@ -52,12 +51,12 @@ def explain(index: int, rules: Sequence[Rule], nodes: Sequence[Node]) -> Unmatch
                 f"{node.paths[0]} is quantized ({node.base.__module__}.{node.base.__name__}) and "
                 "has no floating-point weight; change weight norm before quantization"
             )
-            return Unmatched(number, reason, QuantizedWeightError)
+            return Unmatched(number, reason, "quantized")
     sites = [
         (site, path)
         for node, path in included
         for site in sites_of(node)
-        if rule.matches_param(site.param)
+        if matches_param(rule, site.param)
     ]
     if not sites:
         return Unmatched(number, _no_such_parameter(rule, [node for node, _ in included]))
@@ -68,7 +67,7 @@ def explain(index: int, rules: Sequence[Rule], nodes: Sequence[Node]) -> Unmatch
     later = [
         str(i)
         for i, other in enumerate(rules[index + 1 :], number + 1)
-        if any(other.matches_module(path, node.base) for node, path in included)
+        if any(matches_module(other, path, node.base) for node, path in included)
     ]
     return Unmatched(
         number,
@@ -82,7 +81,7 @@ def _matching(rule: Rule, nodes: Iterable[Node]) -> list[tuple[Node, str]]:
         (node, path)
         for node in nodes
         for path in node.paths
-        if rule.matches_module(path, node.base)
+        if matches_module(rule, path, node.base)
     ]
 
 

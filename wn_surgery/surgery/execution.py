@@ -14,7 +14,7 @@ from wn_surgery.model import layouts
 from wn_surgery.model.undo import UndoLog
 from wn_surgery.norm.drafts import follow_initializer
 from wn_surgery.norm.math import g_shape, magnitude
-from wn_surgery.norm.parametrization import WeightNorm
+from wn_surgery.norm.options import NormOptions
 from wn_surgery.norm.slots import settle
 from wn_surgery.rules.sources import Rule, RulesLike, as_rules
 from wn_surgery.surgery.optimizers import OptimizerChange, OptimizerEdit, Replacement
@@ -236,7 +236,7 @@ class _Work:
         module, param, held = step.site.module, step.site.param, step.site.held
         self._log.record(module)
         if step.action == "migrate":
-            assert held is not None and held.g is not None and held.v is not None
+            assert isinstance(held, layouts.Normed)
             self._put(step, layouts.clear(module, param), held.g, held.v)
             return
         old = self._old(step)
@@ -270,26 +270,26 @@ class _Work:
         held = step.site.held
         if held is None:
             return (step.site.module._parameters[step.site.param],)  # type: ignore[return-value]
-        assert held.g is not None and held.v is not None
+        assert isinstance(held, layouts.Normed)
         return held.g, held.v
 
     @staticmethod
     def _new(step: Step) -> tuple[nn.Parameter, ...]:
         held = step.site.held
-        weight = step.site.tensor if held is None else held.weight()
+        weight = held.weight() if isinstance(held, layouts.Normed) else step.site.tensor
         assert isinstance(weight, nn.Parameter)
         if step.action == "remove":
             return (weight,)
         assert step.norm is not None and step.rule is not None
         g_init = step.rule.g_init
-        if held is not None and held.g_init == g_init and step.norm.same_as(held.norm):
+        if isinstance(held, layouts.Normed) and (held.g_init, held.norm) == (g_init, step.norm):
             g_init = None  # it is thawed, and has been filled before
         return split(weight, step.norm, g_init, step.rule.train_g, step.copies)
 
 
 def split(
     weight: nn.Parameter,
-    norm: WeightNorm,
+    norm: NormOptions,
     g_init: float | None = None,
     train_g: bool = True,
     copies: bool = False,
@@ -297,7 +297,7 @@ def split(
     """The g and v for a weight; v shares its memory unless ``copies``."""
     direction = weight.detach().clone() if copies else weight.detach()
     if g_init is None:
-        g = magnitude(weight, norm.dim, norm.eps, norm.norm_dtype)
+        g = magnitude(weight, *norm)
     else:
         real = weight.dtype.to_real() if weight.dtype.is_complex else weight.dtype
         shape = g_shape(weight.shape, norm.dim)

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from wn_surgery.errors import RuleError
 from wn_surgery.model.sites import Node, Site, sites_of
-from wn_surgery.rules.sources import Rule
+from wn_surgery.rules.rule import (
+    Rule,
+    is_universal,
+    matches_class,
+    matches_param,
+    matches_path,
+    takes_rank,
+)
 from wn_surgery.surgery import checks
 
 __all__ = ["Match", "eligible", "match"]
@@ -40,21 +47,21 @@ def match(nodes: Sequence[Node], rules: Sequence[Rule]) -> Iterator[Match]:
     for node in nodes:
         if node.base not in by_class:
             by_class[node.base] = [
-                (i, rule) for i, rule in enumerate(rules) if rule.matches_class(node.base)
+                (i, rule) for i, rule in enumerate(rules) if matches_class(rule, node.base)
             ]
         candidates = by_class[node.base]
         if not candidates:
             continue
         by_path: dict[str, list[int]] = {}
         for path in node.paths:
-            if hits := [i for i, rule in candidates if rule.matches_path(path)]:
+            if hits := [i for i, rule in candidates if matches_path(rule, path)]:
                 by_path[path] = hits
         if not by_path:
             continue
         for site in sites_of(node):
             if site.param not in by_param:
                 by_param[site.param] = {
-                    i for i, rule in enumerate(rules) if rule.matches_param(site.param)
+                    i for i, rule in enumerate(rules) if matches_param(rule, site.param)
                 }
             wanted = by_param[site.param]
             if wanted and (found := _match_site(site, by_path, wanted, rules)):
@@ -92,10 +99,10 @@ def eligible(site: Site, rule: Rule, path: str) -> bool:
     tensor = site.tensor
     if site.held is not None or tensor is None or checks.lazy(tensor):
         return True
-    if tensor.ndim < 2 and not rule.names_param_literally(site.param):
+    if not takes_rank(rule, site.param, tensor.ndim):
         return False
     # A rule that is about everything means everything it can mean; one that names
     # modules or types means these, and the plan says why they cannot be.
-    return not rule.is_universal or (
+    return not is_universal(rule) or (
         checks.floating(tensor) and checks.quantizer(site.node, tensor) is None
     )

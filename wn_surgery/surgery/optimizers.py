@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from wn_surgery.norm.naming import keys_for
+
 __all__ = ["OptimizerChange", "OptimizerEdit", "Replacement", "all_unwrapped", "unwrapped"]
 
 
@@ -193,6 +195,4 @@ def _names(replacement: Replacement) -> list[str]:
     site = replacement.name
     if len(replacement.new) == 1:
         return [site]
-    path, _, param = site.rpartition(".")
-    prefix = f"{path}." if path else ""
-    return [f"{prefix}parametrizations.{param}.original{i}" for i in (0, 1)]
+    return list(keys_for(site, "parametrized"))

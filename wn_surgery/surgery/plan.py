@@ -9,12 +9,12 @@ from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-from wn_surgery.model.layouts import Layout
+from wn_surgery.errors import WeightNormError
+from wn_surgery.model.layouts import Normed, SiteLayout
 from wn_surgery.model.sites import Site
 from wn_surgery.norm.math import g_shape
-from wn_surgery.norm.parametrization import WeightNorm
-from wn_surgery.rules.sources import Rule
-from wn_surgery.surgery.checks import Problem
+from wn_surgery.norm.options import NormOptions
+from wn_surgery.rules.rule import Rule, is_universal
 from wn_surgery.surgery.diagnosis import Unmatched
 from wn_surgery.tables import render
 
@@ -42,8 +42,8 @@ class Step:
 
     site: Site
     action: Action
-    after: Layout
-    norm: WeightNorm | None
+    after: SiteLayout
+    norm: NormOptions | None
     rule: Rule | None
     shadowed: tuple[int, ...] = ()
     why: str = ""
@@ -97,7 +97,7 @@ class Plan:
     rules: tuple[Rule, ...]
     steps: list[Step]
     unmatched: list[Unmatched] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[WeightNormError] = field(default_factory=list)
     parameters: int = 0
 
     @property
@@ -120,7 +120,7 @@ class Plan:
                 total += _numel(g_shape(step.site.shape, step.norm.dim))
             if step.copies:  # and the other end of the tie keeps what there was
                 total += tensor.numel()
-            elif held is not None and held.g is not None:
+            elif isinstance(held, Normed):
                 total -= held.g.numel()
         return total
 
@@ -128,14 +128,14 @@ class Plan:
         """Raise the first kind of problem, with every site that has it."""
         if not self.problems:
             return
-        kind = self.problems[0].kind
-        alike = [problem for problem in self.problems if problem.kind is kind]
-        message = alike[0].message
+        first = self.problems[0]
+        alike = [problem for problem in self.problems if problem.kind == first.kind]
+        message = str(first)
         if len(alike) > 1:
-            others = ", ".join(problem.where for problem in alike[1:6])
+            others = ", ".join(str(problem.site) for problem in alike[1:6])
             more = f" and {len(alike) - 6} more" if len(alike) > 6 else ""
             message += f"\nThe same holds for {others}{more}."
-        raise kind(message)
+        raise type(first)(message, site=first.site)
 
     def to_dict(self) -> dict[str, Any]:
         """The whole plan as plain JSON data."""
@@ -147,7 +147,7 @@ class Plan:
                 for unmatched in self.unmatched
             ],
             "problems": [
-                {"error": p.kind.__name__, "site": p.where, "message": p.message}
+                {"error": type(p).__name__, "kind": p.kind, "site": p.site, "message": str(p)}
                 for p in self.problems
             ],
             "parameters": self.parameters,
@@ -169,7 +169,7 @@ class Plan:
         )
         lines += [_legend(number, rule) for number, rule in enumerate(self.rules, 1)]
         lines += [f"rule {u.number} decides nothing: {u.reason}" for u in self.unmatched]
-        lines += [f"problem: {problem.message}" for problem in self.problems]
+        lines += [f"problem: {problem}" for problem in self.problems]
         return "\n".join(lines)
 
 
@@ -194,7 +194,7 @@ def _row(step: Step) -> tuple[str, ...]:
 
 def _legend(number: int, rule: Rule) -> str:
     origin = f" ({rule.label})" if rule.label else ""
-    everything = ", which is everything that may be matched" if rule.is_universal else ""
+    everything = ", which is everything that may be matched" if is_universal(rule) else ""
     return f"rule {number}: {rule.describe()}{everything}{origin}"
 
 

@@ -11,13 +11,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import nn
 
-from wn_surgery.errors import (
-    ConflictingNamesError,
-    ExistingSiteError,
-    StackedParametrizationError,
-    WeightNormError,
-)
-from wn_surgery.model.layouts import Held, Layout
+from wn_surgery.errors import ModelError, WeightNormError
+from wn_surgery.model.layouts import Normed, SiteLayout
 from wn_surgery.model.sites import (
     Node,
     Site,
@@ -25,10 +20,9 @@ from wn_surgery.model.sites import (
     walk,
 )
 from wn_surgery.norm.module_class import FOLDED
-from wn_surgery.norm.parametrization import WeightNorm
+from wn_surgery.norm.options import NormOptions
 from wn_surgery.rules.sources import Rule, RulesLike, as_rules
 from wn_surgery.surgery import checks
-from wn_surgery.surgery.checks import Problem
 from wn_surgery.surgery.diagnosis import explain
 from wn_surgery.surgery.matching import Match, match
 from wn_surgery.surgery.plan import Plan, Step
@@ -137,7 +131,7 @@ def _build(model: nn.Module, rules: tuple[Rule, ...], on_unmatched: OnUnmatched)
 
 def _nodes(model: nn.Module) -> list[Node]:
     if isinstance(model, torch.jit.ScriptModule):
-        raise WeightNormError(
+        raise ModelError(
             f"the model is a TorchScript module ({model.original_name}), whose parameters are "
             "fixed; change weight norm before torch.jit.script or torch.jit.trace"
         )
@@ -155,7 +149,7 @@ def build_removal(model: nn.Module) -> Plan:
 
 
 def build_migration(
-    model: nn.Module, to: Layout, of: Collection[Layout] = ("legacy", "parametrized")
+    model: nn.Module, to: SiteLayout, of: Collection[SiteLayout] = ("legacy", "parametrized")
 ) -> Plan:
     """The plan of :func:`wn_surgery.migrate`, for the sites whose layout is among ``of``."""
     nodes = _nodes(model)
@@ -166,7 +160,7 @@ def build_migration(
                 made.problems.extend(checks.before_any_change(site))
                 continue
             held = site.held
-            if held is None or held.norm is None or held.layout not in of:
+            if not isinstance(held, Normed) or held.layout not in of:
                 continue
             there = held.layout == to and (to == "legacy" or held.maker == "wn_surgery")
             step = Step(site, "keep" if there else "migrate", to, held.norm, None)
@@ -197,7 +191,7 @@ def _decide(made: Plan, found: Match) -> None:
         made.problems.extend(_plan_application(step, rule))
 
 
-def _plan_removal(step: Step) -> Iterator[Problem]:
+def _plan_removal(step: Step) -> Iterator[WeightNormError]:
     site = step.site
     if site.normed:
         step.action, step.after, step.norm = "remove", "plain", None
@@ -215,7 +209,7 @@ def _is_open(site: Site) -> bool:
     return site.param in FOLDED.get(site.module, ())
 
 
-def _plan_application(step: Step, rule: Rule) -> Iterator[Problem]:
+def _plan_application(step: Step, rule: Rule) -> Iterator[WeightNormError]:
     step.action, step.after = "apply", "parametrized"
     problem = None
     for problem in checks.before_apply(step.site):
@@ -223,33 +217,33 @@ def _plan_application(step: Step, rule: Rule) -> Iterator[Problem]:
     if problem is not None:
         return
     dim = checks.resolve_dim(step.site, rule)
-    if isinstance(dim, Problem):
+    if isinstance(dim, ModelError):
         yield dim
         return
-    step.norm = WeightNorm.options(dim, rule.eps, rule.norm_dtype)
+    step.norm = NormOptions(dim, rule.eps, rule.norm_dtype)
     yield from checks.before_norm(step.site, step.norm, rule.g_init)
 
 
-def _plan_replacement(step: Step, rule: Rule) -> Iterator[Problem]:
+def _plan_replacement(step: Step, rule: Rule) -> Iterator[WeightNormError]:
     site = step.site
     held = site.held
-    assert held is not None and held.norm is not None and held.g is not None
+    assert isinstance(held, Normed)
     dim = checks.resolve_dim(site, rule)
-    if isinstance(dim, Problem):
+    if isinstance(dim, ModelError):
         yield dim
         return
-    wanted = WeightNorm.options(dim, rule.eps, rule.norm_dtype)
-    if wanted.same_as(held.norm) and not _differs(rule, held):
+    wanted = NormOptions(dim, rule.eps, rule.norm_dtype)
+    if wanted == held.norm and not _differs(rule, held):
         fills = rule.g_init is not None and rule.g_init != held.g_init
         step.why += ", already there" + (" (replace=True fills g)" if fills else "")
         return
     if not rule.replace:
         frozen = "" if rule.train_g else ", train_g=False"
-        yield Problem(
-            ExistingSiteError,
-            site.name,
-            f"{site.name} already carries weight norm with {held.norm.extra_repr()}; the rule asks "
-            f"for {wanted.extra_repr()}{frozen}; give the rule replace=True, or remove first",
+        yield ModelError(
+            f"{site.name} already carries weight norm with {held.norm}; the rule asks "
+            f"for {wanted}{frozen}; give the rule replace=True, or remove first",
+            kind="existing",
+            site=site.name,
         )
         return
     problems = [
@@ -261,14 +255,13 @@ def _plan_replacement(step: Step, rule: Rule) -> Iterator[Problem]:
     yield from problems
 
 
-def _differs(rule: Rule, held: Held) -> bool:
+def _differs(rule: Rule, held: Normed) -> bool:
     """Whether a g that is there is not as the rule wants it.
 
     Without ``replace`` only a g that trains, and should not, is another one: ``g_init`` is where
     it began, and whoever froze it may have done so since. With ``replace``, g is thawed; and it
     is filled, but once, for to give the same rules again must not undo a training.
     """
-    assert held.g is not None and held.v is not None
     if not rule.train_g and held.g.requires_grad:
         return True
     thaws = rule.train_g and held.v.requires_grad and not held.g.requires_grad
@@ -276,17 +269,17 @@ def _differs(rule: Rule, held: Held) -> bool:
     return rule.replace and (thaws or fills)
 
 
-def _stacked(site: Site) -> Problem:
+def _stacked(site: Site) -> ModelError:
     maker = site.held.maker if site.held is not None else ""
-    return Problem(
-        StackedParametrizationError,
-        site.name,
+    return ModelError(
         f"{site.name} is computed by {maker}; weight norm cannot be put on it or taken out of it "
         "alone; remove the other parametrization first",
+        kind="stacked",
+        site=site.name,
     )
 
 
-def _conflicts(found: Match, rules: tuple[Rule, ...]) -> Iterator[Problem]:
+def _conflicts(found: Match, rules: tuple[Rule, ...]) -> Iterator[WeightNormError]:
     instructions = {
         path: (rules[i].action, tuple(rules[i].options().items()))
         for path, i in found.winners.items()
@@ -296,12 +289,12 @@ def _conflicts(found: Match, rules: tuple[Rule, ...]) -> Iterator[Problem]:
             f"{path or '(root)'} by rule {i + 1} ({rules[i].describe()})"
             for path, i in found.winners.items()
         )
-        yield Problem(
-            ConflictingNamesError,
-            found.site.name,
+        yield ModelError(
             f"{found.site.name} is one shared module with several names, told different things: "
             f"{told}; let the last rule match all of its names, e.g. with "
             f"{{{','.join(found.site.node.paths)}}}",
+            kind="names",
+            site=found.site.name,
         )
 
 
@@ -315,6 +308,8 @@ def _report_unmatched(
         made.unmatched.append(unmatched)
         message = f"rule {unmatched.number} ({rule.describe()}) decides nothing: {unmatched.reason}"
         if on_unmatched == "error":
-            made.problems.append(Problem(unmatched.kind, f"rule {index + 1}", message))
+            made.problems.append(
+                WeightNormError(message, kind=unmatched.kind, site=f"rule {index + 1}")
+            )
         elif on_unmatched == "warn":
             warnings.warn(message, UnmatchedRuleWarning, stacklevel=5)

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from wn_surgery.errors import ConflictingNamesError, TiedParameterError
-from wn_surgery.model.layouts import carried
+from wn_surgery.errors import ModelError
+from wn_surgery.model.layouts import Normed, carried
 from wn_surgery.model.sites import Node, Site, sites_of
-from wn_surgery.surgery.checks import Problem, before_apply
+from wn_surgery.surgery.checks import before_apply
 from wn_surgery.surgery.plan import Plan, Step
 
 __all__ = ["Index", "resolve_ties", "tie_key"]
@@ -89,7 +89,7 @@ def _tensors(nodes: Sequence[Node]) -> Iterator[tuple[int, Node, str, Tensor, bo
                 yield id(parameter), node, name, parameter, False
         if "parametrizations" in module._modules or module._forward_pre_hooks:
             for name, held in carried(module).items():
-                if held.v is not None:
+                if isinstance(held, Normed):
                     yield id(held.v), node, name, held.v, True
 
 
@@ -158,12 +158,12 @@ def _join(
         other = steps.get((id(end.node.module), end.param))
         if other is not None and not _alike(step, other):
             plan.problems.append(
-                Problem(
-                    ConflictingNamesError,
-                    step.site.name,
+                ModelError(
                     f"{step.site.name} and {other.site.name} are one tied parameter, but "
                     f"{step.why} says {_told(step)} and {other.why} says {_told(other)}; "
                     "give both the same options, or use tied='untie'",
+                    kind="names",
+                    site=step.site.name,
                 )
             )
         elif other is not None:
@@ -183,7 +183,7 @@ def _alike(step: Step, other: Step | None) -> bool:
         return False
     if step.norm is None or other.norm is None:
         return step.norm is other.norm
-    return step.norm.same_as(other.norm) and _of_g(step) == _of_g(other)
+    return step.norm == other.norm and _of_g(step) == _of_g(other)
 
 
 def _of_g(step: Step) -> str:
@@ -197,17 +197,17 @@ def _of_g(step: Step) -> str:
 def _told(step: Step) -> str:
     if step.norm is None:
         return step.action
-    return f"{step.action} {step.norm.extra_repr()}{_of_g(step)}"
+    return f"{step.action} {step.norm}{_of_g(step)}"
 
 
-def _tied(step: Step, tied_to: str) -> Problem:
+def _tied(step: Step, tied_to: str) -> ModelError:
     name = step.site.name
-    return Problem(
-        TiedParameterError,
-        name,
+    return ModelError(
         f"{name} is tied to {tied_to}: they are one tensor, and changing one end would end the "
         "tie in silence; give the rule tied='together' (one g and one v under both), "
         "tied='untie' (a copy), or tied='skip'",
+        kind="tied",
+        site=name,
     )
 
 

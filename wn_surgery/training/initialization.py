@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from wn_surgery.errors import InitializationError
-from wn_surgery.model.sites import Site, as_module, sites
+from wn_surgery.errors import ModelError
+from wn_surgery.model.sites import NormedSite, as_module, normed
+from wn_surgery.norm.options import kept_axes
 from wn_surgery.rules import fields
 from wn_surgery.rules.patterns import PatternSet
-from wn_surgery.surgery.checks import Problem, output_axis
+from wn_surgery.surgery.checks import output_axis
 from wn_surgery.tables import render
 
 __all__ = ["Initialization", "initialize_from_batch", "initializing"]
@@ -78,7 +79,7 @@ def initialize_from_batch(
         is scaled by one number.
 
     Raises:
-        InitializationError: no layer was reached that can be set, a layer sees one value for each
+        ModelError: no layer was reached that can be set, a layer sees one value for each
             channel only, or its output is not finite, or so small that g would not be. Nothing has
             changed then, nor when the forward raises.
 
@@ -133,7 +134,7 @@ def initializing(
         What was done, complete on exit.
 
     Raises:
-        InitializationError: see :func:`initialize_from_batch`. Whatever is raised inside, g and
+        ModelError: see :func:`initialize_from_batch`. Whatever is raised inside, g and
             biases are as on entry.
 
     Example:
@@ -147,26 +148,30 @@ def initializing(
     """
     modules = as_module(model).modules()
     if any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl for m in modules):
-        raise InitializationError(
+        raise ModelError(
             f"{type(model).__name__} holds a compiled module, whose layers are not called one by "
-            "one; initialize before torch.compile"
+            "one; initialize before torch.compile",
+            kind="initialization",
         )
     result = Initialization()
     taken: dict[int, str] = {}
     layers = list(_layers(model, names, result, taken))
     if not layers:
-        raise InitializationError(
+        raise ModelError(
             f"{type(model).__name__} has no layer that can be initialized from a batch"
             + "".join(f"\n{name}: {why}" for name, why in result.skipped.items())
-            + "\napply weight norm to linear layers or convolutions first"
+            + "\napply weight norm to linear layers or convolutions first",
+            kind="initialization",
         )
     try:
         yield result
         unreached = [layer.site.name for layer in layers if not layer.done]
         if len(unreached) == len(layers):
-            raise InitializationError(
+            raise ModelError(
                 f"the forward called none of {', '.join(unreached[:3])}"
-                f"{', ...' if len(unreached) > 3 else ''}; a layer is initialized when it is called"
+                f"{', ...' if len(unreached) > 3 else ''}; a layer is initialized when it is "
+                "called",
+                kind="initialization",
             )
         result.skipped |= {name: "not called" for name in unreached if name not in result.skipped}
     except BaseException:
@@ -187,9 +192,7 @@ def _layers(
     wanted = None
     if names is not None:
         wanted = PatternSet.of(fields.strings("names", names))
-    for site in sites(model):
-        if not site.normed:
-            continue
+    for site in normed(model):
         if wanted is not None and not any(wanted.matches(path) for path in site.node.paths):
             result.skipped[site.name] = "not in names"
         elif why := _why_not(site):
@@ -198,9 +201,8 @@ def _layers(
             yield _Layer(site, result, taken)
 
 
-def _why_not(site: Site) -> str:
+def _why_not(site: NormedSite) -> str:
     held, module = site.held, site.module
-    assert held is not None and held.g is not None
     if held.layout == "legacy":
         return "legacy layout: call wn_surgery.migrate(model) first"
     if not held.g.requires_grad:
@@ -244,9 +246,8 @@ class _Layer:
         taken: the layers that were set, by the ids of the g and biases that they hold.
     """
 
-    def __init__(self, site: Site, result: Initialization, taken: dict[int, str]) -> None:
+    def __init__(self, site: NormedSite, result: Initialization, taken: dict[int, str]) -> None:
         held = site.held
-        assert held is not None and held.g is not None
         self.site = site
         self.done = False
         self._g = held.g
@@ -289,31 +290,26 @@ class _Layer:
             self._before.append((self._bias, self._bias.clone()))
             self._bias.copy_((self._bias.to(mean.dtype) - mean) / std)
         if not all(bool(tensor.isfinite().all()) for tensor, _ in self._before):
-            raise InitializationError(
+            raise ModelError(
                 f"the output of {name} varies by {total:.3g}, and a g or bias that makes it 1 does "
-                f"not fit {str(self._g.dtype).removeprefix('torch.')}; scale the inputs"
+                f"not fit {str(self._g.dtype).removeprefix('torch.')}; scale the inputs",
+                kind="initialization",
             )
         self._result.initialized[name] = (float(mean.mean()), total)
         if count := int(constant.sum()):
             self._result.constant[name] = count
 
     def _g_is_per_channel(self) -> bool:
-        norm = self.site.norm
-        assert norm is not None
         channels = output_axis(self.site)
-        if isinstance(channels, Problem):
+        if isinstance(channels, ModelError):
             return False
-        return _axes(norm.dim) == _axes(channels)
+        return set(kept_axes(self.site.dim)) == set(kept_axes(channels))
 
     def restore(self) -> None:
         """Put g and the bias back."""
         with torch.no_grad():
             for tensor, before in self._before:
                 tensor.copy_(before)
-
-
-def _axes(dim: int | tuple[int, ...] | None) -> set[int]:
-    return set() if dim is None else {dim} if isinstance(dim, int) else set(dim)
 
 
 def _moments(y: Tensor, axis: int, name: str) -> tuple[Tensor, Tensor]:
@@ -325,18 +321,20 @@ def _moments(y: Tensor, axis: int, name: str) -> tuple[Tensor, Tensor]:
     total = flat.sum(0)
     _reduce(count, total)
     if count.item() < 2:
-        raise InitializationError(
+        raise ModelError(
             f"{name} gives {int(count.item())} value for each output channel in this batch, of "
-            "which no variance can be taken; use a larger batch"
+            "which no variance can be taken; use a larger batch",
+            kind="initialization",
         )
     mean = total / count
     squares = (flat - mean).square().sum(0)
     _reduce(squares)
     variance = squares / count
     if not bool(torch.isfinite(variance).all()):
-        raise InitializationError(
+        raise ModelError(
             f"the output of {name} is not finite on this batch; look at the inputs, or at layers "
-            "above it that have no weight norm"
+            "above it that have no weight norm",
+            kind="initialization",
         )
     return mean, variance
 

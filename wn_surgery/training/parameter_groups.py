@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from wn_surgery.model.sites import sites_of, walk
+from wn_surgery.model.sites import normed
 from wn_surgery.rules import fields
 from wn_surgery.rules.patterns import PatternSet
 from wn_surgery.tables import render
@@ -94,11 +94,9 @@ def parameter_groups(
     unused = set(sources)
     magnitudes: set[int] = set()
     plain_names: dict[int, str] = {}
-    for node in walk(model):
-        for site in sites_of(node):
-            if site.normed and site.held is not None:
-                magnitudes.add(id(site.held.g))
-                plain_names |= {id(site.held.g): site.name, id(site.held.v): site.name}
+    for site in normed(model):
+        magnitudes.add(id(site.held.g))
+        plain_names |= {id(site.held.g): site.name, id(site.held.v): site.name}
     params: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
     decayed: list[str] = []
     exempt: dict[str, str] = {}

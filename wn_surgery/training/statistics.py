@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wn_surgery.model.sites import Site, sites
+from wn_surgery.model.sites import NormedSite, normed
 from wn_surgery.norm.math import norm_except
 from wn_surgery.surgery.optimizers import all_unwrapped
 from wn_surgery.tables import render
@@ -140,16 +140,15 @@ def statistics(model: nn.Module, optimizers: Optimizer | Iterable[Any] = ()) -> 
         for parameter in group["params"]
         if "lr" in group
     }
-    found = [site for site in sites(model) if site.normed and site.shape and 0 not in site.shape]
+    found = [site for site in normed(model) if site.shape and 0 not in site.shape]
     with torch.no_grad():
         return Statistics(tuple(_of_sites(found, rates)))
 
 
-def _of_sites(found: list[Site], rates: dict[int, float]) -> Iterator[SiteStatistics]:
+def _of_sites(found: list[NormedSite], rates: dict[int, float]) -> Iterator[SiteStatistics]:
     values: list[Tensor] = []
     for site in found:
         held, norm = site.held, site.norm
-        assert held is not None and held.g is not None and held.v is not None and norm is not None
         g, v = _whole(held.g), _whole(held.v)
         # In bfloat16 a sum of squares stops growing at 256 equal terms.
         v_norm = norm_except(v.float() if v.dtype in _HALVES else v, norm.dim)
@@ -160,7 +159,7 @@ def _of_sites(found: list[Site], rates: dict[int, float]) -> Iterator[SiteStatis
     parts = iter(() if whole is None else torch.split(whole, sizes))
     for site in found:
         g, v_norm = next(parts), next(parts)
-        lr = rates.get(id(site.held.v)) if site.held is not None else None
+        lr = rates.get(id(site.held.v))
         yield SiteStatistics(
             site.name,
             _triple(g),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wn_surgery.errors import FusionError
+from wn_surgery.errors import ModelError
 from wn_surgery.fused.evaluator import Gradients, Spec
 from wn_surgery.fused.triton import why_not
 from wn_surgery.fused.triton.tables import Layout, Tables
@@ -37,7 +37,7 @@ class TritonEvaluator:
         device: where they are.
 
     Raises:
-        FusionError: :func:`wn_surgery.fused.triton.why_not` has a reason against a weight, or
+        ModelError: :func:`wn_surgery.fused.triton.why_not` has a reason against a weight, or
             a CUDA graph is being captured.
 
     Example:
@@ -52,7 +52,7 @@ class TritonEvaluator:
     def __init__(self, specs: Sequence[Spec], dtype: torch.dtype, device: torch.device) -> None:
         for i, spec in enumerate(specs):
             if why := why_not(device, dtype, spec):
-                raise FusionError(f"weight {i} of shape {tuple(spec.shape)}: {why}")
+                raise ModelError(f"weight {i} of shape {tuple(spec.shape)}: {why}", kind="fusion")
         self._rows: Any = importlib.import_module("wn_surgery.fused.triton.kernels")
         self._split: Any = importlib.import_module("wn_surgery.fused.triton.split_kernels")
         self._language: Any = importlib.import_module("triton.language")
@@ -81,7 +81,7 @@ class TritonEvaluator:
             The weights, and the norms of all members as one float32 tensor.
 
         Raises:
-            FusionError: a v or g is of another shape, dtype or device than the evaluator's, or
+            ModelError: a v or g is of another shape, dtype or device than the evaluator's, or
                 has moved while a CUDA graph is being captured.
         """
         layout, tables = self._layout, self._tables
@@ -133,7 +133,7 @@ class TritonEvaluator:
         """See :class:`wn_surgery.fused.evaluator.Evaluator`.
 
         Raises:
-            FusionError: a v or g is of another shape, dtype or device than the evaluator's.
+            ModelError: a v or g is of another shape, dtype or device than the evaluator's.
         """
         layout, tables = self._layout, self._tables
         found = Gradients([None] * len(grads), [None] * len(grads))
@@ -210,10 +210,11 @@ class TritonEvaluator:
         found: list[Tensor] = []
         for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
             if tensor.shape != shape or tensor.dtype is not dtype or tensor.device != device:
-                raise FusionError(
+                raise ModelError(
                     f"the {part} of weight {i} is {tuple(tensor.shape)}, {tensor.dtype}, "
                     f"{tensor.device}; the group was made for {tuple(shape)}, {dtype}, {device}: "
-                    "call wn_surgery.fuse(model) again"
+                    "call wn_surgery.fuse(model) again",
+                    kind="fusion",
                 )
             found.append(tensor.contiguous())
         return found

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from wn_surgery.errors import FusionError
+from wn_surgery.errors import ModelError
 from wn_surgery.fused.evaluator import Spec
 from wn_surgery.norm.math import g_shape
 
@@ -170,7 +170,7 @@ class Tables:
         device: where the weights are.
 
     Raises:
-        FusionError: a CUDA graph is being captured.
+        ModelError: a CUDA graph is being captured.
     """
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
@@ -201,7 +201,7 @@ class Tables:
             has changed.
 
         Raises:
-            FusionError: an address has changed while a CUDA graph is being captured.
+            ModelError: an address has changed while a CUDA graph is being captured.
         """
         addresses = _addresses(v, g, None)
         if self._pointers is None or addresses != self._addresses:
@@ -228,7 +228,7 @@ class Tables:
             int64, 3 for each member, good on the current stream.
 
         Raises:
-            FusionError: a CUDA graph is being captured, for which nothing is left to send from.
+            ModelError: a CUDA graph is being captured, for which nothing is left to send from.
         """
         addresses = _addresses(v, g, grads)
         if self._device.type != "cuda":
@@ -269,9 +269,10 @@ class Tables:
 
     def _refuse_capture(self, why: str) -> None:
         if is_capturing(self._device):
-            raise FusionError(
+            raise ModelError(
                 f"a CUDA graph is being captured, and {why}; run a forward and a backward before "
-                "each capture, and move no parameter in between"
+                "each capture, and move no parameter in between",
+                kind="fusion",
             )
 
 
