@@ -1,7 +1,7 @@
 """Write the table of docs/export.md: each target, live and stripped, on real architectures.
 
-Run ``python docs/make_export_table.py``. It takes some minutes, mostly in AOTInductor's compiler. With
-``--check`` it writes nothing, and its exit status is 1 if the page differs from what it finds.
+Run ``python docs/make_export_table.py``. It takes some minutes, mostly in AOTInductor's compiler.
+With ``--check`` it writes nothing, and its exit status is 1 if the page differs from what it finds.
 ``--targets`` and ``--models`` choose rows. torchao's rows need torchao, installed or in the folder
 that the environment variable WN_TORCHAO names; AOTInductor's rows need g++.
 """
