@@ -1,4 +1,9 @@
-"""PyTorch files: read as plain data, written with memory for one tensor at a time."""
+"""PyTorch files: read as plain data within bounds, and checked after they were written.
+
+A pickle of a few hundred bytes can name a list twice in a list that is named twice, forty times
+over, or a tensor of terabytes with a stride of 0. Reading it is quick; walking its content, or
+computing with it, would not end.
+"""
 
 from __future__ import annotations
 
@@ -17,47 +22,39 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from wn_surgery.checkpoints.atomic import PREFIX, SUFFIX, atomic
-from wn_surgery.checkpoints.bounds import not_dense, refuse_compressed, refuse_expanding
-from wn_surgery.checkpoints.convert import Conversion, converted
-from wn_surgery.checkpoints.request import Request
-from wn_surgery.checkpoints.safetensors_file import unreadable
+from wn_surgery.checkpoints.io.atomic import PREFIX, SUFFIX
+from wn_surgery.checkpoints.io.safetensors_file import unreadable
 from wn_surgery.errors import CheckpointError, CheckpointFileError
 
-__all__ = ["SUFFIXES", "convert_torch_file", "load"]
+__all__ = ["SUFFIXES", "Parking", "check_written", "load", "not_dense"]
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 _BLOCK = 1 << 25
 _ALIGNED = 64
+MOST_ITEMS = 10_000_000
+"""The most items that the containers may have, each counted as often as it is named."""
+MOST_EXPANDED = 1 << 28
+"""The most bytes that tensors may have beyond those that are stored for them."""
 # As torch's weights_only unpickler names what it refuses.
 _GLOBAL = re.compile(r"nsupported (?:global: )?GLOBAL ([\w.]+)")
 
 
 def load(path: Path, *, full_pickle: bool = False) -> Any:
-    """Read a PyTorch file; its tensors stay on the disk until they are needed.
+    """What a PyTorch file holds; its tensors stay on the disk until they are needed.
 
-    Files in the format from before torch 1.6 are read into memory.
-
-    Args:
-        path: the file.
-        full_pickle: unpickle whatever it holds. **It can then run any code.**
-
-    Returns:
-        What was saved, on the CPU.
-
-    Raises:
-        CheckpointError: it cannot be read, is damaged, or holds more than plain data.
+    Files in the format from before torch 1.6 are read into memory. With ``full_pickle`` a file
+    may hold more than plain data, and **can run any code.**
     """
     try:
         # What is mapped is mapped privately: nothing that happens to a tensor reaches the file.
         mapped = zipfile.is_zipfile(path)
         if mapped:
-            refuse_compressed(path)
+            _refuse_compressed(path)
         with warnings.catch_warnings():
             # That the storage class is deprecated, which is the file's doing.
             warnings.simplefilter("ignore")
             found = torch.load(path, map_location="cpu", weights_only=not full_pickle, mmap=mapped)
-        refuse_expanding(found, path)
+        _refuse_expanding(found, path)
         return found
     except CheckpointError:
         raise
@@ -66,7 +63,7 @@ def load(path: Path, *, full_pickle: bool = False) -> Any:
         said = f"holds {what[1]}" if what else "is damaged, or holds more than plain data"
         raise CheckpointError(
             f"{str(path)!r} {said}, and loading that could run code; if you trust where the file "
-            "is from, load it by full_pickle=True (--full-pickle)"
+            "is from, pass full_pickle=True"
         ) from error
     except OSError as error:
         raise unreadable(path, error) from error
@@ -77,63 +74,89 @@ def load(path: Path, *, full_pickle: bool = False) -> Any:
         # instruction happened to call.
         said = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{str(path)!r} is no sound PyTorch file: {type(error).__name__}: {said}"
+            f"{str(path)!r} is not a sound PyTorch file: {type(error).__name__}: {said}"
         ) from error
 
 
-def convert_torch_file(
-    source: Path,
-    target: Path,
-    asked: Request,
-    *,
-    full_pickle: bool = False,
-    verify: bool = False,
-) -> Conversion:
-    """Write a PyTorch file in another layout.
-
-    Args:
-        source: the file.
-        target: the file to write.
-        asked: what to do.
-        full_pickle: as in :func:`load`.
-        verify: read the target back, and compare each tensor with what was to be written.
-
-    Returns:
-        What was converted.
-
-    Raises:
-        CheckpointError: the source is damaged, unsafe or ambiguous, or the target cannot be
-            written.
-    """
-    content = load(source, full_pickle=full_pickle)
-    # New weights wait in files that have no name, and so never pile up in memory.
-    parking = _Parking(target.parent, source.stat().st_size)
-    result: Any = None
-
-    def check(made: Path) -> None:
-        _check(made, result, full_pickle, verify)
-
-    with atomic(target, like=source, check=check) as out:
-        work = converted(content, asked, parking)
-        result = work.result
-        torch.save(result, out)
-    return work
+def _refuse_compressed(path: Path) -> None:
+    """Raise if a PyTorch file has compressed records: torch maps it, and takes them for numbers."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                if record.compress_type != zipfile.ZIP_STORED:
+                    raise CheckpointError(
+                        f"{str(path)!r}: its record {record.filename!r} is compressed, as torch "
+                        "writes none; unzip the file, zip it again without compression, or save "
+                        "it again with torch.save"
+                    )
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise CheckpointError(f"{str(path)!r} is not a sound PyTorch file: {error}") from error
 
 
-def _check(made: Path, result: Any, full_pickle: bool, verify: bool) -> None:
-    """Raise unless a PyTorch file was written whole.
+def _refuse_expanding(content: Any, path: Path) -> None:
+    """Raise if what was read from ``path`` holds itself, or is much more than what was stored."""
+    counts: dict[int, int] = {}  # the items in each container, each as often as it is named
+    tensors: dict[int, Tensor] = {}
+    waiting: list[tuple[Any, list[Any] | None]] = [(content, None)]
+    active: set[int] = set()
+    while waiting:  # without recursion, which has a limit of its own
+        value, children = waiting.pop()
+        if children is not None:
+            active.discard(id(value))
+            counts[id(value)] = 1 + sum(counts.get(id(child), 1) for child in children)
+        elif isinstance(value, Tensor):
+            tensors[id(value)] = value
+        elif id(value) not in counts and (found := _children(value)) is not None:
+            if id(value) in active:
+                raise CheckpointError(
+                    f"{str(path)!r} has a container that holds itself; save the state dict alone"
+                )
+            active.add(id(value))
+            waiting.append((value, found))
+            waiting.extend((child, None) for child in found)
+    if (items := counts.get(id(content), 1)) > MOST_ITEMS:
+        raise CheckpointError(
+            f"{str(path)!r} names its containers over and over, which makes {items:.2g} items: "
+            f"expected at most {MOST_ITEMS}; save the state dict alone"
+        )
+    expanded = sum(
+        tensor.nbytes
+        for tensor in tensors.values()
+        if not not_dense(tensor) and tensor.nbytes > tensor.untyped_storage().nbytes()
+    )
+    if expanded > MOST_EXPANDED:
+        raise CheckpointError(
+            f"{str(path)!r} holds tensors that share their elements (a stride of 0) and have "
+            f"{expanded:.2g} bytes; expected at most {MOST_EXPANDED}; save them with .contiguous()"
+        )
 
-    Raises:
-        CheckpointFileError: its directory or a record is not whole, or it does not hold what was
-            to be written.
-    """
+
+def _children(value: Any) -> list[Any] | None:
+    if isinstance(value, Mapping):
+        return [*value.keys(), *value.values()]
+    return list(value) if isinstance(value, (list, tuple, set, frozenset)) else None
+
+
+def not_dense(tensor: Tensor) -> str:
+    """Why a tensor's elements cannot be read as they lie; empty where they can."""
+    if tensor.is_nested:
+        return "nested"
+    if tensor.layout is not torch.strided:
+        return str(tensor.layout).removeprefix("torch.")
+    if tensor.is_quantized:
+        return "quantized"
+    return "on the meta device, without values" if tensor.is_meta else ""
+
+
+def check_written(made: Path, result: Any, full_pickle: bool, verify: bool) -> None:
+    """Raise unless a file holds ``result`` whole; with ``verify``, compare every byte of it."""
     try:
         with zipfile.ZipFile(made) as archive:
             length = made.stat().st_size
             for record in archive.infolist():
                 # Its own header has at least 30 bytes.
                 if record.header_offset + 30 + record.compress_size > length:
-                    raise zipfile.BadZipFile(f"{record.filename} ends behind the end")
+                    raise zipfile.BadZipFile(f"{record.filename} ends after the file's end")
         found = load(made, full_pickle=full_pickle)
     except (zipfile.BadZipFile, CheckpointError) as error:
         raise CheckpointFileError(f"what was written cannot be read again: {error}") from error
@@ -168,8 +191,8 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (one, other)))
 
 
-class _Parking:
-    """Keeps tensors in the pages of files that have no name, many to a file."""
+class Parking:
+    """Keeps new tensors in the pages of files without a name, so that they do not fill memory."""
 
     def __init__(self, folder: Path, most: int) -> None:
         self._folder = folder
@@ -178,6 +201,7 @@ class _Parking:
         self._used = 0
 
     def __call__(self, tensor: Tensor) -> Tensor:
+        """The tensor, in the pages of a file."""
         if not tensor.nbytes or tensor.is_meta:
             return tensor
         if self._block is None or self._used + tensor.nbytes > self._block.nbytes():
