@@ -224,6 +224,8 @@ def test_an_interrupt_has_its_code_and_leaves_nothing(tmp_path: Path) -> None:
     # The signal comes when a part of the output is written, however fast the machine is.
     code = (
         "import os, signal\n"
+        # A shell starts what runs in the background with the signal ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from wn_surgery.checkpoints.io import atomic\n"
         "from wn_surgery.cli import main\n"
         "write = atomic.Output.write\n"
