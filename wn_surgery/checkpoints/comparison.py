@@ -10,11 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from wn_surgery.checkpoints.folding import compute
-from wn_surgery.checkpoints.io.torch_file import not_dense
+from wn_surgery.checkpoints.io.torch_file import not_dense, same_bits
 from wn_surgery.checkpoints.pairs import Axes
 from wn_surgery.checkpoints.plan import plan
 from wn_surgery.checkpoints.reading import State, opened
@@ -138,7 +137,7 @@ def compare(
             a, b = one[name](), other[name]()
             if a.shape != b.shape:
                 shapes.append((name, tuple(a.shape), tuple(b.shape)))
-            elif _identical(a, b):
+            elif same_bits(a, b):
                 same += 1
             else:
                 differing.append(difference(name, a, b))
@@ -171,12 +170,3 @@ def _read(state: State, name: str) -> Tensor:
             f"{state.path}{name!r} is {what}: its values cannot be compared; leave it out of both"
         )
     return tensor
-
-
-def _identical(a: Tensor, b: Tensor) -> bool:
-    if a.dtype != b.dtype:
-        return False
-    # As bytes: NaN is itself then, and 0 is not -0.
-    # What is conjugated or negated when it is read has other bytes.
-    a, b = (t.resolve_conj().resolve_neg().contiguous().reshape(-1) for t in (a, b))
-    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))

@@ -25,21 +25,13 @@ _COMPANIONS = (".json", ".txt", ".model", ".md", ".py", ".jinja", ".yaml", ".yml
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint on the disk.
+    """A checkpoint on the disk."""
 
-    Attributes:
-        path: what the user named.
-        main: the file, or the index of the shards.
-        files: the files with tensors, in the order of the index.
-        index: the content of the index; None for a single file.
-        config: the content of the folder's ``config.json``; None for a file.
-    """
-
-    path: Path
-    main: Path
-    files: tuple[Path, ...]
-    index: dict[str, Any] | None
-    config: dict[str, Any] | None
+    path: Path  # what the user named
+    main: Path  # the file, or the index of the shards
+    files: tuple[Path, ...]  # those with tensors, in the order of the index
+    index: dict[str, Any] | None  # its content; None for a single file
+    config: dict[str, Any] | None  # the content of the folder's config.json; None for a file
 
     @property
     def is_torch(self) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wn_surgery.checkpoints.folding import all_finite, compute, fold
 from wn_surgery.checkpoints.io.atomic import atomic, start_writeback
-from wn_surgery.checkpoints.io.header import BITS, TORCH, name_of, written
+from wn_surgery.checkpoints.io.header import BITS, NAMES, TORCH, written
 from wn_surgery.checkpoints.io.safetensors_file import File, Sink, owners_of
 from wn_surgery.checkpoints.plan import Line, plan, refuse_unused_rules
 from wn_surgery.checkpoints.request import Request
@@ -63,17 +63,18 @@ class Stream:
         self, file: File, target: Path, progress: Progress | None = None, verify: bool = False
     ) -> None:
         """Write the counterpart of a file, whole or not at all; check it before it has its name."""
-        with atomic(
-            target, like=file.path, check=lambda made: self.check(made, file, verify)
-        ) as out:
+
+        def check(made: Path) -> None:
+            self.check(made, file, verify)
+
+        with atomic(target, like=file.path, check=check) as out:
             self.write_to(out, file, progress)
 
     def check(self, made: Path, file: File, verify: bool) -> None:
         """Raise unless the counterpart of a file was written whole; ``verify``: byte for byte."""
         with File(made) as found:
-            if {key: (e.dtype, e.shape, e.size) for key, e in found.entries.items()} != self._head(
-                file
-            ):
+            head = {key: (e.dtype, e.shape, e.size) for key, e in found.entries.items()}
+            if head != self._head(file):
                 raise CheckpointFileError(f"{str(made)!r} was not written as planned; try again")
         if verify:
             with made.open("rb") as written_file:
@@ -81,7 +82,7 @@ class Stream:
 
     def write_to(self, out: Sink, file: File, progress: Progress | None = None) -> None:
         """Write the counterpart of a file to an open one."""
-        out.write(written(self._head(file), file.header.metadata))
+        out.write(written(self._head(file), file.metadata))
         waiting = 0
         for line in self._lines[file]:
             self._write(line, out)
@@ -148,7 +149,7 @@ class _Comparison:
 
 
 def _dtype(line: Line) -> str:
-    return name_of(line.kind) if isinstance(line.kind, torch.dtype) else str(line.kind)
+    return NAMES[line.kind] if isinstance(line.kind, torch.dtype) else str(line.kind)
 
 
 def _size(line: Line) -> int:

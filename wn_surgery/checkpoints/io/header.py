@@ -18,7 +18,7 @@ import torch
 
 from wn_surgery.errors import CheckpointError
 
-__all__ = ["BITS", "TORCH", "Entry", "Header", "name_of", "read_header", "written"]
+__all__ = ["BITS", "NAMES", "TORCH", "Entry", "Header", "read_header", "written"]
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library itself."""
@@ -43,7 +43,7 @@ TORCH: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in TORCH.items()}
+NAMES = {dtype: name for name, dtype in TORCH.items()}
 # Those that only some releases of torch have are copied, never computed with.
 BITS = {name: 8 * dtype.itemsize for name, dtype in TORCH.items()} | {
     "F8_E8M0": 8,
@@ -81,11 +81,6 @@ class Header:
     metadata: dict[str, str] | None
 
 
-def name_of(dtype: torch.dtype) -> str:
-    """A torch dtype as the format spells it."""
-    return _NAMES[dtype]
-
-
 def read_header(file: io.FileIO) -> Header:
     """Read a header without trusting it: its tensors fill the file, without gaps or overlaps."""
     size = file.seek(0, os.SEEK_END)
@@ -103,8 +98,8 @@ def read_header(file: io.FileIO) -> Header:
         raise CheckpointError(f"its header is not JSON: {str(error)[:200]}") from None
     if not isinstance(header, dict):
         raise CheckpointError("its header is not a JSON object")
-    metadata = _metadata(header.pop("__metadata__", None))
-    _refuse_surrogates(header, metadata)
+    metadata = header.pop("__metadata__", None)
+    _check_texts(header, metadata)
     lines = {name: _entry(name, line, 8 + length) for name, line in header.items()}
     entries = dict(sorted(lines.items(), key=lambda item: (item[1].start, item[1].end)))
     place = 8 + length
@@ -151,16 +146,12 @@ def _no_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _metadata(value: Any) -> dict[str, str] | None:
-    if value is not None and not (
-        isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
+def _check_texts(header: dict[str, Any], metadata: Any) -> None:
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(each, str) for each in metadata.values())
     ):
         raise CheckpointError("__metadata__ must map text to text")
-    return value
-
-
-def _refuse_surrogates(header: dict[str, Any], metadata: dict[str, str] | None) -> None:
-    try:
+    try:  # JSON can spell half a surrogate pair
         json.dumps([list(header), metadata], ensure_ascii=False).encode()
     except UnicodeError:
         raise CheckpointError("a name in its header is not Unicode text") from None

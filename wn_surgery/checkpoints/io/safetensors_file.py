@@ -7,13 +7,12 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from wn_surgery.checkpoints.io.header import TORCH, Entry, Header, read_header
+from wn_surgery.checkpoints.io.header import TORCH, read_header
 from wn_surgery.errors import CheckpointError, CheckpointFileError
 
 __all__ = ["File", "Sink", "owners_of", "unreadable"]
@@ -48,20 +47,15 @@ class File:
         except OSError as error:
             raise unreadable(path, error) from error
         try:
-            self.header: Header = read_header(self._file)
+            header = read_header(self._file)
         except CheckpointError as error:
             self.close()
-            raise CheckpointError(
-                f"{str(path)!r} is not a sound safetensors file: {error}"
-            ) from None
+            said = f"{str(path)!r} is not a sound safetensors file: {error}"
+            raise CheckpointError(said) from None
         except OSError as error:
             self.close()
             raise unreadable(path, error) from error
-
-    @property
-    def entries(self) -> dict[str, Entry]:
-        """The tensors, in the order of their bytes."""
-        return self.header.entries
+        self.entries, self.metadata = header.entries, header.metadata
 
     def tensor(self, name: str) -> Tensor:
         """A tensor, in memory of its own."""
@@ -110,12 +104,7 @@ class File:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -26,7 +26,7 @@ from wn_surgery.checkpoints.io.atomic import PREFIX, SUFFIX
 from wn_surgery.checkpoints.io.safetensors_file import unreadable
 from wn_surgery.errors import CheckpointError, CheckpointFileError
 
-__all__ = ["SUFFIXES", "Parking", "check_written", "load", "not_dense"]
+__all__ = ["SUFFIXES", "Parking", "check_written", "load", "not_dense", "same_bits"]
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 _BLOCK = 1 << 25
@@ -184,11 +184,17 @@ def _tensors(content: Any) -> Iterator[Tensor]:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    # By their bytes: NaN is what it was.
-    if not_dense(one) or not_dense(other) or not one.numel():
-        return not_dense(one) == not_dense(other)
-    one, other = (t.detach().resolve_conj().resolve_neg().contiguous() for t in (one, other))
-    return torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (one, other)))
+    unread = not_dense(one), not_dense(other)
+    return unread[0] == unread[1] if any(unread) else same_bits(one, other)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two dense tensors of one shape have the same dtype and bits; NaN is itself then."""
+    # What is conjugated or negated when it is read has other bytes.
+    flat = (t.detach().resolve_conj().resolve_neg().reshape(-1) for t in (one, other))
+    return one.dtype == other.dtype and torch.equal(
+        *(t.contiguous().view(torch.uint8) for t in flat)
+    )
 
 
 class Parking:
