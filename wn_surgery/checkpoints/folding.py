@@ -91,14 +91,15 @@ def compute(line: Line, read: Callable[[str], Tensor], asked: Request) -> Tensor
     Raises :class:`ZeroNormError` where a weight would hold NaN or infinite numbers and the request
     does not keep them, or a slice of a weight has no direction.
     """
-    first, *rest = (read(source) for source in line.sources)
+    parts = [read(source) for source in line.sources]
+    first = parts[0]
     if line.do == "copy":
         return first if tuple(first.shape) == line.shape else first.reshape(line.shape)
     if line.do == "spectral":
-        return spectral_weight(first, *rest, line.sources[0], asked.dim)
+        return spectral_weight(parts, line.sources[0], asked.dim)
     if line.do == "magnitude":
         return _magnitude(first, line)
-    v = rest[0]
+    v = parts[1]
     if first.is_meta != v.is_meta:
         part = line.sources[v.is_meta]
         raise CheckpointError(f"{part!r} is on the meta device and has no values; load it first")

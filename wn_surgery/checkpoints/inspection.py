@@ -21,7 +21,7 @@ from wn_surgery.norm.math import norm_except
 from wn_surgery.norm.options import dtype_name
 from wn_surgery.tables import render
 
-__all__ = ["Finding", "Inspection", "NormedTensor", "inspect"]
+__all__ = ["CheckpointFinding", "Finding", "Inspection", "NormedTensor", "inspect"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class NormedTensor:
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckpointFinding:
     """Something that goes wrong, or may.
 
     Attributes:
@@ -71,6 +71,10 @@ class Finding:
     message: str
 
 
+Finding = CheckpointFinding
+"""The public name; :mod:`wn_surgery.export` has findings of its own."""
+
+
 @dataclass(frozen=True)
 class Inspection:
     """What is in a checkpoint; ``print`` it.
@@ -83,7 +87,7 @@ class Inspection:
 
     tensors: tuple[NormedTensor, ...]
     plain: int
-    findings: tuple[Finding, ...]
+    findings: tuple[CheckpointFinding, ...]
 
     @property
     def sound(self) -> bool:
@@ -148,7 +152,7 @@ def inspect(
         1 weight-normed, 0 others
     """
     tensors: list[NormedTensor] = []
-    findings: list[Finding] = []
+    findings: list[CheckpointFinding] = []
     plain = 0
     with opened(Path(path), full_pickle=full_pickle) as states:
         for state in states:
@@ -168,11 +172,11 @@ def inspect(
     return Inspection(tuple(tensors), plain, tuple(findings))
 
 
-def _error(kind: str, name: str, message: str) -> Finding:
-    return Finding("error", kind, name, message)
+def _error(kind: str, name: str, message: str) -> CheckpointFinding:
+    return CheckpointFinding("error", kind, name, message)
 
 
-def _of_state(state: State, pairs: list[Pair]) -> Iterator[Finding]:
+def _of_state(state: State, pairs: list[Pair]) -> Iterator[CheckpointFinding]:
     layouts = {pair.layout: pair for pair in pairs}
     if len(layouts) > 1:
         one, other = layouts.values()
@@ -180,7 +184,7 @@ def _of_state(state: State, pairs: list[Pair]) -> Iterator[Finding]:
             f"{one.weight!r} is {one.layout}, {other.weight!r} is {other.layout}: no model saves "
             "both, unless a migration was interrupted; convert it to one of them"
         )
-        yield Finding("warning", "layouts", state.path + other.weight, message)
+        yield CheckpointFinding("warning", "layouts", state.path + other.weight, message)
     there = {pair.weight for pair in pairs}
     for weight in state.known if state.is_model else ():
         if weight not in there and weight not in state.shapes:
@@ -191,7 +195,7 @@ def _of_state(state: State, pairs: list[Pair]) -> Iterator[Finding]:
             yield _error("record", state.path + weight, message)
 
 
-def _look(state: State, pair: Pair) -> tuple[NormedTensor, list[Finding]]:
+def _look(state: State, pair: Pair) -> tuple[NormedTensor, list[CheckpointFinding]]:
     name = state.path + pair.weight
     g_kind, v_kind = state.kinds[pair.g], state.kinds[pair.v]
     dtype = str(v_kind).removeprefix("torch.")
@@ -202,13 +206,13 @@ def _look(state: State, pair: Pair) -> tuple[NormedTensor, list[Finding]]:
     if g.is_meta or v.is_meta:
         message = f"g or v of {name!r} is on the meta device, without values to look at"
         return row, [_error("dtype", name, message)]
-    found: list[Finding] = []
+    found: list[CheckpointFinding] = []
     if g.dtype != (v.dtype.to_real() if v.dtype.is_complex else v.dtype):
         message = (
             f"g of {name!r} is {dtype_name(g.dtype)}, v is {dtype}: a live model promotes or "
             "raises, stripping computes in the wider one and rounds once"
         )
-        found.append(Finding("warning", "dtype", name, message))
+        found.append(CheckpointFinding("warning", "dtype", name, message))
     if count := _not_finite(g) + _not_finite(v):
         message = f"{name!r} has {count} numbers that are NaN or infinite, and would keep them"
         found.append(_error("non-finite", name, message))
@@ -230,13 +234,13 @@ def _not_finite(tensor: Tensor) -> int:
     return int((~torch.isfinite(tensor)).sum())
 
 
-def _spectral(state: State, dim: Axes) -> tuple[list[NormedTensor], list[Finding]]:
+def _spectral(state: State, dim: Axes) -> tuple[list[NormedTensor], list[CheckpointFinding]]:
     try:
         found = find_spectral(state.shapes)
     except CheckpointError as error:
         return [], [_error("spectral", state.path, str(error))]
     rows: list[NormedTensor] = []
-    said: list[Finding] = []
+    said: list[CheckpointFinding] = []
     for one in found:
         shape = state.shapes[one.original]
         axes = axes_of_spectral(*(state.shapes[part] for part in one.parts))
@@ -245,7 +249,7 @@ def _spectral(state: State, dim: Axes) -> tuple[list[NormedTensor], list[Finding
         only = axes[0] if len(axes) == 1 else None
         rows.append(NormedTensor(name, "spectral", one.layout, dtype, shape, only))
         try:
-            spectral_weight(*(state.read(part) for part in one.parts), one.original, dim)
+            spectral_weight(map(state.read, one.parts), one.original, dim)
         except CheckpointError as error:
             said.append(_error("spectral", name, str(error)))
     return rows, said

@@ -127,7 +127,7 @@ def examine(
     mixed = {problem.key: problem for problem in _mixtures(shapes, readings)}
     problems += mixed.values()
     clear = Counter(dims[0] for _, _, dims in readings.values() if len(dims) == 1)
-    usual = next(iter(clear)) if len(clear) == 1 else "auto"
+    usual: Axes = next(iter(clear)) if len(clear) == 1 else "auto"
     pairs: list[Pair] = []
     for (weight, layout), (g, v, dims) in readings.items():
         if weight in mixed:

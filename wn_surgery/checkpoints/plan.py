@@ -81,7 +81,9 @@ def plan(
     ``others`` are the keys that everything else in the state dict will have. Raises
     :class:`CheckpointError` where what is there is not clear, or two would have one key.
     """
-    lines = {key: (Line(key, "copy", (key,), shapes[key], kinds[key]),) for key in shapes}
+    lines: dict[str, tuple[Line, ...]] = {
+        key: (Line(key, "copy", (key,), shapes[key], kinds[key]),) for key in shapes
+    }
     pairs = find_pairs(shapes, dim=asked.dim, known=known, orphans=asked.orphans)
     spectral = find_spectral(shapes)
     taken = {part for pair in pairs for part in (pair.g, pair.v)}
@@ -106,7 +108,7 @@ def plan(
         lines[key] = tuple(_split(key, shapes[key], kinds[key], options, asked))
     keys = Counter([line.key for place in lines.values() for line in place])
     keys.update(others)
-    if twice := next((key for key, count in keys.items() if count > 1), None):
+    if (twice := next((key for key, count in keys.items() if count > 1), None)) is not None:
         raise CheckpointError(f"two tensors would be called {twice!r}; rename one of them")
     normed = tuple(one.weight for one in spectral)
     return Plan(

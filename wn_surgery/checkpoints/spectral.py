@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,12 +91,13 @@ def axes_of_spectral(weight: Shape, u: Shape, v: Shape) -> list[int]:
     return [axis for axis, size in enumerate(weight) if size == u[0] and size]
 
 
-def spectral_weight(weight: Tensor, u: Tensor, v: Tensor, key: str, dim: Any = "auto") -> Tensor:
-    """W / σ in W's dtype, as the live model in eval mode computes it in float32 or better.
+def spectral_weight(parts: Iterable[Tensor], key: str, dim: Any = "auto") -> Tensor:
+    """W / σ of W, u and v in W's dtype, as the live model in eval mode computes it in float32 or better.
 
     Where the shapes fit several axes, u and v tell which it is: for the right one u is nearly W v.
     In a model that never trained u and v are random, and then ``dim`` has to tell.
     """
+    weight, u, v = parts
     wide = torch.promote_types(weight.dtype, torch.float32)
     with torch.no_grad():
         w, u, v = weight.to(wide), u.to(wide), v.to(wide)

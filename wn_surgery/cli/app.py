@@ -120,8 +120,8 @@ def command(*examples: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
 
 def _refused(error: Exception, as_json: bool) -> int:
     text = " ".join(str(error).split())
-    for said, flag in _FLAGS.items():
-        text = re.sub(said, rf"\g<0> ({flag})", text)
+    for argument, flag in _FLAGS.items():
+        text = re.sub(argument, rf"\g<0> ({flag})", text)
     if isinstance(error, ModuleNotFoundError):
         text = f"this needs {error.name}: pip install 'wn-surgery[transformers]'"
     print_error(text)
