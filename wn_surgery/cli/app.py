@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,15 @@ __all__ = ["Dim", "Json", "Pickle", "Source", "app", "axes", "command"]
 P = ParamSpec("P")
 
 FOUND, REFUSED, SYSTEM = 1, 3, 4
+# The options for the arguments of Python that errors of the library name.
+_FLAGS = {
+    r"orphans='keep'": "--keep-orphans",
+    r"non_finite='keep'": "--keep-non-finite",
+    r"in_place=True": "--in-place",
+    r"full_pickle=True": "--full-pickle",
+    r"pass dim=\w+(?: or \w+)*": "--dim",
+    r"keep=\(\)": "--all",
+}
 
 app = typer.Typer(
     name="wn-surgery",
@@ -110,6 +120,8 @@ def command(*examples: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
 
 def _refused(error: Exception, as_json: bool) -> int:
     text = " ".join(str(error).split())
+    for argument, flag in _FLAGS.items():
+        text = re.sub(argument, rf"\g<0> ({flag})", text)
     if isinstance(error, ModuleNotFoundError):
         text = f"this needs {error.name}: pip install 'wn-surgery[transformers]'"
     print_error(text)
