@@ -17,8 +17,10 @@ _ROOMS = {
     "norm": "module_class parametrization slots",
     "rules": "patterns presets rule",
     "surgery": "checks diagnosis optimizers plan planning",
-    "training": "history initialization optimizer_states parameter_groups statistics",
+    "training": "initialization optimizer_states parameter_groups statistics",
 }
+
+_FILES = {"wn_surgery.history": "wn_surgery.training.statistics"}
 
 
 class _Moved(ModuleType):
@@ -44,3 +46,5 @@ def register() -> None:
         for name in names.split():
             old = f"wn_surgery.{name}"
             sys.modules.setdefault(old, _Moved(old, f"wn_surgery.{room}.{name}"))
+    for old, new in _FILES.items():
+        sys.modules.setdefault(old, _Moved(old, new))

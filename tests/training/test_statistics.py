@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import wn_surgery as wn
-from wn_surgery.training.history import History
+from wn_surgery.training.statistics import History
 
 
 def model(dtype: torch.dtype = torch.float32) -> nn.Sequential:

@@ -220,10 +220,7 @@ def output_axis(site: Site) -> Dim | ModelError:
         (_ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention),
     ):
         return 0
-    if any(
-        cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
-        for cls in type(module).__mro__
-    ):
+    if is_conv1d(module):
         return 1
     return ModelError(
         f"dim='out' is not known for {site.node.base.__name__} ({site.name}); give the axis as "
@@ -274,6 +271,12 @@ def runs_no_hook(site: Site) -> bool:
     """
     # The type says it where the model that was given is that layer alone.
     return site.node.uncalled or isinstance(site.module, NonDynamicallyQuantizableLinear)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is the linear layer of transformers whose weight is (in, out)."""
+    names = {f"{cls.__module__}.{cls.__name__}" for cls in type(module).__mro__}
+    return "transformers.pytorch_utils.Conv1D" in names
 
 
 def lazy(tensor: Tensor) -> bool:
