@@ -430,9 +430,9 @@ class TakesNames(nn.Module):
 def test_a_forward_that_takes_names() -> None:
     model = TakesNames()
     wn.apply(model, "linears")
-    for patterns in ("layer", ["layer"]):
+    for called in (model, nn.DataParallel(model)):
         with pytest.raises(wn.ModelError, match=r"has an argument names.*initializing\(model") as e:
-            wn.initialize_from_batch(model, X, names=patterns)
+            wn.initialize_from_batch(called, X, names=["layer"])
         assert e.value.kind == "initialization"
     with torch.no_grad(), wn.initializing(model, names="layer") as result:
         assert model(X, names="given").isfinite().all()

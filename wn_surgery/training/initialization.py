@@ -17,9 +17,10 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from wn_surgery.errors import ModelError, WeightNormError
-from wn_surgery.model.sites import NormedSite, as_module, normed
+from wn_surgery.model.sites import NormedSite, as_module, normed, walk
 from wn_surgery.norm.options import dtype_name, kept_axes
 from wn_surgery.rules import fields
 from wn_surgery.rules.patterns import PatternSet
@@ -96,7 +97,8 @@ def initialize_from_batch(
         >>> torch.testing.assert_close(y.std(0, correction=0), torch.ones(2))
         >>> torch.testing.assert_close(y.mean(0), torch.zeros(2))
     """
-    if names is not None and "names" in inspect.signature(as_module(model).forward).parameters:
+    forwards = [node.module.forward for node in walk(model) if "" in node.paths]  # and wrapped ones
+    if names is not None and any("names" in inspect.signature(f).parameters for f in forwards):
         raise _error(
             f"the forward of {type(model).__name__} has an argument names, so names={names!r} is "
             "ambiguous; pass patterns to `with wn_surgery.initializing(model, names=...):` and "
@@ -222,18 +224,10 @@ def _why_not(site: NormedSite) -> str:
     return ""
 
 
-_CONVOLUTIONS = (
-    (nn.Conv1d, nn.ConvTranspose1d),
-    (nn.Conv2d, nn.ConvTranspose2d),
-    (nn.Conv3d, nn.ConvTranspose3d),
-)
-
-
 def _channel_axis(module: nn.Module, ndim: int) -> int | None:
     """The axis of the output channels in an output of ``ndim`` axes."""
-    for count, kinds in enumerate(_CONVOLUTIONS, start=1):
-        if isinstance(module, kinds):
-            return ndim - count - 1  # 0 without a batch axis
+    if isinstance(module, _ConvNd):
+        return ndim - len(module.kernel_size) - 1  # 0 without a batch axis
     last = isinstance(module, (nn.Linear, nn.Bilinear)) or is_conv1d(module)
     return ndim - 1 if last else None
 
