@@ -49,7 +49,7 @@ from typing_extensions import override
 
 import wn_surgery as wn
 from wn_surgery.callbacks.lightning import WeightNorm
-from wn_surgery.training.history import History
+from wn_surgery.training.statistics import History
 
 OUT = Path(__file__).resolve().parents[1] / "build" / "hifigan"
 # As in the paper's code: every convolution of both networks. Names count from the Gan module.

@@ -18,11 +18,13 @@ _ROOMS = {
     "norm": "module_class parametrization slots",
     "rules": "patterns presets rule",
     "surgery": "checks diagnosis optimizers plan planning",
-    "training": "history initialization optimizer_states parameter_groups statistics",
+    "training": "initialization optimizer_states parameter_groups statistics",
 }
 
-
-_FILES = {"wn_surgery.huggingface.ties": "wn_surgery.huggingface.embeddings"}
+_FILES = {
+    "wn_surgery.history": "wn_surgery.training.statistics",
+    "wn_surgery.huggingface.ties": "wn_surgery.huggingface.embeddings",
+}
 
 
 class _Moved(ModuleType):

@@ -28,7 +28,7 @@ from wn_surgery.surgery.planning import OnUnmatched
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-    from wn_surgery.training.history import History
+    from wn_surgery.training.statistics import History
 
 
 class WeightNorm(Callback):

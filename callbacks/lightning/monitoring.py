@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import wn_surgery as wn
 from wn_surgery.callbacks.lightning.neighbours import shards
-from wn_surgery.training.history import History
+from wn_surgery.training.statistics import History
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -11,8 +11,8 @@ import transformers
 from transformers import PreTrainedModel
 
 import wn_surgery as wn
-from wn_surgery.checkpoints.io.atomic import atomic_folder
 from wn_surgery.checkpoints.folders import copy_companions, find
+from wn_surgery.checkpoints.io.atomic import atomic_folder
 from wn_surgery.errors import CheckpointError
 from wn_surgery.huggingface.config import WeightNormConfig
 from wn_surgery.huggingface.loading import register

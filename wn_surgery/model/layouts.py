@@ -163,7 +163,7 @@ def clear(module: nn.Module, name: str) -> tuple[str, ...]:
 def _clear_parametrized(module: nn.Module, name: str) -> tuple[str, ...]:
     note_change()
     lists = cast(nn.ModuleDict, module._modules["parametrizations"])
-    order = getattr(lists[name], "order", ()) or _usual_order(module, name)
+    order = plain_order(module, name, module._parameters)
     remaining = [other for other in lists if other != name]
     cls: type[nn.Module]
     if not remaining:
@@ -183,16 +183,26 @@ def _clear_parametrized(module: nn.Module, name: str) -> tuple[str, ...]:
 
 
 def _clear_legacy(module: nn.Module, name: str) -> tuple[str, ...]:
-    order: tuple[str, ...] = ()
+    order = plain_order(module, name, module._parameters)
     for key, hook in list(module._forward_pre_hooks.items()):
         if getattr(hook, "name", None) == name and _read_legacy(module, hook, name):
-            order = getattr(hook, "order", ())
             del module._forward_pre_hooks[key]
-    order = order or _usual_order(module, name)
     for part in keys_for(name, "legacy"):
         del module._parameters[part]
     module.__dict__.pop(name, None)
     return order
+
+
+def plain_order(module: nn.Module, name: str, registered: Iterable[str]) -> tuple[str, ...]:
+    """The order of the module's parameters once ``name`` joins the ``registered`` ones as plain."""
+    lists = module.__dict__["_modules"].get("parametrizations", {})
+    if name in lists:
+        makers = [lists[name]]
+    else:
+        hooks = [getattr(entry, "folds", entry) for entry in module._forward_pre_hooks.values()]
+        makers = [hook for hook in hooks if getattr(hook, "name", None) == name]
+    known = next((each.order for each in makers if getattr(each, "order", ())), ())
+    return tuple(known) or _usual_order(module, name, registered)
 
 
 def put_plain(module: nn.Module, name: str, weight: nn.Parameter, order: Iterable[str]) -> None:
@@ -254,9 +264,9 @@ def refresh(module: nn.Module) -> None:
             module._init_flat_weights()
 
 
-def _usual_order(module: nn.Module, name: str) -> tuple[str, ...]:
-    """The order in which torch's layers register: for where another library took ``name`` out."""
-    order = [key for key in module._parameters if key not in keys_for(name, "legacy")]
+def _usual_order(module: nn.Module, name: str, registered: Iterable[str]) -> tuple[str, ...]:
+    """Where others took ``name`` out without leaving a note: as torch's own layers register it."""
+    order = [key for key in registered if key not in keys_for(name, "legacy")]
     if isinstance(module, nn.RNNBase):
         return tuple(module._flat_weights_names)
     if isinstance(module, nn.RNNCellBase):
