@@ -8,7 +8,6 @@ modules of a base class that carry the same parameters, and never changes.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -236,12 +235,16 @@ def _refuse_if_held(module: nn.Module, name: str) -> None:
         )
 
 
-@functools.cache
 def _meta_for(metaclass: type) -> Callable[..., type]:
     """The metaclass, joined with the base's own where that is not plain ``type``."""
     if issubclass(_SharedMeta, metaclass):
         return _SharedMeta
-    return type("_SharedMeta", (_SharedMeta, metaclass), {})
+    if metaclass not in _METACLASSES:
+        _METACLASSES[metaclass] = type("_SharedMeta", (_SharedMeta, metaclass), {})
+    return _METACLASSES[metaclass]
+
+
+_METACLASSES: dict[type, type] = {}
 
 
 def _is_torch_parametrized(cls: type) -> bool:
