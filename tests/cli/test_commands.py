@@ -126,7 +126,7 @@ def test_spectral_norm_and_axes(run: Run) -> None:
         {**norm.state_dict(), "a.weight_g": torch.ones(4), "a.weight_v": torch.ones(4, 4)}, "a.pt"
     )
     ran = run("strip", "a.pt", "b.pt")
-    assert ran.code == 3 and "dim=0 or 1 (--dim)" in ran.err
+    assert ran.code == 3 and "--dim 0 or 1" in ran.err
     assert run("strip", "a.pt", "b.pt", "--dim", "one").code == 2
     ran = run("strip", "a.pt", "b.pt", "--dim", 1)
     assert ran.code == 0 and "--also spectral_norm strips them" in ran.out
@@ -139,9 +139,9 @@ def test_spectral_norm_and_axes(run: Run) -> None:
     ("arguments", "code", "message"),
     [
         (["strip", "a.safetensors", "a.safetensors"], 3, "--in-place"),
-        (["strip", "gone.pt", "b.pt"], 4, "no file and no folder"),
+        (["strip", "gone.pt", "b.pt"], 4, "neither a file nor a folder"),
         (["strip", "a.safetensors", "gone/b.safetensors"], 4, "No such file"),
-        (["strip", "damaged.safetensors", "b.safetensors"], 3, "no sound safetensors file"),
+        (["strip", "damaged.safetensors", "b.safetensors"], 3, "not a sound safetensors file"),
         (["inspect", "damaged.pt"], 3, "is damaged, or holds more"),
         (["apply", "a.safetensors", "b.safetensors", '{"types": "Conv1d"}'], 3, "needs modules"),
         (["apply", "a.safetensors", "b.safetensors", "{"], 3, "is not JSON"),
@@ -161,6 +161,20 @@ def test_refusals_are_one_line_and_change_nothing(
     assert listing(tmp_path) == before
     ran = run(*arguments, "--json")
     assert ran.code == code and message in ran.json["error"]["message"]
+
+
+def test_errors_name_flags_where_the_library_names_arguments(run: Run) -> None:
+    torch.save({"a.weight_g": torch.ones(4, 1)}, "a.pt")
+    ran = run("strip", "a.pt", "b.pt")
+    assert ran.code == 3 and "--keep-orphans" in ran.err and "orphans='keep'" not in ran.err
+    assert run("strip", "a.pt", "b.pt", "--keep-orphans").code == 0
+    torch.save(
+        {"a.weight_g": torch.full((4, 1), torch.nan), "a.weight_v": torch.ones(4, 2)}, "a.pt"
+    )
+    ran = run("strip", "a.pt", "c.pt")
+    assert ran.code == 3 and "--keep-non-finite" in ran.err and "='keep'" not in ran.err
+    ran = run("strip", "a.pt", "a.pt", "--keep-non-finite")
+    assert ran.code == 3 and "--in-place" in ran.err and "in_place" not in ran.err
 
 
 @pytest.mark.parametrize(
@@ -226,7 +240,7 @@ def test_an_interrupt_has_its_code_and_leaves_nothing(tmp_path: Path) -> None:
         "import os, signal\n"
         # A shell starts what runs in the background with the signal ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from wn_surgery.checkpoints import atomic\n"
+        "from wn_surgery.checkpoints.io import atomic\n"
         "from wn_surgery.cli import main\n"
         "write = atomic.Output.write\n"
         "def interrupted(output, data):\n"

@@ -198,8 +198,7 @@ def output_axis(site: Site) -> Dim | WeightNormError:
         return 1
     if isinstance(module, _ROWS_FIRST):
         return 0
-    names = {f"{cls.__module__}.{cls.__name__}" for cls in type(module).__mro__}
-    if "transformers.pytorch_utils.Conv1D" in names:
+    if is_conv1d(module):
         return 1
     return error_at(
         site,
@@ -242,6 +241,12 @@ def runs_no_hook(site: Site) -> bool:
     """Whether the weight is read without a call of its module, as by ``nn.MultiheadAttention``."""
     # The type says it if the model that was given is that layer alone.
     return site.node.uncalled or isinstance(site.module, NonDynamicallyQuantizableLinear)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is the linear layer of transformers whose weight is (in, out)."""
+    names = {f"{cls.__module__}.{cls.__name__}" for cls in type(module).__mro__}
+    return "transformers.pytorch_utils.Conv1D" in names
 
 
 def quantizer(node: Node, tensor: Tensor | None) -> str | None:
