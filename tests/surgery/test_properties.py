@@ -32,6 +32,7 @@ from tests.surgery.property_tools import (
     ties_of_one_parameter,
 )
 from tests.surgery.strategies import Case, Tree, cases, trees
+from wn_surgery.model.layouts import Normed
 from wn_surgery.surgery import execution
 from wn_surgery.surgery.checks import runs_no_hook
 from wn_surgery.surgery.plan import Plan
@@ -312,7 +313,11 @@ def test_an_optimizer_holds_what_the_model_holds(case: Case) -> None:
     if (plan := planned(model, case)).problems:
         return
     kept = dict(optimizer.state)
-    gone = {id(p) for step in plan.changes for p in execution._Work._old(step)}
+    gone: set[int] = set()
+    for step in plan.changes:
+        held = step.site.held
+        old = (held.g, held.v) if isinstance(held, Normed) else (step.site.tensor,)
+        gone.update(map(id, old))
     apply(model, case, optimizers=[optimizer])
     _holds_all(optimizer, model)
     assert {id(p) for p in optimizer.state} == {id(p) for p in kept} - gone

@@ -16,7 +16,7 @@ import torch
 from wn_surgery.checkpoints.pairs import Pair, Shape, find_pairs
 from wn_surgery.checkpoints.request import Request
 from wn_surgery.checkpoints.spectral import find_spectral
-from wn_surgery.errors import CheckpointError, DimensionError, UnmatchedRuleError
+from wn_surgery.errors import CheckpointError, ModelError, UnmatchedRuleError
 from wn_surgery.norm.math import g_shape
 from wn_surgery.norm.naming import keys_for
 from wn_surgery.norm.options import NormOptions, dtype_name
@@ -199,8 +199,9 @@ def _chosen(key: str, shape: Shape, asked: Request) -> NormOptions | None:
         return None
     dim: Any = rule.dim
     if not has_axes(len(shape), dim):
-        raise DimensionError(
+        raise ModelError(
             f"{key!r} {shape} has no axis {rule.dim}, which rule `{rule.describe()}` asks for; "
-            "give another dim, or choose tensors by ranks="
+            "give another dim, or choose tensors by ranks=",
+            kind="dim",
         )
     return NormOptions(dim, rule.eps, rule.norm_dtype)
