@@ -10,8 +10,8 @@ import torch
 import transformers
 
 import wn_surgery as wn
-from wn_surgery.checkpoints.io.atomic import atomic_folder
 from wn_surgery.checkpoints.folders import copy_companions, find
+from wn_surgery.checkpoints.io.atomic import atomic_folder
 from wn_surgery.errors import CheckpointError
 from wn_surgery.huggingface import reload
 from wn_surgery.huggingface.bases import PreTrainedModel
