@@ -126,7 +126,7 @@ def test_spectral_norm_and_axes(run: Run) -> None:
         {**norm.state_dict(), "a.weight_g": torch.ones(4), "a.weight_v": torch.ones(4, 4)}, "a.pt"
     )
     ran = run("strip", "a.pt", "b.pt")
-    assert ran.code == 3 and "dim=0 or 1 (--dim)" in ran.err
+    assert ran.code == 3 and "--dim 0 or 1" in ran.err
     assert run("strip", "a.pt", "b.pt", "--dim", "one").code == 2
     ran = run("strip", "a.pt", "b.pt", "--dim", 1)
     assert ran.code == 0 and "--also spectral_norm strips them" in ran.out
@@ -161,6 +161,20 @@ def test_refusals_are_one_line_and_change_nothing(
     assert listing(tmp_path) == before
     ran = run(*arguments, "--json")
     assert ran.code == code and message in ran.json["error"]["message"]
+
+
+def test_errors_name_flags_where_the_library_names_arguments(run: Run) -> None:
+    torch.save({"a.weight_g": torch.ones(4, 1)}, "a.pt")
+    ran = run("strip", "a.pt", "b.pt")
+    assert ran.code == 3 and "--keep-orphans" in ran.err and "orphans='keep'" not in ran.err
+    assert run("strip", "a.pt", "b.pt", "--keep-orphans").code == 0
+    torch.save(
+        {"a.weight_g": torch.full((4, 1), torch.nan), "a.weight_v": torch.ones(4, 2)}, "a.pt"
+    )
+    ran = run("strip", "a.pt", "c.pt")
+    assert ran.code == 3 and "--keep-non-finite" in ran.err and "='keep'" not in ran.err
+    ran = run("strip", "a.pt", "a.pt", "--keep-non-finite")
+    assert ran.code == 3 and "--in-place" in ran.err and "in_place" not in ran.err
 
 
 @pytest.mark.parametrize(

@@ -310,7 +310,7 @@ def test_the_table_and_the_data() -> None:
     lines = str(preflight).splitlines()
     assert lines[2].startswith("0.weight  parametrized  unquantized  quantize_dynamic passes over")
     assert lines[-1].startswith(
-        "2 of 2 weight-normed parameters stand against ort-quantize; export"
+        "2 of 2 weight-normed parameters would cause problems with ort-quantize; export"
     )
     assert json.loads(json.dumps(preflight.to_dict()))["findings"][1] == {
         "name": "1.weight",
@@ -320,7 +320,8 @@ def test_the_table_and_the_data() -> None:
         "why": preflight.findings[1].why,
     }
     plain = check(stripped_copy(model), "ort-quantize")
-    assert (plain.ok, str(plain)) == (True, "nothing stands against ort-quantize")
+    assert (plain.ok, str(plain)) == (True, "no problem with ort-quantize")
+    assert repr(plain) == "<Preflight for ort-quantize: 0 findings, 0 normed>"
     harmless = check(model[1], "torchao")
     assert "1 weight-normed parameters do no harm here" in str(harmless)
 

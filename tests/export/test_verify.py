@@ -70,6 +70,7 @@ def test_an_exported_program_and_its_file(tmp_path: Path) -> None:
     ):
         found = verify(model, exported, INPUTS)
         assert found.exact and found.max_abs == 0 and found.max_ulp == 0
+        assert repr(found) == "<Verification of 3 outputs: exact>"
         assert [each.name for each in found.outputs] == ["hidden", "pair.0", "pair.1"]
         assert [each.dtype for each in found.outputs] == ["float32", "float32", "int64"]
     named = {"x": X, "scale": INPUTS[1]}
@@ -316,9 +317,9 @@ def refusals(folder: Path) -> list[tuple[Callable[[], Any], str]]:
     (folder / "model.pt2").write_bytes(b"no archive")
     return [
         (lambda: verify(model.train(), model, X), "Linear is in training mode"),
-        (lambda: verify(model.eval(), folder / "absent.onnx", X), "is no file"),
+        (lambda: verify(model.eval(), folder / "absent.onnx", X), "is not a file"),
         (lambda: verify(model, folder / "model.bin", X), r"model\.bin: expected \.onnx"),
-        (lambda: verify(model, folder / "model.pt2", X), r"no \.pt2 archive"),
+        (lambda: verify(model, folder / "model.pt2", X), r"not a \.pt2 archive"),
         (lambda: verify(model, 3, X), "cannot run a int"),  # type: ignore[arg-type]
         (
             lambda: verify(model, lambda x: [x, x], X),

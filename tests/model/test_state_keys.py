@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import wn_surgery as wn
 from wn_surgery.model.state_keys import keys_of, plain_state_dict
@@ -239,3 +241,24 @@ def test_what_does_not_fit_is_refused() -> None:
     swapped = [[then[0][i] for i in (1, 0, 2, 3)]]
     with pytest.raises(wn.CheckpointMismatchError, match=r"exp_avg of shape \(8, 4\) where 0.bias"):
         remap(old.state_dict(), swapped, names, model)
+
+
+class NoOperators(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, *_: Any) -> Any:
+        raise AssertionError(f"{func} ran, where names alone are read")
+
+
+@pytest.mark.parametrize("layout", ["parametrized", "legacy", "folded"])
+@pytest.mark.parametrize("name", TRICKY)
+def test_reading_names_computes_and_copies_no_tensor(name: str, layout: str) -> None:
+    make, rules = MODELS[name]
+    model = make()
+    wn.apply(model, rules)
+    if layout == "legacy" and name != "batch norm":
+        without_uncalled(model)
+        to_legacy(model)
+    with wn.folded(model) if layout == "folded" else nullcontext(), NoOperators():
+        names = names_in(torch.optim.SGD(model.parameters()), model)
+        found = names_in_layout(names, model)
+    with wn.writable(model):
+        assert found == [[name for name, _ in model.named_parameters()]]

@@ -416,3 +416,26 @@ def test_buffers_that_the_forward_exchanges_are_put_back() -> None:
     calls = model.calls
     wn.initialize_from_batch(model, torch.randn(50, 4))
     assert model.calls is calls and calls.item() == 0
+
+
+class TakesNames(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, names: str = "") -> Tensor:
+        return self.layer(x) * (1.0 if names else torch.nan)
+
+
+def test_a_forward_that_takes_names() -> None:
+    model = TakesNames()
+    wn.apply(model, "linears")
+    for called in (model, nn.DataParallel(model)):
+        with pytest.raises(wn.ModelError, match=r"has an argument names.*initializing\(model") as e:
+            wn.initialize_from_batch(called, X, names=["layer"])
+        assert e.value.kind == "initialization"
+    with torch.no_grad(), wn.initializing(model, names="layer") as result:
+        assert model(X, names="given").isfinite().all()
+    assert list(result.initialized) == ["layer.weight"]
+    assert repr(result) == "<Initialization: 1 initialized, 0 skipped>"
+    assert list(wn.initialize_from_batch(model, X, "given").initialized) == ["layer.weight"]

@@ -106,6 +106,11 @@ def test_bad_input(arguments: dict[str, Any], said: str) -> None:
         wn.parameter_groups(Model(), **arguments)
 
 
+def test_the_repr_is_one_line() -> None:
+    groups = wn.parameter_groups(nn.Linear(2, 2), weight_decay=0.1)
+    assert repr(groups) == "<ParameterGroups: 1 with weight decay, 1 without>"
+
+
 def test_nothing_to_train() -> None:
     with pytest.raises(ValueError, match="ReLU has no trainable parameter"):
         wn.parameter_groups(nn.ReLU(), weight_decay=0.1)

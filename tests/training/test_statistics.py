@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import wn_surgery as wn
-from wn_surgery.training.history import History
+from wn_surgery.training.statistics import History
 
 
 def model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -80,6 +81,12 @@ def recorded(steps: int = 4) -> History:
                 parameter.mul_(1.1)
         history.add(10 * step, wn.statistics(net, [optimizer]))
     return history
+
+
+def test_the_old_path_of_history_and_a_short_repr() -> None:
+    old: Any = importlib.import_module("wn_surgery.history")
+    assert old.History is History
+    assert repr(wn.statistics(nn.Linear(2, 2))) == "<Statistics of 0 sites>"
 
 
 def test_history_keeps_numbers_alone() -> None:

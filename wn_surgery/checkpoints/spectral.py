@@ -92,7 +92,7 @@ def axes_of_spectral(weight: Shape, u: Shape, v: Shape) -> list[int]:
 
 
 def spectral_weight(parts: Iterable[Tensor], key: str, dim: Any = "auto") -> Tensor:
-    """W / σ of W, u and v in W's dtype, computed as the live model does in eval mode.
+    """W / σ of W, u and v, in the dtype of W, computed as the live model in eval mode does it.
 
     Where the shapes fit several axes, u and v tell which it is: for the right one u is nearly W v.
     In a model that never trained u and v are random, and then ``dim`` has to tell.

@@ -2,7 +2,7 @@
 
 In: a command line.
 Out: files, text or JSON, and an exit code.
-Imports: errors, rules, checkpoints, huggingface.
+Imports: errors, norm, rules, checkpoints, huggingface.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
             app(prog_name="wn-surgery")
     except UndeliveredError as error:
         raise SystemExit(error.code) from error
-    except Exception:  # noqa: BLE001 - it is shown, and is the exit code
-        # Python's own exit code would be 1, which says that a check has found something.
+    except Exception:  # noqa: BLE001 - shown, and the exit code tells
+        # Python's own exit code would be 1, which means that a check has found something.
         traceback.print_exc()
         raise SystemExit(BUG) from None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import inspect
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -15,33 +18,22 @@ from wn_surgery.checkpoints.pairs import Axes
 from wn_surgery.cli.printing import print_error, print_json
 from wn_surgery.errors import CheckpointFileError, WeightNormError
 
-__all__ = ["Dim", "Json", "Pickle", "Source", "app", "axes", "command"]
-
-P = ParamSpec("P")
+__all__ = ["FullPickle", "Json", "Reading", "Source", "Verify", "Writing", "app", "command"]
 
 FOUND, REFUSED, SYSTEM = 1, 3, 4
-# The options for the arguments of Python that errors of the library name.
-_FLAGS = {
-    r"orphans='keep'": "--keep-orphans",
-    r"non_finite='keep'": "--keep-non-finite",
-    r"in_place=True": "--in-place",
-    r"full_pickle=True": "--full-pickle",
-    r"pass dim=\w+(?: or \w+)*": "--dim",
-    r"keep=\(\)": "--all",
-}
 
 app = typer.Typer(
     name="wn-surgery",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Weight norm in checkpoints and models: look at it, strip it, put it on.",
+    help="Weight norm in checkpoints and models: inspect it, strip it, apply it.",
     epilog=(
         "Exit codes: **0** done; **1** `diff` found differences, or `doctor` errors; **2** wrong "
-        "usage; **3** refused, for what is in the files or rules; **4** a file cannot be read or "
-        "written, standard output among them; **70** a bug; **130** interrupted; **141** nobody "
-        "reads standard output any more. Whenever it is not 0, 1 or 141, stderr says why, and no "
-        "file was changed (unless only standard output was full)."
+        "usage; **3** refused, because of what is in the files or rules; **4** a file or standard "
+        "output cannot be read or written; **70** a bug; **130** interrupted; **141** nobody reads "
+        "standard output any more. Unless the code is 0, 1 or 141, stderr says why, and no file "
+        "was changed (unless only standard output was full)."
     ),
 )
 
@@ -57,6 +49,10 @@ def _root(
         raise typer.Exit
 
 
+def _flag(name: str, text: str) -> Any:
+    return typer.Option(name, help=text)
+
+
 Source = Annotated[
     Path,
     typer.Argument(
@@ -65,67 +61,138 @@ Source = Annotated[
         show_default=False,
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Dim = Annotated[
-    str | None,
-    typer.Option(
-        "--dim",
-        help="The axis that keeps its norms, where the shape of g does not tell: 0, 1, ..., or "
-        "none for the whole tensor.",
-        show_default=False,
-    ),
-]
-Pickle = Annotated[
+Json = Annotated[bool, _flag("--json", "Print one JSON object on stdout.")]
+FullPickle = Annotated[
     bool,
-    typer.Option(
+    _flag(
         "--full-pickle",
-        help="Unpickle anything that a PyTorch file holds. A file from a stranger can then run "
-        "any program on this machine.",
+        "Unpickle everything in a PyTorch file. A file from a stranger can then run any program "
+        "on this machine.",
     ),
+]
+Verify = Annotated[
+    bool, _flag("--verify", "Read the output back and compare it before it gets its name.")
 ]
 
 
-def axes(dim: str | None) -> Axes:
-    """The axes that ``--dim`` names."""
-    if dim is None:
-        return "auto"
-    if dim.lower() == "none":
-        return None
-    if dim.isdecimal():
-        return int(dim)
-    raise typer.BadParameter(f"expected the number of an axis or none, got {dim!r}")
+@dataclass(frozen=True)
+class Reading:
+    """The options of every command that reads weight-normed checkpoints."""
+
+    dim: Annotated[
+        str | None,
+        typer.Option(
+            help="The axis that keeps its norms, if the shape of g does not determine it: 0, 1, "
+            "..., or none for the whole tensor.",
+            show_default=False,
+        ),
+    ] = None
+    full_pickle: FullPickle = False
+    as_json: Json = False
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the library's function."""
+        return {"dim": self._axes(), "full_pickle": self.full_pickle}
+
+    def _axes(self) -> Axes:
+        if self.dim is None:
+            return "auto"
+        if self.dim.lower() == "none":
+            return None
+        if self.dim.isdecimal():
+            return int(self.dim)
+        raise typer.BadParameter(f"expected the number of an axis or none, got {self.dim!r}")
 
 
-def command(*examples: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Make a function a command: with examples in its help, and one line for what is refused.
+@dataclass(frozen=True)
+class Writing(Reading):
+    """The options of every command that writes what it has read in another layout."""
 
-    Args:
-        examples: what to type, without the program's name.
+    keep_orphans: Annotated[
+        bool, _flag("--keep-orphans", "Copy a g without its v, and a v without its g.")
+    ] = False
+    keep_non_finite: Annotated[
+        bool, _flag("--keep-non-finite", "Write weights that hold NaN or infinities.")
+    ] = False
+    in_place: Annotated[
+        bool, _flag("--in-place", "OUT may be IN, which is then replaced by a rename.")
+    ] = False
+    verify: Verify = False
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the library's function."""
+        return super().arguments() | {
+            "orphans": "keep" if self.keep_orphans else "error",
+            "non_finite": "keep" if self.keep_non_finite else "error",
+            "in_place": self.in_place,
+            "verify": self.verify,
+        }
+
+
+def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function a command, with examples in its help and one line for each refusal.
+
+    A parameter that is a dataclass, such as :class:`Reading`, stands for an option per field.
     """
     epilog = "Examples:\n\n" + "\n\n".join(f"`wn-surgery {example}`" for example in examples)
 
-    def made(function: Callable[P, None]) -> Callable[P, None]:
-        @functools.wraps(function)
-        def run(*args: P.args, **kwargs: P.kwargs) -> None:
-            try:
-                function(*args, **kwargs)
-            except (WeightNormError, ModuleNotFoundError) as error:
-                raise typer.Exit(_refused(error, bool(kwargs.get("as_json")))) from error
+    def made(function: Callable[..., None]) -> Callable[..., None]:
+        options = []
+        groups: dict[str, Any] = {}
+        hints = get_type_hints(function, include_extras=True)
+        for name, parameter in inspect.signature(function).parameters.items():
+            if dataclasses.is_dataclass(hints[name]):
+                groups[name] = hints[name]
+                within = get_type_hints(hints[name], include_extras=True)
+                options += [(f.name, f.default, within[f.name]) for f in _fields(groups[name])]
+            else:
+                options.append((name, parameter.default, hints[name]))
 
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            as_json = bool(given.get("as_json"))
+            for name, group in groups.items():
+                given[name] = group(**{f.name: given.pop(f.name) for f in _fields(group)})
+            try:
+                function(**given)
+            except (WeightNormError, ModuleNotFoundError) as error:
+                raise typer.Exit(_refused(error, as_json)) from error
+
+        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint
+            )
+            for name, default, hint in options
+        )
+        run.__annotations__ = {name: hint for name, _, hint in options}
         app.command(epilog=epilog)(run)
         return function
 
     return made
 
 
+def _fields(group: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(group)
+
+
+_FLAGS = {
+    r"\bin_place=True": "--in-place",
+    r"\bfull_pickle=True": "--full-pickle",
+    r"\borphans='keep'": "--keep-orphans",
+    r"\bnon_finite='keep'": "--keep-non-finite",
+    r"\bkeep=\(\)": "--all",
+    r"\bdim=(?=\d+ or \d)": "--dim ",
+}
+"""What the library's errors call the options."""
+
+
 def _refused(error: Exception, as_json: bool) -> int:
     text = " ".join(str(error).split())
     for argument, flag in _FLAGS.items():
-        text = re.sub(argument, rf"\g<0> ({flag})", text)
+        text = re.sub(argument, flag, text)
     if isinstance(error, ModuleNotFoundError):
         text = f"this needs {error.name}: pip install 'wn-surgery[transformers]'"
     print_error(text)
     if as_json:
-        said: dict[str, Any] = {"type": type(error).__name__, "message": text}
-        print_json({"error": said})
+        print_json({"error": {"type": type(error).__name__, "message": text}})
     return SYSTEM if isinstance(error, CheckpointFileError) else REFUSED

@@ -1,4 +1,4 @@
-"""The commands, each a thin face over a function of the library."""
+"""The commands, each a thin layer over a function of the library."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ import typer
 
 from wn_surgery import checkpoints
 from wn_surgery.checkpoints.folders import find
-from wn_surgery.checkpoints.request import Layout
 from wn_surgery.cli.app import (
     FOUND,
-    Dim,
+    FullPickle,
     Json,
-    Pickle,
+    Reading,
     Source,
+    Verify,
+    Writing,
     app,
-    axes,
     command,
 )
 from wn_surgery.cli.printing import print_json, print_text, progress
 from wn_surgery.errors import RuleError
+from wn_surgery.norm.naming import Layout, NormedLayout
 from wn_surgery.rules.sources import RulesLike
 
 __all__ = ["app"]
@@ -45,26 +46,6 @@ RulesText = Annotated[
         show_default=False,
     ),
 ]
-InPlace = Annotated[
-    bool, typer.Option("--in-place", help="OUT may be IN, which is then replaced by a rename.")
-]
-Keep = Annotated[
-    bool, typer.Option("--keep-orphans", help="Carry a g without its v over, and a v without g.")
-]
-All = Annotated[
-    bool,
-    typer.Option("--all", help="Strip what the class of a transformers model puts on itself, too."),
-]
-NonFinite = Annotated[
-    bool, typer.Option("--keep-non-finite", help="Write weights that hold NaN or infinities.")
-]
-
-Verify = Annotated[
-    bool,
-    typer.Option(
-        "--verify", help="Read the output back, and compare it, before it takes its name."
-    ),
-]
 
 
 class Norm(StrEnum):
@@ -73,28 +54,11 @@ class Norm(StrEnum):
     spectral_norm = "spectral_norm"
 
 
-class Form(StrEnum):
-    """Layouts."""
-
-    plain = "plain"
-    parametrized = "parametrized"
-    legacy = "legacy"
-
-
-class NormedForm(StrEnum):
-    """Layouts that have a g and a v."""
-
-    parametrized = "parametrized"
-    legacy = "legacy"
-
-
 @command("inspect model.safetensors", "inspect last.ckpt --json")
-def inspect(
-    source: Source, dim: Dim = None, full_pickle: Pickle = False, as_json: Json = False
-) -> None:
-    """List what is weight-normed: layout, shape, axes, magnitudes, and what is not a number."""
-    found = checkpoints.inspect(source, dim=axes(dim), full_pickle=full_pickle)
-    if as_json:
+def inspect(source: Source, options: Reading) -> None:
+    """List the weight-normed tensors: layout, shape, axes, magnitudes, and values that are NaN."""
+    found = checkpoints.inspect(source, **options.arguments())
+    if options.as_json:
         print_json(found.to_dict())
         return
     print_text(found)
@@ -103,12 +67,10 @@ def inspect(
 
 
 @command("doctor vocoder.pt", "doctor my-model/ --json")
-def doctor(
-    source: Source, dim: Dim = None, full_pickle: Pickle = False, as_json: Json = False
-) -> None:
-    """Say what would go wrong: halves that are lost, zero rows, NaN, mixed dtypes and layouts."""
-    found = checkpoints.inspect(source, dim=axes(dim), full_pickle=full_pickle)
-    if as_json:
+def doctor(source: Source, options: Reading) -> None:
+    """Report what would go wrong: a g without its v, zero rows, NaN, mixed dtypes and layouts."""
+    found = checkpoints.inspect(source, **options.arguments())
+    if options.as_json:
         print_json({"sound": found.sound, "findings": found.to_dict()["findings"]})
     else:
         for each in found.findings:
@@ -129,62 +91,33 @@ def doctor(
 def strip(
     source: Source,
     target: Target,
-    everything: All = False,
+    options: Writing,
+    everything: Annotated[
+        bool,
+        typer.Option(
+            "--all", help="Also strip the weight norm that a transformers class adds by itself."
+        ),
+    ] = False,
     also: Annotated[
         list[Norm] | None, typer.Option(help="Another norm to strip.", show_default=False)
     ] = None,
-    dim: Dim = None,
-    keep_orphans: Keep = False,
-    keep_non_finite: NonFinite = False,
-    in_place: InPlace = False,
-    verify: Verify = False,
-    full_pickle: Pickle = False,
-    as_json: Json = False,
 ) -> None:
     """Write a checkpoint with plain weights: what stripping the live model gives, bit for bit."""
-    _convert(
-        source,
-        target,
-        "plain",
-        as_json,
-        also=[norm.value for norm in also or ()],
-        keep=() if everything else _kept(source),
-        dim=axes(dim),
-        orphans="keep" if keep_orphans else "error",
-        non_finite="keep" if keep_non_finite else "error",
-        in_place=in_place,
-        verify=verify,
-        full_pickle=full_pickle,
-    )
+    keep = () if everything else _kept(source)
+    arguments = options.arguments() | {"also": [norm.value for norm in also or ()], "keep": keep}
+    _convert(source, target, "plain", options.as_json, **arguments)
 
 
 @command("convert old.pt new.pt --to parametrized")
 def convert(
     source: Source,
     target: Target,
-    to: Annotated[Form, typer.Option(help="The layout to write.", show_default=False)],
-    dim: Dim = None,
-    keep_orphans: Keep = False,
-    keep_non_finite: NonFinite = False,
-    in_place: InPlace = False,
-    verify: Verify = False,
-    full_pickle: Pickle = False,
-    as_json: Json = False,
+    to: Annotated[Layout, typer.Option(help="The layout to write.", show_default=False)],
+    options: Writing,
 ) -> None:
     """Write a checkpoint in another layout."""
-    _convert(
-        source,
-        target,
-        to.value,
-        as_json,
-        keep=_kept(source) if to is Form.plain else None,
-        dim=axes(dim),
-        orphans="keep" if keep_orphans else "error",
-        non_finite="keep" if keep_non_finite else "error",
-        in_place=in_place,
-        verify=verify,
-        full_pickle=full_pickle,
-    )
+    keep = _kept(source) if to == "plain" else None
+    _convert(source, target, to, options.as_json, keep=keep, **options.arguments())
 
 
 @command(
@@ -195,46 +128,37 @@ def apply(
     source: Source,
     target: Target,
     rules: RulesText,
-    to: Annotated[NormedForm, typer.Option(help="The layout to write (files).")] = (
-        NormedForm.parametrized
-    ),
+    to: Annotated[NormedLayout, typer.Option(help="The layout to write (files).")] = "parametrized",
     rank: Annotated[
         list[int] | None,
         typer.Option(help="How many axes a tensor may have (files).", show_default=False),
     ] = None,
     verify: Verify = False,
-    full_pickle: Pickle = False,
+    full_pickle: FullPickle = False,
     as_json: Json = False,
 ) -> None:
-    """Put weight norm on: on tensors of a file by their names, or on the model of a folder.
+    """Apply weight norm: to the tensors of a file by their names, or to the model of a folder.
 
-    A folder with a config.json is a model of transformers: it is loaded, patched, and saved so
-    that from_pretrained gives it back patched. Its rules may ask for types.
+    A folder with a config.json is a transformers model: it is loaded, patched, and saved so that
+    from_pretrained gives it back patched. Its rules may use types.
     """
-    if find(source).config is not None:
-        if rank or verify or to is not NormedForm.parametrized:
-            raise typer.BadParameter(
-                "--rank, --to and --verify are for files: a model has types, and transformers "
-                "saves its g and v as torch does"
-            )
-        from wn_surgery.huggingface.folders import apply_folder
-
-        report = apply_folder(source, target, _rules(rules))
-        if as_json:
-            print_json({"files": [str(target)], "weights": list(report.changed)})
-        else:
-            print_text(report)
+    parsed = _rules(rules)
+    if find(source).config is None:
+        options: dict[str, Any] = {"ranks": rank, "verify": verify, "full_pickle": full_pickle}
+        _convert(source, target, to, as_json, rules=parsed, **options)
         return
-    _convert(
-        source,
-        target,
-        to.value,
-        as_json,
-        rules=_rules(rules),
-        ranks=rank,
-        verify=verify,
-        full_pickle=full_pickle,
-    )
+    if rank or verify or to != "parametrized":
+        raise typer.BadParameter(
+            "--rank, --to and --verify are for files: a model has types, and transformers saves "
+            "its g and v in the parametrized layout"
+        )
+    from wn_surgery.huggingface.folders import apply_folder
+
+    report = apply_folder(source, target, parsed)
+    if as_json:
+        print_json({"files": [str(target)], "weights": list(report.changed)})
+    else:
+        print_text(report)
 
 
 @command("plan my-model/ rules.yaml", """plan my-model/ '{"types": "Linear"}' --json""")
@@ -245,7 +169,7 @@ def plan(
     rules: RulesText,
     as_json: Json = False,
 ) -> None:
-    """Show what rules would do to a model of transformers; no weight is read, none written."""
+    """Show what rules would do to a transformers model; no weight is read or written."""
     import wn_surgery as wn
     from wn_surgery.huggingface.folders import model_on_meta
 
@@ -261,16 +185,12 @@ def plan(
 def diff(
     first: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
-    atol: Annotated[
-        float, typer.Option(min=0.0, help="The absolute difference that is none.")
-    ] = 0.0,
-    dim: Dim = None,
-    full_pickle: Pickle = False,
-    as_json: Json = False,
+    options: Reading,
+    atol: Annotated[float, typer.Option(min=0.0, help="Absolute tolerance.")] = 0.0,
 ) -> None:
-    """Tell whether two checkpoints hold the same weights, whatever their layouts."""
-    found = checkpoints.compare(first, second, dim=axes(dim), full_pickle=full_pickle)
-    if as_json:
+    """Compare the weights of two checkpoints, whatever their layouts."""
+    found = checkpoints.compare(first, second, **options.arguments())
+    if options.as_json:
         print_json({"equal": found.equal(atol), **found.to_dict()})
     else:
         print_text(found)
@@ -289,7 +209,7 @@ def _rules(text: str) -> RulesLike:
 
 
 def _kept(source: Path) -> frozenset[str] | None:
-    """The weights that the class of a model norms by itself; None where that cannot be told."""
+    """The weights that the class of a model norms by itself; None where they are not known."""
     if not (find(source).config or {}).get("architectures"):
         return None
     try:
@@ -303,29 +223,17 @@ def _convert(source: Path, target: Path, to: Layout, as_json: bool, **options: A
     with progress(f"{to}:", source) as shown:
         done = checkpoints.convert_file(source, target, to, progress=shown, **options)
     if as_json:
-        print_json(
-            {
-                "files": list(done.files),
-                "weights": done.weights,
-                "spectral": done.spectral,
-                "kept_spectral": done.kept_spectral,
-                "kept": done.kept,
-            }
-        )
+        names = ("weights", "spectral", "kept_spectral", "kept")
+        print_json({"files": list(done.files), **{name: getattr(done, name) for name in names}})
         return
     print_text(f"{len(done.weights)} weights → {to}: {target}")
     if done.spectral:
         print_text(f"{len(done.spectral)} spectral-normed weights → plain")
     if done.kept_spectral and to == "plain":
-        kept = len(done.kept_spectral)
-        print_text(
-            f"{kept} spectral-normed weights kept: --also spectral_norm strips them", "yellow"
-        )
+        count = f"{len(done.kept_spectral)} spectral-normed weights"
+        print_text(f"{count} kept: --also spectral_norm strips them", "yellow")
     if done.kept:
-        print_text(
-            f"{len(done.kept)} kept, since the model's class looks for their g and v: "
-            f"{done.kept[0]}",
-            "yellow",
-        )
+        why = "since the model's class looks for their g and v"
+        print_text(f"{len(done.kept)} kept, {why}: {done.kept[0]}", "yellow")
     if not (done.weights or done.spectral or done.kept):
         print_text("no weight norm was found, so the tensors are the same", "yellow")

@@ -1,4 +1,4 @@
-"""Text for people, JSON for programs, and a bar for those who wait."""
+"""Text for people, JSON for programs, and a progress bar."""
 
 from __future__ import annotations
 
@@ -16,26 +16,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = [
-    "UndeliveredError",
-    "delivering",
-    "print_error",
-    "print_json",
-    "print_text",
-    "progress",
-]
+__all__ = ["UndeliveredError", "delivering", "print_error", "print_json", "print_text", "progress"]
 
 UNWRITTEN = 4
 CLOSED = 128 + 13
-"""What a shell reports of a program that a closed pipe has ended."""
+"""What a shell reports for a program that a closed pipe has ended."""
 
 
 class UndeliveredError(Exception):
-    """Standard output takes no more.
-
-    Attributes:
-        code: the exit code.
-    """
+    """Standard output is full or closed; ``code`` is the exit code."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(str(error))
@@ -44,14 +33,10 @@ class UndeliveredError(Exception):
 
 @contextlib.contextmanager
 def delivering() -> Iterator[None]:
-    """Around a command: what it prints arrives, or the exit code says that it did not.
-
-    Raises:
-        UndeliveredError: standard output is full, or nobody reads it any more.
-    """
+    """Around a command: raise UndeliveredError where its output does not arrive."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A terminal that has no such letter, and names that are no text, show as escapes.
+            # Letters that the terminal lacks, and names that are not text, show as escapes.
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
@@ -62,9 +47,9 @@ def delivering() -> Iterator[None]:
                     raise OSError(errno.EBADF, "it is closed")
                 sys.stdout.flush()
     except (UndeliveredError, OSError) as caught:
-        # The library has errors of its own for files; this is typer's, of its help.
+        # The library has its own errors for files; an OSError here is typer's, for its help.
         error = caught if isinstance(caught, UndeliveredError) else UndeliveredError(caught)
-        # Python tries again when it ends, and would say so once more.
+        # Python flushes again at exit, and would report the error once more.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if error.code != CLOSED:
@@ -77,7 +62,7 @@ def _sending() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # typer would take a closed pipe for the exit code 1.
+        # typer would turn a closed pipe into exit code 1.
         raise UndeliveredError(error) from error
 
 
@@ -92,34 +77,30 @@ def _print(text: str, style: str | None = None) -> None:
         if style is not None and console.is_terminal:
             console.print(text, style=style, markup=False, soft_wrap=True)
         elif sys.stdout is not None:
-            # Not through rich, which lets a pipe be closed unnoticed.
-            print(text, flush=True)  # noqa: T201 - it is what this is for
+            # Not through rich, which ignores a closed pipe.
+            print(text, flush=True)  # noqa: T201 - the command line prints
 
 
 def print_error(text: str) -> None:
-    """One line on stderr."""
+    """Print one line to stderr."""
     console = _console(stderr=True)
     console.print("error: ", style="bold red", end="")
     console.print(_visible(text), markup=False, soft_wrap=True)
 
 
 def _console(**options: Any) -> Console:
-    # Word for word: without emoji, or a name such as layer:x:0 would become a picture.
+    # Without emoji, or a name such as layer:x:0 would become a picture.
     return Console(highlight=False, emoji=False, **options)
 
 
 def _visible(text: str) -> str:
-    """The text with control characters as escapes: names in a file may hold any."""
-    return text.translate(_CONTROLS)
-
-
-_CONTROLS = {
-    code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"
-}
+    """The text with control characters as escapes, since names in a file may hold any."""
+    codes = (*range(32), *range(127, 160))
+    return text.translate({code: f"\\x{code:02x}" for code in codes if chr(code) not in "\n\t"})
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on stdout; what JSON has no number for becomes text."""
+    """Print one JSON object to stdout; NaN and infinities become text."""
     unicode = str(getattr(sys.stdout, "encoding", "")).lower().replace("-", "").startswith("utf")
     text = json.dumps(_plain(value), ensure_ascii=not unicode, allow_nan=False)
     _print(text)
@@ -137,14 +118,9 @@ def _plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def progress(what: str, *paths: Path) -> Iterator[Callable[[int], object] | None]:
-    """A bar on stderr, if that is a terminal, over the bytes of some files.
+    """A bar on stderr over the bytes of files or folders.
 
-    Args:
-        what: what is going on.
-        paths: files, or folders, whose bytes are the whole.
-
-    Yields:
-        What to call with the bytes that were done; None without a terminal.
+    Yields a function that takes the number of bytes done, or None without a terminal.
     """
     console = Console(stderr=True)
     if not console.is_terminal:

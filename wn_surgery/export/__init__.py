@@ -1,4 +1,4 @@
-"""Export: a stripped copy, what stands against a target, and whether the result is the model.
+"""Export: a stripped copy, what would break with a target, and whether the result is the model.
 
 Example:
     >>> import torch, wn_surgery as wn
@@ -11,18 +11,12 @@ Example:
     True
 
 In: a model, and what was exported from it.
-Out: stripped copies, what would break a target, how an export differs from the model.
+Out: stripped copies, what would break with a target, how an export differs from the model.
 Imports: errors, tables, differences, norm, model, surgery.
 """
 
 from wn_surgery.export.copies import stripped_copy
-from wn_surgery.export.preflight import (
-    Effect,
-    Finding,
-    Preflight,
-    Target,
-    check,
-)
+from wn_surgery.export.preflight import Effect, Finding, Preflight, Target, check
 from wn_surgery.export.verification import Difference, Verification, verify
 
 __all__ = [

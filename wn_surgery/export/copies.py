@@ -1,4 +1,4 @@
-"""A copy of a model without weight norm, beside the live model that goes on training."""
+"""A copy of a model without weight norm, while the live model goes on training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wn_surgery.errors import ExportError, ModelError
 from wn_surgery.model.layouts import carried, hand_over
-from wn_surgery.model.sites import sites_of, walk
+from wn_surgery.model.sites import normed
 from wn_surgery.norm.module_class import FOLDED
 from wn_surgery.surgery.execution import remove
 
@@ -23,20 +23,19 @@ M = TypeVar("M", bound=nn.Module)
 def stripped_copy(model: M) -> M:
     """A copy of ``model`` without weight norm; the live model is only read.
 
-    The copy's Parameters are objects of its own that share the memory of the live model's: a
-    copy of a large model costs the memory of its computed weights and no more. So training
-    the live model moves the copy's plain Parameters too, and an in-place write into a shared
-    Parameter of the copy (``load_state_dict``, ``.data.mul_()``, an optimizer) would reach
-    the live model. ``copy.half()``, ``.to(device)``, ``requires_grad_`` and ``.grad`` are the
-    copy's own affair. Everything else is copied: computed weights, buffers (so that a forward
-    of the copy in training mode leaves the live model's statistics alone), Parameters of
-    special classes, attributes. ``copy.deepcopy(stripped_copy(model))`` shares nothing.
+    The copy's plain Parameters are new objects that share the memory of the live model's, so a
+    copy costs the memory of the computed weights only. So training the live model changes them
+    too, and an in-place write into one (``load_state_dict``, ``.data.mul_()``, an optimizer)
+    reaches the live model. ``copy.half()``, ``.to(device)``, ``requires_grad_`` and ``.grad``
+    affect only the copy. Everything else is copied: computed weights, buffers (so that a forward
+    of the copy in training mode leaves the live model's statistics alone), Parameters of special
+    classes, attributes. ``copy.deepcopy(stripped_copy(model))`` shares nothing.
 
     Args:
         model: any module tree, in any layout, also fused or inside ``folded``, and after a
-            forward in grad mode. Of a model compiled with ``torch.compile`` the model
-            itself is copied. Hooks come along as ``copy.deepcopy`` takes them: bound methods
-            become the copy's, functions are shared.
+            forward in grad mode. Of a model compiled with ``torch.compile`` the model itself is
+            copied. Hooks are treated as in ``copy.deepcopy``: bound methods become the copy's,
+            functions are shared.
 
     Returns:
         The copy. Its weights have the bits that the live model computes from g and v.
@@ -44,7 +43,7 @@ def stripped_copy(model: M) -> M:
     Raises:
         ExportError: something in the model cannot be copied; the message names it.
         ModelError: the model is inside DDP or FSDP.
-        WeightNormError: weight norm cannot be taken off: see :func:`wn_surgery.remove`.
+        WeightNormError: weight norm cannot be removed: see :func:`wn_surgery.remove`.
 
     Example:
         >>> import torch, wn_surgery as wn
@@ -59,43 +58,44 @@ def stripped_copy(model: M) -> M:
     """
     original = getattr(model, "_orig_mod", None)
     source = cast(M, original) if isinstance(original, nn.Module) else model
-    _refuse_wrapped(source)
+    for site in normed(source):
+        if site.node.wrapped:
+            raise ModelError(
+                f"{site.node.paths[0] or type(source).__name__} is held by {site.node.wrapped}; "
+                "copy the model inside DistributedDataParallel, stripped_copy(ddp.module); for a "
+                "sharded model gather the full state dict and load it into a model that is not "
+                "sharded",
+                kind="wrapped",
+            )
     memo = {id(tensor): new for tensor, new in _replaced(source)}
     try:
         copied = copy.deepcopy(source, dict(memo))
     except Exception as error:
         raise ExportError(
             f"{type(source).__name__} cannot be copied: {_culprit(source, memo)} raised "
-            f"{type(error).__name__}: {error}; take it out of the model for the time of the copy, "
-            "or give its class a __deepcopy__"
+            f"{type(error).__name__}: {error}; take it out of the model while you copy, or "
+            "give its class a __deepcopy__"
         ) from error
     remove(copied)
     return copied
 
 
-def _refuse_wrapped(model: nn.Module) -> None:
-    for node in walk(model):
-        if node.wrapped and any(site.normed for site in sites_of(node)):
-            raise ModelError(
-                f"{node.paths[0] or type(model).__name__} is held by {node.wrapped}; of a "
-                "DistributedDataParallel model copy the model in it, stripped_copy(ddp.module); of "
-                "a sharded one gather the full state dict and load it into a model that is not",
-                kind="wrapped",
-            )
-
-
 def _replaced(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """The tensors that ``deepcopy`` must not copy in its own way, and what stands for them."""
+    """The tensors that ``deepcopy`` must not copy in its own way, each with its replacement."""
     aliases: dict[int, nn.Parameter] = {}
     seen: set[int] = set()
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
         for parameter in module._parameters.values():
-            if parameter is not None and _is_plain(parameter) and id(parameter) not in aliases:
-                aliases[id(parameter)] = alias = _alias(parameter)
+            if type(parameter) is not nn.Parameter or parameter.is_inference():
+                continue
+            if id(parameter) not in aliases:
+                alias = nn.Parameter(parameter.detach(), parameter.requires_grad)
+                hand_over(parameter, alias)
+                aliases[id(parameter)] = alias
                 yield parameter, alias
-        # What is computed is dropped when weight norm goes: its bits are not worth a copy.
+        # Computed weights are dropped when weight norm is removed: their bits need no copy.
         computed = FOLDED.get(module, {}).keys() | carried(module).keys()
         for name, value in vars(module).items():
             for tensor in _with_graph(value, seen):
@@ -103,18 +103,8 @@ def _replaced(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
                 yield tensor, detached if name in computed else detached.clone()
 
 
-def _is_plain(parameter: nn.Parameter) -> bool:
-    return type(parameter) is nn.Parameter and not parameter.is_inference()
-
-
-def _alias(parameter: nn.Parameter) -> nn.Parameter:
-    alias = nn.Parameter(parameter.detach(), parameter.requires_grad)
-    hand_over(parameter, alias)
-    return alias
-
-
 def _with_graph(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Tensors that are no leaves, which ``deepcopy`` refuses: what a forward has left behind."""
+    """Tensors left by a forward that are not leaves, which ``deepcopy`` refuses."""
     if isinstance(value, Tensor):
         if not value.is_leaf:
             yield value
@@ -133,6 +123,6 @@ def _culprit(model: nn.Module, memo: dict[int, Tensor]) -> str:
                 continue
             try:
                 copy.deepcopy(value, dict(memo))
-            except Exception:  # noqa: BLE001 - which one it is has been raised already
+            except Exception:  # noqa: BLE001 - the error itself was raised already
                 return f"{where}{name} ({type(value).__name__})"
     return "it"

@@ -1,7 +1,8 @@
-"""What stands against an export: each weight-normed parameter that a target breaks on."""
+"""What would break or bloat an export: the weight-normed parameters that a target cannot take."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -26,20 +27,19 @@ Target: TypeAlias = Literal[
     "torch-quantize",
     "torchao",
 ]
-"""What a model is exported to. ``onnx`` is ``torch.onnx.export(dynamo=True)``, ``ort-quantize``
-onnxruntime's ``quantize_dynamic`` of that file, ``torch-quantize``
-``torch.ao.quantization.quantize_dynamic`` and ``torchao`` its ``quantize_`` to int8: each as it is
-by default."""
+"""What a model is exported to, by default options: ``onnx`` is ``torch.onnx.export(dynamo=True)``,
+``ort-quantize`` onnxruntime's ``quantize_dynamic`` of that file, ``torch-quantize``
+``torch.ao.quantization.quantize_dynamic``, ``torchao`` its ``quantize_`` to int8."""
 
 Effect: TypeAlias = Literal["breaks", "unquantized", "stale", "bloats"]
-"""``breaks``: the export, or what it made, raises. ``unquantized``: the weight stays in floating
-point, in silence. ``stale``: what is exported is not the weight of g and v. ``bloats``: the result
-is right and computes the weight anew."""
+"""``breaks``: the export, or its result, raises. ``unquantized``: the weight silently stays in
+floating point. ``stale``: the exported weight is not that of g and v. ``bloats``: the result is
+right, but computes the weight at each call."""
 
-# The largest initializer that the ONNX exporter's own constant folding takes.
+# The most elements that the ONNX exporter's own constant folding takes.
 _FOLDED_BY_ONNX = 8192
 
-# The types that quantize_dynamic replaces if it is not told which, compared exactly as it does.
+# The exact types that quantize_dynamic replaces by default.
 _QUANTIZED_BY_TORCH = (nn.Linear, nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 
 
@@ -50,11 +50,11 @@ class _Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Finding:
-    """One weight-normed parameter that stands against a target.
+    """One weight-normed parameter that causes a problem with a target.
 
     Attributes:
         name: the parameter's first name.
-        type: its module's class, beneath weight norm.
+        type: its module's class, without weight norm.
         layout: ``legacy``, ``parametrized``, or ``other`` where something else is stacked on it.
         effect: what happens; see :data:`Effect`.
         why: the reason, in words.
@@ -68,13 +68,7 @@ class Finding:
 
     def to_dict(self) -> dict[str, str]:
         """The finding as plain JSON data."""
-        return {
-            "name": self.name,
-            "type": self.type,
-            "layout": self.layout,
-            "effect": self.effect,
-            "why": self.why,
-        }
+        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -82,8 +76,8 @@ class Preflight:
     """What :func:`check` found: ``print`` it.
 
     Attributes:
-        target: what was asked about.
-        findings: what stands against it, in the order of the model.
+        target: the target that was asked about.
+        findings: what would go wrong, in the order of the model.
         normed: how many weight-normed parameters the model has.
     """
 
@@ -93,7 +87,7 @@ class Preflight:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing stands against the target."""
+        """Whether nothing would go wrong."""
         return not self.findings
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,35 +99,35 @@ class Preflight:
             "findings": [finding.to_dict() for finding in self.findings],
         }
 
+    def __repr__(self) -> str:
+        return f"<Preflight for {self.target}: {len(self.findings)} findings, {self.normed} normed>"
+
     def __str__(self) -> str:
         if self.ok:
             of = f"; {self.normed} weight-normed parameters do no harm here" if self.normed else ""
-            return f"nothing stands against {self.target}{of}"
+            return f"no problem with {self.target}{of}"
         rows = [(each.name, each.layout, each.effect, each.why) for each in self.findings]
-        stacked = any(each.layout == "other" for each in self.findings)
-        fix = (
-            "first take off what else computes the parameters of layout 'other'"
-            if stacked
-            else "export wn_surgery.export.stripped_copy(model) instead"
-        )
+        fix = "export wn_surgery.export.stripped_copy(model) instead"
+        if any(each.layout == "other" for each in self.findings):
+            fix = "first remove what else computes the parameters of layout 'other'"
         return (
             f"{render(['site', 'layout', 'effect', 'why'], rows)}\n{len(rows)} of {self.normed} "
-            f"weight-normed parameters stand against {self.target}; {fix}"
+            f"weight-normed parameters would cause problems with {self.target}; {fix}"
         )
 
 
 def check(model: nn.Module, target: Target) -> Preflight:
-    """What would break, or bloat, if ``model`` were exported with its weight norm on.
+    """What would break or bloat if ``model`` were exported with its weight norm on.
 
-    What is known here was found by exporting (tests/export/test_check.py does it again); nothing
-    is exported, run or imported. Inside ``folded`` the answer is about the model outside of it.
+    Nothing is exported, run or imported: the answers are known from real exports, which
+    tests/export/test_check.py repeats. Inside ``folded`` the answer is about the model outside it.
 
     Args:
         model: any module tree. It is only read.
         target: what to export to; see :data:`Target`.
 
     Returns:
-        A finding for each weight-normed parameter that stands against the target.
+        A finding for each weight-normed parameter that would cause a problem.
 
     Raises:
         ValueError: the target is unknown.
@@ -147,7 +141,7 @@ def check(model: nn.Module, target: Target) -> Preflight:
         site      layout        effect  why
         --------  ------------  ------  --------------------------------------------------...
         0.weight  parametrized  breaks  quantize_dynamic refuses the class of a weight-normed Linear
-        1 of 2 weight-normed parameters stand against torch-quantize; export
+        1 of 2 weight-normed parameters would cause problems with torch-quantize; export
         wn_surgery.export.stripped_copy(model) instead
     """
     if target not in get_args(Target):
@@ -163,44 +157,27 @@ def check(model: nn.Module, target: Target) -> Preflight:
 
 
 def _has_weight_norm(site: Site) -> bool:
-    # Stacked on another parametrization it is in the way as much, but cannot be taken off alone.
+    # Stacked on another parametrization it does the same harm, but cannot be removed alone.
     return site.normed or (site.held is not None and "WeightNorm" in site.held.maker)
 
 
-# What each target does -----------------------------------------------------------------------
-
-
 def _stale(site: Site, target: Target) -> _Verdict | None:
-    """Attention reads ``out_proj.weight`` without calling it: a legacy hook there never runs."""
+    """Attention reads ``out_proj.weight`` without calling the module: a legacy hook never runs."""
     if site.layout != "legacy" or not runs_no_hook(site):
         return None
     if target in ("torch-quantize", "torchao", "torchscript-script"):
         return None
     if target == "torchscript-trace" and _has_graph(site):
-        return _Verdict(
-            "breaks", "attention reads a tensor with a graph here, which is no constant"
-        )
-    return _Verdict("stale", "attention never runs the hook: it reads the weight of some time ago")
-
-
-def _exported(_: Site) -> _Verdict:
-    return _Verdict("bloats", "an operator of the graph computes the weight at each use")
-
-
-def _compiled(_: Site) -> _Verdict:
-    return _Verdict("bloats", "compiled code computes the weight at each call")
-
-
-def _traced(_: Site) -> _Verdict:
-    return _Verdict("bloats", "traced operators compute the weight at each use")
+        return _Verdict("breaks", "attention reads a tensor with a graph, which is not a constant")
+    return _Verdict("stale", "attention never runs the hook, so it reads an old weight")
 
 
 def _scripted(site: Site) -> _Verdict:
     if site.layout == "legacy":
-        return _Verdict("breaks", "torch.jit.script takes no hook that is an object")
+        return _Verdict("breaks", "torch.jit.script does not take hooks that are objects")
     if site.ours:
         return _Verdict("breaks", "torch.jit.script cannot compile the property that computes it")
-    return _Verdict("breaks", "torch.jit.script fails, or what it saves raises when it is run")
+    return _Verdict("breaks", "torch.jit.script fails, or what it saves raises when run")
 
 
 def _folds(site: Site) -> bool:
@@ -237,10 +214,10 @@ def _quantized_by_torch(site: Site) -> _Verdict | None:
     name = site.node.base.__name__
     if site.node.base in _QUANTIZED_BY_TORCH:
         if site.layout == "legacy":
-            return _Verdict("breaks", f"the hook runs in a {name} that has no g and v any more")
+            return _Verdict("breaks", f"the hook runs in a {name} that no longer has g and v")
         return _Verdict("breaks", f"quantize_dynamic refuses the class of a weight-normed {name}")
     if site.layout == "legacy" and _has_graph(site):
-        return _Verdict("breaks", "it deep-copies, which a weight with a graph refuses")
+        return _Verdict("breaks", "it deep-copies the model, which fails for a weight with a graph")
     return None
 
 
@@ -258,10 +235,14 @@ def _has_graph(site: Site) -> bool:
 
 _JUDGES: dict[Target, Callable[[Site], _Verdict | None]] = {
     "onnx": _onnx,
-    "torch.export": _exported,
-    "torchscript-trace": _traced,
+    "torch.export": lambda _: _Verdict(
+        "bloats", "an operator of the graph computes the weight at each use"
+    ),
+    "torchscript-trace": lambda _: _Verdict(
+        "bloats", "traced operators compute the weight at each use"
+    ),
     "torchscript-script": _scripted,
-    "aotinductor": _compiled,
+    "aotinductor": lambda _: _Verdict("bloats", "compiled code computes the weight at each call"),
     "ort-quantize": _quantized_by_ort,
     "torch-quantize": _quantized_by_torch,
     "torchao": _quantized_by_torchao,

@@ -1,27 +1,45 @@
-"""Whether what was exported computes what the model computes, and by how much not."""
+"""Whether what was exported computes what the model computes, and how much they differ."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from wn_surgery.differences import Difference, difference
 from wn_surgery.errors import ExportError
-from wn_surgery.export.runners import (
-    Exported,
-    Inputs,
-    copied,
-    runner,
-)
 from wn_surgery.model.sites import as_module
 from wn_surgery.tables import render
 
 __all__ = ["Difference", "Verification", "verify"]
+
+
+class Session(Protocol):
+    """The part of an onnxruntime ``InferenceSession`` that is used here."""
+
+    def get_inputs(self) -> list[Any]:
+        """The graph's inputs, each with a ``name``."""
+        ...
+
+    def run(self, output_names: None, input_feed: dict[str, Any], /) -> list[Any]:
+        """The outputs, as arrays."""
+        ...
+
+
+Exported: TypeAlias = (
+    str | PathLike[str] | torch.export.ExportedProgram | Session | Callable[..., Any]
+)
+"""What can be run: a file, an exported program, an onnxruntime session, a callable."""
+
+Inputs: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
+"""A tensor, positional arguments, or keyword arguments."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +47,7 @@ class Verification:
     """How an export differs from its model: ``print`` it.
 
     Attributes:
-        outputs: one for each output tensor.
+        outputs: one difference for each output tensor.
     """
 
     outputs: tuple[Difference, ...] = field(repr=False)
@@ -58,43 +76,40 @@ class Verification:
             "outputs": [each.to_dict() for each in self.outputs],
         }
 
+    def __repr__(self) -> str:
+        said = "exact" if self.exact else f"max_abs={self.max_abs:.2g} max_ulp={self.max_ulp:g}"
+        return f"<Verification of {len(self.outputs)} outputs: {said}>"
+
     def __str__(self) -> str:
-        rows = [
-            (
-                each.name,
-                "x".join(map(str, each.shape)) or "scalar",
-                each.dtype,
-                f"{each.largest:.2g}",
-                f"{each.max_abs:.2g}",
-                f"{each.max_ulp:g}",
-                str(each.differing),
-            )
-            for each in self.outputs
-        ]
+        rows = []
+        for each in self.outputs:
+            shape = "x".join(map(str, each.shape)) or "scalar"
+            sizes = f"{each.largest:.2g}", f"{each.max_abs:.2g}", f"{each.max_ulp:g}"
+            rows.append((each.name, shape, each.dtype, *sizes, str(each.differing)))
         headers = ["output", "shape", "dtype", "largest", "max abs", "max ulp", "differing"]
         return render(headers, rows)
 
 
 def verify(model: nn.Module, exported: Exported, inputs: Inputs) -> Verification:
-    """Run the model and what was exported of it on the same inputs, and compare the outputs.
+    """How the outputs of an export differ from the model's, on the same inputs.
 
     Both run without grad, on copies of the inputs, and from the same state of torch's random
-    numbers, which is afterwards as it was.
+    numbers, which is restored.
 
     Args:
         model: the model, in evaluation mode: weight-normed, or stripped. It is only run.
         exported: a ``torch.export.ExportedProgram``, a TorchScript module, an onnxruntime
             session, any other callable, or a file: ``.onnx``, ``.pt2`` (an exported program or an
             AOTInductor package), ``.pt`` or ``.ts`` (TorchScript). Loading a ``.pt2`` or
-            TorchScript file may run what is in it: only load your own.
+            TorchScript file may run code in it: only load your own.
         inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments. An ONNX
             graph takes tensors by name from a dict, by position otherwise.
 
     Returns:
-        The differences, output by output. What is large is for the caller to say.
+        The differences, output by output. You decide which are too large.
 
     Raises:
-        ExportError: the model is in training mode, the export takes other inputs, gives other
+        ExportError: the model is in training mode, or the export takes other inputs, gives other
             outputs, or is of an unknown kind.
         ModuleNotFoundError: onnxruntime is needed and is not installed.
 
@@ -111,34 +126,31 @@ def verify(model: nn.Module, exported: Exported, inputs: Inputs) -> Verification
     if as_module(model).training:
         raise ExportError(
             f"{type(model).__name__} is in training mode, where dropout and batch statistics make "
-            "each run another; call model.eval() before exporting and verifying"
+            "every run differ; call model.eval() before exporting and verifying"
         )
-    run = runner(exported)
+    run = _runner(exported)
     args, kwargs = _arguments(inputs)
     devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     outputs: list[Any] = []
     for function in (model, run):
         with torch.random.fork_rng(devices), torch.no_grad():
-            outputs.append(function(*copied(args), **copied(kwargs)))
+            outputs.append(function(*_copied(args), **_copied(kwargs)))
     expected, actual = (list(_tensors(output, "")) for output in outputs)
     if len(expected) != len(actual) or not expected:
         raise ExportError(
             f"{type(model).__name__} gives {len(expected)} output tensors "
             f"({', '.join(name for name, _ in expected)}) and the export {len(actual)}; expected "
-            "at least one, and as many; export the model with the outputs it has"
+            "the same number, at least one; export the model with all its outputs"
         )
+    found = []
     for (name, one), (_, other) in zip(expected, actual, strict=True):
         if one.shape != other.shape:
             raise ExportError(
                 f"output {name} has shape {tuple(other.shape)} in the export; expected "
                 f"{tuple(one.shape)}, as the model gives for these inputs"
             )
-    return Verification(
-        tuple(
-            difference(name, one, other)
-            for (name, one), (_, other) in zip(expected, actual, strict=True)
-        )
-    )
+        found.append(difference(name, one, other))
+    return Verification(tuple(found))
 
 
 def _arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -148,7 +160,7 @@ def _arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _tensors(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a nested output, in their order; what is no tensor is left out."""
+    """The tensors of a nested output, in order; other values are left out."""
     if isinstance(output, Tensor):
         yield name or "output", output.detach().cpu()
     elif hasattr(output, "__array__"):
@@ -159,7 +171,7 @@ def _tensors(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _items(output: Any) -> Iterator[tuple[Any, Any]]:
-    # Those of transformers are both; as mappings they leave out what is None.
+    # Outputs of transformers are mappings and dataclasses; as mappings they leave out None.
     if isinstance(output, Mapping):
         yield from output.items()
     elif isinstance(output, list | tuple):
@@ -167,3 +179,105 @@ def _items(output: Any) -> Iterator[tuple[Any, Any]]:
     elif dataclasses.is_dataclass(output):
         for entry in dataclasses.fields(output):
             yield entry.name, getattr(output, entry.name)
+
+
+def _runner(exported: Exported) -> Callable[..., Any]:
+    """What was exported, as a function of the model's inputs."""
+    if isinstance(exported, str | PathLike):
+        return _from_file(Path(exported))
+    if isinstance(exported, torch.export.ExportedProgram):
+        return cast("Callable[..., Any]", exported.module())
+    if hasattr(exported, "get_inputs") and hasattr(exported, "run"):
+        return _Session(cast(Session, exported))
+    if callable(exported):
+        return exported
+    raise ExportError(
+        f"cannot run a {type(exported).__name__}; expected a file, an ExportedProgram, an "
+        "onnxruntime session, or a callable"
+    )
+
+
+def _from_file(path: Path) -> Callable[..., Any]:
+    if not path.is_file():
+        raise ExportError(f"{path} is not a file; expected what was exported")
+    if path.suffix == ".onnx":
+        return _Session(_open(path))
+    if path.suffix == ".pt2":
+        if _is_compiled(path):
+            from torch._inductor import aoti_load_package
+
+            return cast("Callable[..., Any]", aoti_load_package(str(path)))
+        return cast("Callable[..., Any]", torch.export.load(path).module())
+    if path.suffix in (".pt", ".ts"):
+        return cast("Callable[..., Any]", torch.jit.load(path))  # type: ignore[no-untyped-call]
+    raise ExportError(
+        f"{path.name}: expected .onnx, .pt2, or for TorchScript .pt or .ts; load it and give "
+        "verify() a callable instead"
+    )
+
+
+def _is_compiled(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        raise ExportError(
+            f"{path} is not a .pt2 archive; expected one that torch.export or AOTInductor wrote"
+        )
+    with zipfile.ZipFile(path) as archive:
+        return any("/aotinductor/" in name for name in archive.namelist())
+
+
+def _open(path: Path) -> Session:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"running {path.name} needs onnxruntime; pip install 'wn-surgery[export]'"
+        ) from error
+    return cast(Session, onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]))
+
+
+class _Session:
+    """An onnxruntime session, called like the model."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._names = [each.name for each in session.get_inputs()]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[Any]:
+        feed = dict(zip(self._names, _flat(args), strict=False))
+        given = len(list(_flat(args))) + len(kwargs)
+        feed.update({name: value for name, value in kwargs.items() if isinstance(value, Tensor)})
+        if set(feed) != set(self._names) or given > len(self._names):
+            names = f", named {list(kwargs)}" if kwargs else ""
+            raise ExportError(
+                f"the ONNX graph takes {len(self._names)} inputs ({', '.join(self._names)}); got "
+                f"{given}{names}; give it what the model takes"
+            )
+        return self._session.run(None, {name: _array(name, feed[name]) for name in feed})
+
+
+def _array(name: str, tensor: Tensor) -> Any:
+    if tensor.dtype == torch.bfloat16:
+        raise ExportError(
+            f"input {name} is bfloat16, which numpy does not know, so onnxruntime's run() cannot "
+            "take it; export with inputs in float32 or float16"
+        )
+    return tensor.detach().cpu().numpy()
+
+
+def _flat(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _flat(item)
+
+
+def _copied(value: Any) -> Any:
+    """The value with its tensors cloned, since a run may write into its inputs."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copied(item) for item in value)
+    return value

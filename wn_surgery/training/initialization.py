@@ -1,12 +1,13 @@
-"""Data-dependent initialization: unit variance and zero mean behind every layer, on one batch.
+"""Data-dependent initialization: unit variance and zero mean after every layer, on one batch.
 
-Salimans & Kingma 2016 (arXiv:1602.07868), section 3: with t = v · x / ‖v‖ over a batch, g is set to
-1/σ[t] and b to -μ[t]/σ[t]. Here the current output y takes t's part, which is the same and needs
-no second computation: g becomes g/σ[y], and b becomes (b - μ[y])/σ[y].
+Salimans & Kingma 2016 (arXiv:1602.07868), section 3: with t = v · x / ‖v‖ over a batch, g becomes
+1/σ[t] and b becomes -μ[t]/σ[t]. Here the current output y replaces t, which gives the same without
+a second computation: g becomes g/σ[y], and b becomes (b - μ[y])/σ[y].
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
@@ -16,13 +17,14 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from wn_surgery.errors import ModelError
-from wn_surgery.model.sites import NormedSite, as_module, normed
-from wn_surgery.norm.options import kept_axes
+from wn_surgery.errors import ModelError, WeightNormError
+from wn_surgery.model.sites import NormedSite, as_module, normed, walk
+from wn_surgery.norm.options import dtype_name, kept_axes
 from wn_surgery.rules import fields
 from wn_surgery.rules.patterns import PatternSet
-from wn_surgery.surgery.checks import output_axis
+from wn_surgery.surgery.checks import is_conv1d, output_axis
 from wn_surgery.tables import render
 
 __all__ = ["Initialization", "initialize_from_batch", "initializing"]
@@ -36,23 +38,23 @@ class Initialization:
         initialized: for each site, its mean and standard deviation before, over all channels.
         skipped: for each other weight-normed site, why it was left as it was.
         constant: for some sites, how many output channels do not vary over the batch; these
-            only lost their mean.
+            only lose their mean.
     """
 
     initialized: dict[str, tuple[float, float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     constant: dict[str, int] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"<Initialization: {len(self.initialized)} initialized, {len(self.skipped)} skipped>"
+
     def __str__(self) -> str:
-        rows = [
-            (name, f"{mean:.4g}", f"{std:.4g}", self._note(name))
-            for name, (mean, std) in self.initialized.items()
-        ]
+        rows = []
+        for name, (mean, std) in self.initialized.items():
+            note = f"{self.constant[name]} constant channels" if name in self.constant else ""
+            rows.append((name, f"{mean:.4g}", f"{std:.4g}", note))
         rows += [(name, "", "", f"skipped: {why}") for name, why in self.skipped.items()]
         return render(["site", "mean before", "std before", "note"], rows)
-
-    def _note(self, name: str) -> str:
-        return f"{self.constant[name]} constant channels" if name in self.constant else ""
 
 
 def initialize_from_batch(
@@ -60,28 +62,29 @@ def initialize_from_batch(
 ) -> Initialization:
     """Set g and the biases so that each layer's output has zero mean and unit variance.
 
-    Calls ``model(*inputs, **kwargs)`` once, without gradients; each weight-normed linear layer or
-    convolution is set at its first call, before what follows sees its output. v, buffers and
-    random number generators are as before. In a process group, every rank calls it with its own
-    part of the batch; the statistics are those of all parts, and g and biases the same on all.
+    Calls ``model(*inputs, **kwargs)`` once, without gradients. Each weight-normed linear layer or
+    convolution is set at its first call, before later layers see its output. v, buffers and random
+    number generators stay as they were. In a process group, every rank calls it with its own part
+    of the batch; the statistics are those of all parts, and g and biases the same on all.
 
     Args:
         model: weight-normed, before it is compiled or exported; best in training mode.
         inputs: positional arguments of the model's forward: one batch.
-        names: patterns (docs/rules.md) over module paths; only these are set. To leave a head as
-            it is, say.
+        names: patterns (docs/rules.md) over module paths; only these layers are set. With it you
+            leave a head as it is. A forward that has an argument ``names`` of its own is called
+            inside :func:`initializing`, which takes the patterns.
         kwargs: keyword arguments of the model's forward.
 
     Returns:
-        What was done. Layers without a bias, or with a frozen one, keep their mean. Of layers
-        that share a g or a bias, the first to be called is set. Where g is not one for each
-        output channel (``dim=None``, a transposed convolution with ``dim=0``), the whole output
-        is scaled by one number.
+        What was done. Layers without a bias, or with a frozen one, keep their mean. Of layers that
+        share a g or a bias, the first to be called is set. Where g does not have one element for
+        each output channel (``dim=None``, a transposed convolution with ``dim=0``), the whole
+        output is scaled by one number.
 
     Raises:
-        ModelError: no layer was reached that can be set, a layer sees one value for each
-            channel only, or its output is not finite, or so small that g would not be. Nothing has
-            changed then, nor when the forward raises.
+        ModelError: no layer that can be initialized ran, a layer has one value for each channel
+            only, or its output is not finite, or so small that g would not be; or ``names`` could
+            be meant for the forward. Nothing has changed then, nor when the forward raises.
 
     Example:
         >>> import torch, wn_surgery as wn
@@ -94,10 +97,17 @@ def initialize_from_batch(
         >>> torch.testing.assert_close(y.std(0, correction=0), torch.ones(2))
         >>> torch.testing.assert_close(y.mean(0), torch.zeros(2))
     """
+    forwards = [node.module.forward for node in walk(model) if "" in node.paths]  # and wrapped ones
+    if names is not None and any("names" in inspect.signature(f).parameters for f in forwards):
+        raise _error(
+            f"the forward of {type(model).__name__} has an argument names, so names={names!r} is "
+            "ambiguous; pass patterns to `with wn_surgery.initializing(model, names=...):` and "
+            "call the model inside, or pass the forward's names by position"
+        )
     # The forward may write into a buffer, or put another one in its place.
     buffers = [
         (module, name, buffer, buffer.clone())
-        for module in as_module(model).modules()
+        for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
@@ -122,8 +132,8 @@ def initializing(
 ) -> Generator[Initialization]:
     """Inside, each weight-normed layer is initialized by its first call, whoever makes it.
 
-    For a first training step, which then goes on with the new g and biases:
-    :func:`initialize_from_batch` says what is set. Gradients flow as ever, since a layer is set
+    For a first training step, which then goes on with the new g and biases;
+    :func:`initialize_from_batch` says what is set. Gradients flow as usual, since a layer is set
     before its weight is used.
 
     Args:
@@ -134,8 +144,8 @@ def initializing(
         What was done, complete on exit.
 
     Raises:
-        ModelError: see :func:`initialize_from_batch`. Whatever is raised inside, g and
-            biases are as on entry.
+        ModelError: see :func:`initialize_from_batch`. Whatever is raised inside, g and biases are
+            as on entry.
 
     Example:
         >>> import torch, wn_surgery as wn
@@ -148,30 +158,26 @@ def initializing(
     """
     modules = as_module(model).modules()
     if any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl for m in modules):
-        raise ModelError(
+        raise _error(
             f"{type(model).__name__} holds a compiled module, whose layers are not called one by "
-            "one; initialize before torch.compile",
-            kind="initialization",
+            "one; initialize before torch.compile"
         )
     result = Initialization()
-    taken: dict[int, str] = {}
-    layers = list(_layers(model, names, result, taken))
+    layers = list(_layers(model, names, result))
     if not layers:
-        raise ModelError(
+        raise _error(
             f"{type(model).__name__} has no layer that can be initialized from a batch"
             + "".join(f"\n{name}: {why}" for name, why in result.skipped.items())
-            + "\napply weight norm to linear layers or convolutions first",
-            kind="initialization",
+            + "\napply weight norm to linear layers or convolutions first"
         )
     try:
         yield result
         unreached = [layer.site.name for layer in layers if not layer.done]
         if len(unreached) == len(layers):
-            raise ModelError(
-                f"the forward called none of {', '.join(unreached[:3])}"
-                f"{', ...' if len(unreached) > 3 else ''}; a layer is initialized when it is "
-                "called",
-                kind="initialization",
+            more = ", ..." if len(unreached) > 3 else ""
+            raise _error(
+                f"the forward called none of {', '.join(unreached[:3])}{more}; a layer is "
+                "initialized when it is called"
             )
         result.skipped |= {name: "not called" for name in unreached if name not in result.skipped}
     except BaseException:
@@ -183,15 +189,15 @@ def initializing(
             layer.handle.remove()
 
 
+def _error(message: str) -> WeightNormError:
+    return ModelError(message, kind="initialization")
+
+
 def _layers(
-    model: nn.Module,
-    names: str | Iterable[str] | None,
-    result: Initialization,
-    taken: dict[int, str],
+    model: nn.Module, names: str | Iterable[str] | None, result: Initialization
 ) -> Generator[_Layer]:
-    wanted = None
-    if names is not None:
-        wanted = PatternSet.of(fields.strings("names", names))
+    wanted = None if names is None else PatternSet.of(fields.strings("names", names))
+    taken: dict[int, str] = {}
     for site in normed(model):
         if wanted is not None and not any(wanted.matches(path) for path in site.node.paths):
             result.skipped[site.name] = "not in names"
@@ -220,43 +226,25 @@ def _why_not(site: NormedSite) -> str:
 
 def _channel_axis(module: nn.Module, ndim: int) -> int | None:
     """The axis of the output channels in an output of ``ndim`` axes."""
-    for count, kinds in enumerate(
-        (
-            (nn.Conv1d, nn.ConvTranspose1d),
-            (nn.Conv2d, nn.ConvTranspose2d),
-            (nn.Conv3d, nn.ConvTranspose3d),
-        ),
-        start=1,
-    ):
-        if isinstance(module, kinds):
-            return ndim - count - 1  # 0 without a batch axis
-    last = isinstance(module, (nn.Linear, nn.Bilinear)) or any(
-        cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
-        for cls in type(module).__mro__
-    )
+    if isinstance(module, _ConvNd):
+        return ndim - len(module.kernel_size) - 1  # 0 without a batch axis
+    last = isinstance(module, (nn.Linear, nn.Bilinear)) or is_conv1d(module)
     return ndim - 1 if last else None
 
 
 class _Layer:
-    """One layer that waits for its first call.
-
-    Args:
-        site: its weight.
-        result: what is written about it.
-        taken: the layers that were set, by the ids of the g and biases that they hold.
-    """
+    """One layer that waits for its first call; ``taken`` names the owners of what is set, by id."""
 
     def __init__(self, site: NormedSite, result: Initialization, taken: dict[int, str]) -> None:
-        held = site.held
         self.site = site
         self.done = False
-        self._g = held.g
+        self._g = site.held.g
         bias = site.module._parameters.get("bias")
         self._bias = bias if bias is not None and bias.requires_grad else None
         self._result = result
         self._taken = taken
         self._before: list[tuple[Tensor, Tensor]] = []
-        # Behind the pre-hooks that are there: it sees the arguments that forward will see.
+        # After the existing pre-hooks, so that it sees the arguments that forward will see.
         self.handle = site.module.register_forward_pre_hook(self._first_call, with_kwargs=True)
 
     def _first_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -265,7 +253,7 @@ class _Layer:
         held = [self._g] if self._bias is None else [self._g, self._bias]
         before = next((self._taken[id(t)] for t in held if id(t) in self._taken), None)
         if before is not None:
-            # Another layer was called first; what it shares with this one fits that one.
+            # What they share already fits the layer that was called first.
             self._result.skipped[self.site.name] = f"its g or bias is that of {before}"
             return
         self._taken.update((id(t), self.site.name) for t in held)
@@ -280,7 +268,7 @@ class _Layer:
         mean, variance = _moments(y, axis, name)
         total = math.sqrt(float(variance.mean()))
         std = variance.sqrt()
-        # What does not vary but for rounding has no scale to take away.
+        # A channel that varies only by rounding has no scale to take away.
         constant = std <= 1e-7 * mean.abs()
         per_channel = self._g_is_per_channel()
         std = torch.where(constant, 1.0, std) if per_channel else std.new_tensor(total or 1.0)
@@ -290,10 +278,9 @@ class _Layer:
             self._before.append((self._bias, self._bias.clone()))
             self._bias.copy_((self._bias.to(mean.dtype) - mean) / std)
         if not all(bool(tensor.isfinite().all()) for tensor, _ in self._before):
-            raise ModelError(
+            raise _error(
                 f"the output of {name} varies by {total:.3g}, and a g or bias that makes it 1 does "
-                f"not fit {str(self._g.dtype).removeprefix('torch.')}; scale the inputs",
-                kind="initialization",
+                f"not fit {dtype_name(self._g.dtype)}; scale the inputs"
             )
         self._result.initialized[name] = (float(mean.mean()), total)
         if count := int(constant.sum()):
@@ -301,12 +288,11 @@ class _Layer:
 
     def _g_is_per_channel(self) -> bool:
         channels = output_axis(self.site)
-        if isinstance(channels, ModelError):
+        if isinstance(channels, WeightNormError):
             return False
         return set(kept_axes(self.site.dim)) == set(kept_axes(channels))
 
     def restore(self) -> None:
-        """Put g and the bias back."""
         with torch.no_grad():
             for tensor, before in self._before:
                 tensor.copy_(before)
@@ -321,20 +307,18 @@ def _moments(y: Tensor, axis: int, name: str) -> tuple[Tensor, Tensor]:
     total = flat.sum(0)
     _reduce(count, total)
     if count.item() < 2:
-        raise ModelError(
-            f"{name} gives {int(count.item())} value for each output channel in this batch, of "
-            "which no variance can be taken; use a larger batch",
-            kind="initialization",
+        raise _error(
+            f"{name} gives {int(count.item())} value for each output channel in this batch, which "
+            "has no variance; use a larger batch"
         )
     mean = total / count
     squares = (flat - mean).square().sum(0)
     _reduce(squares)
     variance = squares / count
     if not bool(torch.isfinite(variance).all()):
-        raise ModelError(
+        raise _error(
             f"the output of {name} is not finite on this batch; look at the inputs, or at layers "
-            "above it that have no weight norm",
-            kind="initialization",
+            "before it that have no weight norm"
         )
     return mean, variance
 

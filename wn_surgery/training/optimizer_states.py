@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from wn_surgery.errors import CheckpointMismatchError
-from wn_surgery.model.contexts import writable
+from wn_surgery.model.layouts import plain_order
+from wn_surgery.model.sites import NormedSite, normed
 from wn_surgery.model.state_keys import keys_of
+from wn_surgery.norm.naming import keys_for
 from wn_surgery.surgery.optimizers import unwrapped
 
 __all__ = ["names_in", "names_in_layout", "remap"]
@@ -19,22 +21,7 @@ Names = Sequence[Sequence[str]]
 
 
 def names_in(optimizer: Any, model: nn.Module) -> list[list[str]]:
-    """The names of the parameters in each group of an optimizer.
-
-    Args:
-        optimizer: a ``torch.optim.Optimizer``, or a wrapper that keeps one under ``.optimizer``.
-        model: whose ``named_parameters()`` gives the names.
-
-    Returns:
-        A list for each group. A parameter that is not the model's is ``""``.
-
-    Example:
-        >>> import torch
-        >>> from wn_surgery.training.optimizer_states import names_in
-        >>> model = torch.nn.Linear(2, 3)
-        >>> names_in(torch.optim.SGD(model.parameters(), lr=0.1), model)
-        [['weight', 'bias']]
-    """
+    """The names of the parameters in each group of an optimizer; ``""`` if not the model's."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [
         [names.get(id(parameter), "") for parameter in group["params"]]
@@ -45,23 +32,22 @@ def names_in(optimizer: Any, model: nn.Module) -> list[list[str]]:
 def names_in_layout(
     held: Names, model: nn.Module, legacy: Collection[str] = (), parametrized: Collection[str] = ()
 ) -> list[list[str]]:
-    """What :func:`names_in` would have given for the same model in another layout.
+    """What :func:`names_in` would give for the same model in another layout.
 
-    It is taken that the optimizer was built in the same way: each group in the order of the
-    model's ``parameters()``, and a weight in the group of its v.
+    Assumes that the optimizer was built in the same way: each group in the order of the model's
+    ``parameters()``, and a weight in the group of its v. Only names are read: no weight is computed
+    or copied.
 
     Args:
         held: the names in the optimizer of ``model``.
-        model: weight-normed; its g and v are not changed.
+        model: weight-normed.
         legacy: names of the sites that had ``weight_g`` and ``weight_v`` then.
         parametrized: names of the sites that had what they have now. Others were plain.
-
-    Returns:
-        The names then, group by group.
     """
     parts, order = _parts(model), _order(model, set(legacy), set(parametrized))
     whose = {part: site for site, both in parts.items() for part in both}
-    whose |= {f"{site}_{end}": site for site in legacy for end in "gv"}
+    whose |= {part: site for site in legacy for part in keys_for(site, "legacy")}
+    magnitudes = {g for g, _ in parts.values()} | {keys_for(site, "legacy")[0] for site in legacy}
     result: list[list[str]] = []
     for group in held:
         here = set(group)
@@ -71,13 +57,8 @@ def names_in_layout(
         kept = []
         for name in order:
             site = whose.get(name, name)
-            if site not in parts:
-                belongs = name in here
-            elif name == site:
-                belongs = (site, "v") in ends
-            else:
-                belongs = (site, "g" if name in (f"{site}_g", parts[site][0]) else "v") in ends
-            if belongs:
+            end = "g" if name in magnitudes else "v"
+            if (site, end) in ends if site in parts else name in here:
                 kept.append(name)
         result.append(kept)
     return result
@@ -88,10 +69,10 @@ def remap(
 ) -> tuple[dict[str, Any], list[str]]:
     """An optimizer's saved state, renumbered by name for an optimizer with other parameters.
 
-    ``weight_g`` and ``weight_v`` go to ``parametrizations.weight.original0`` and ``original1``,
-    with which they are one. Of a plain weight's state there is no exact counterpart for g and v
-    (Adam's second moment of a projection is not known from that of the whole), so they start
-    without, as new parameters do.
+    The states of ``weight_g`` and ``weight_v`` go to ``parametrizations.weight.original0`` and
+    ``original1``. The state of a plain weight has no exact counterpart for g and v (Adam's second
+    moment of a projection is not known from that of the whole), so they start without a state, as
+    new parameters do.
 
     Args:
         state: an ``optimizer.state_dict()``, not changed.
@@ -103,8 +84,7 @@ def remap(
         The state dict to load, and the names of the sites whose g and v start without state.
 
     Raises:
-        CheckpointMismatchError: the groups do not have the sizes or the state the shapes that the
-            names say.
+        CheckpointMismatchError: the sizes of groups, or the shapes of states, do not fit the names.
     """
     groups = state["param_groups"]
     sizes, expected = [len(group["params"]) for group in groups], [len(group) for group in old]
@@ -115,14 +95,18 @@ def remap(
             "or load the weights alone: wn_surgery converts them in model.load_state_dict()"
         )
     parts = _parts(model)
+    now: dict[str, str] = {}
+    for weight, both in parts.items():
+        now |= zip(keys_for(weight, "legacy"), both, strict=True)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    listed = [name for group in old for name in group]
     renamed: dict[str, Any] = {}
     numbers = [number for group in groups for number in group["params"]]
-    for number, name in zip(numbers, (name for group in old for name in group), strict=True):
-        now = _name_now(name, parts)
-        if number in state["state"] and now is not None:
-            _check_shape(name, state["state"][number], shapes[now])
-            renamed[now] = state["state"][number]
+    for number, name in zip(numbers, listed, strict=True):
+        if number in state["state"] and name not in parts:
+            key = now.get(name, name)
+            _check_shape(name, state["state"][number], shapes[key])
+            renamed[key] = state["state"][number]
     result: dict[str, Any] = {**state, "state": {}, "param_groups": []}
     count = 0
     for group, names in zip(groups, new, strict=True):
@@ -134,43 +118,47 @@ def remap(
             if name in renamed:
                 result["state"][count] = renamed[name]
             count += 1
-    listed = {name for group in old for name in group}
-    fresh = [site for site in parts if site in listed]
-    return result, fresh
+    return result, [site for site in parts if site in set(listed)]
 
 
 def _order(model: nn.Module, legacy: set[str], parametrized: set[str]) -> list[str]:
     """All parameter names in the order of ``parameters()``, where those sites are so stored."""
     parts = {part: site for site, both in _parts(model).items() for part in both}
-    modules = [path for path, _ in model.named_modules()]
-    own: dict[str, list[str]] = {}
-    for name in parts:
-        own.setdefault(name.rpartition(".")[0], []).append(name)
-    lists = dict(own)
-    with writable(model):
-        # Inside, every weight is a Parameter again, and in its old place.
-        own = {}
-        for name, _ in model.named_parameters():
-            own.setdefault(name.rpartition(".")[0], []).append(name)
+    sites: dict[int, list[NormedSite]] = {}
+    for site in normed(model):
+        sites.setdefault(id(site.module), []).append(site)
     order: list[str] = []
-    for path in modules:
-        if path in lists and ".parametrizations." in f".{path}.":
-            order += [name for name in lists[path] if parts[name] in parametrized]
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        own = [prefix + key for key in module._parameters]
+        if ".parametrizations." in f".{path}." and any(name in parts for name in own):
+            order += [name for name in own if parts.get(name) in parametrized]
             continue
-        members = own.get(path, [])
+        members: list[str] = []
+        for key, parameter in _plain_parameters(module, sites.get(id(module), [])):
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                members.append(prefix + key)
         order += [name for name in members if name not in legacy | parametrized]
-        # The legacy function deletes the parameter and registers its parts behind the others.
-        order += [f"{name}_{end}" for name in members if name in legacy for end in "gv"]
+        # The legacy function deletes the parameter and registers its parts after the others.
+        order += [part for name in members if name in legacy for part in keys_for(name, "legacy")]
     return order
 
 
-def _name_now(name: str, parts: Mapping[str, tuple[str, str]]) -> str | None:
-    if name in parts:
-        return None  # a weight that was plain
-    site, _, end = name.rpartition("_")
-    if site in parts and end in ("g", "v"):
-        return parts[site]["gv".index(end)]
-    return name
+def _plain_parameters(
+    module: nn.Module, found: Sequence[NormedSite]
+) -> list[tuple[str, nn.Parameter | None]]:
+    """The module's parameters as they are without weight norm, with v for the weight."""
+    entries = dict(module._parameters)
+    for site in found:
+        rank = {key: i for i, key in enumerate(plain_order(module, site.param, entries))}
+        if site.layout == "legacy":
+            for part in keys_for(site.param, "legacy"):
+                del entries[part]
+        entries[site.param] = site.held.v
+        entries = dict(sorted(entries.items(), key=lambda entry: rank.get(entry[0], len(rank))))
+    return list(entries.items())
 
 
 def _check_shape(name: str, state: Mapping[str, Any], shape: tuple[int, ...]) -> None:

@@ -32,15 +32,18 @@ class ParameterGroups(list[dict[str, Any]]):
         self.decayed = decayed
         self.exempt = exempt
 
+    def __repr__(self) -> str:
+        return (
+            f"<ParameterGroups: {len(self.decayed)} with weight decay, {len(self.exempt)} without>"
+        )
+
     def __str__(self) -> str:
         rows = [("decay", name, "") for name in self.decayed]
         rows += [("no_decay", name, reason) for name, reason in self.exempt.items()]
+        if not rows:
+            return "no parameters"
         table = render(["group", "parameter", "why"], rows)
-        return (
-            f"{table}\n{len(self.decayed)} with weight decay, {len(self.exempt)} without"
-            if rows
-            else "no parameters"
-        )
+        return f"{table}\n{len(self.decayed)} with weight decay, {len(self.exempt)} without"
 
 
 def parameter_groups(
@@ -48,26 +51,25 @@ def parameter_groups(
 ) -> ParameterGroups:
     """The trainable parameters of a model in two groups: with weight decay and without.
 
-    Without it go the magnitudes g, of which torch's g has the rank of the weight, so that the
-    usual test for vectors misses it; whatever has fewer than two axes, such as biases and the
-    gains of norms; and what ``no_decay`` names. Decay on v does not change the function that
-    the model computes, but keeps ‖v‖, and with it the effective learning rate, from drifting.
+    Without decay: the magnitudes g (torch's g has the rank of the weight, so the usual test for
+    vectors misses it), parameters with fewer than two axes (biases, gains of norms), and what
+    ``no_decay`` names. Decay on v does not change the function that the model computes, but it
+    keeps ‖v‖, and with it the effective learning rate, from drifting.
 
     Args:
-        model: any module tree, weight-normed or not, in any layout. Frozen parameters are
-            left out. Apply weight norm first.
+        model: any module tree, weight-normed or not, in any layout. Frozen parameters are left
+            out. Apply weight norm first.
         weight_decay: of the first group, as the optimizer takes it.
-        no_decay: patterns (docs/rules.md) over parameter names. A weight-normed weight is named
-            as it is without weight norm: ``"**.embed.weight"``.
+        no_decay: patterns (docs/rules.md) over parameter names. A weight-normed weight has its
+            name without weight norm: ``"**.embed.weight"``.
 
     Returns:
         A list of groups with the keys ``params``, ``weight_decay`` and ``name`` (``decay``,
-        ``no_decay``); a group without parameters is left out. The order is that of
-        ``model.named_parameters()``.
+        ``no_decay``), in the order of ``model.named_parameters()``, without empty groups.
 
     Raises:
-        ValueError: ``weight_decay`` is negative or not finite, a pattern is invalid or matches no
-            trainable parameter, or there is none to train.
+        ValueError: ``weight_decay`` is negative or not finite, a pattern is not valid or matches
+            no trainable parameter, or the model has no trainable parameter.
 
     Example:
         >>> import torch, wn_surgery as wn
@@ -92,11 +94,9 @@ def parameter_groups(
     sources = fields.strings("no_decay", no_decay, or_none=True)
     patterns = {source: PatternSet.of([source]) for source in sources}
     unused = set(sources)
-    magnitudes: set[int] = set()
-    plain_names: dict[int, str] = {}
-    for site in normed(model):
-        magnitudes.add(id(site.held.g))
-        plain_names |= {id(site.held.g): site.name, id(site.held.v): site.name}
+    found = normed(model)
+    magnitudes = {id(site.held.g) for site in found}
+    plain_names = {id(part): site.name for site in found for part in (site.held.g, site.held.v)}
     params: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
     decayed: list[str] = []
     exempt: dict[str, str] = {}
@@ -106,12 +106,11 @@ def parameter_groups(
         known_as = plain_names.get(id(parameter), name)
         named = [source for source, pattern in patterns.items() if pattern.matches(known_as)]
         unused -= set(named)
-        why = _why_exempt(parameter, id(parameter) in magnitudes, named)
-        params["no_decay" if why else "decay"].append(parameter)
-        if why:
+        if why := _why_exempt(parameter, id(parameter) in magnitudes, named):
             exempt[name] = why
         else:
             decayed.append(name)
+        params["no_decay" if why else "decay"].append(parameter)
     if unused:
         raise ValueError(
             f"no_decay={min(unused)!r} matches no trainable parameter of the model; patterns are "
