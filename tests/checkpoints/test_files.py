@@ -42,7 +42,7 @@ def test_safetensors_equal_the_conversion_in_memory(tmp_path: Path, to: Any) -> 
     assert same(load_file(target), convert(tensors(), to))
     assert target.stat().st_mode & 0o777 == 0o640 and source.read_bytes() == before
     with File(target) as opened:
-        assert opened.header.metadata == {"format": "pt"}
+        assert opened.metadata == {"format": "pt"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
 
 
