@@ -11,10 +11,13 @@ where addresses and sizes are multiples of it, the compiler is told so and moves
 time. Each program decides that for its item, so that one odd weight does not slow down its group.
 """
 
+# Inside a kernel, what has no __next__ is a loop that the compiler unrolls.
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import triton
 import triton.language as tl
@@ -28,8 +31,8 @@ __all__ = [
 
 WARPS = 8
 
-# Named anew, since the decorator is untyped where triton is missing.
-jit: Callable[[Callable[..., Any]], Any] = triton.jit
+# The decorator is untyped where triton is missing, and says elsewhere that nothing can be called.
+jit = cast("Callable[[Callable[..., Any]], Any]", triton.jit)
 
 _FIELDS = tl.constexpr(tables.FIELDS)
 _TILE = tl.constexpr(tables.TILE)
@@ -43,7 +46,7 @@ _FINISH_PARTS = tl.constexpr(tables.FINISH_PARTS)
 
 
 @jit
-def _open(pointers: tl.tensor, fields: tl.tensor, items: tl.tensor, dtype: tl.dtype) -> tl.tuple:
+def _open(pointers: tl.tensor, fields: tl.tensor, items: tl.tensor, dtype: tl.dtype) -> Any:
     """This program's item: two numbers, its member's fields, v, g and dw.
 
     v and dw, the gradient of w, are addresses. That of dw is 0 where there is none.
@@ -56,7 +59,7 @@ def _open(pointers: tl.tensor, fields: tl.tensor, items: tl.tensor, dtype: tl.dt
 
 
 @jit
-def _member(fields: tl.tensor) -> tl.tuple:
+def _member(fields: tl.tensor) -> Any:
     """A member's before, kept, after and eps."""
     before, kept, after = tl.load(fields + 2), tl.load(fields + 3), tl.load(fields + 4)
     eps = tl.load(fields + 5).to(tl.int32).to(tl.float32, bitcast=True)
@@ -110,7 +113,7 @@ def _along(dot: tl.tensor, scale: tl.tensor, norm: tl.tensor, eps: tl.tensor) ->
 
 
 @jit
-def _rows(rows: tl.tuple, width: tl.constexpr, vector: tl.constexpr) -> tl.tuple:
+def _rows(rows: tl.tuple, width: tl.constexpr, vector: tl.constexpr) -> Any:
     """Where a program's rows are (start, offsets, mask), their norms, and which of them exist."""
     first, kept, after, _ = rows
     after = _multiple(after, vector)
@@ -199,7 +202,7 @@ def rows_backward(
 
 
 @jit
-def _tile(fields: tl.tensor, i: tl.tensor, j: tl.tensor, vector: tl.constexpr) -> tl.tuple:
+def _tile(fields: tl.tensor, i: tl.tensor, j: tl.tensor, vector: tl.constexpr) -> Any:
     """Where a tile is (start, offsets, mask), the norm of each column, and which of them exist.
 
     The tile is ``HEIGHT`` rows of ``COLUMNS`` neighbours each: of (before, kept · after), or,
