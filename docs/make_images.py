@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TypeAlias
 
 import lightning as L
 import torch
@@ -30,6 +31,8 @@ import digits_tcn  # noqa: E402 - it is found by the line above
 
 INK, FAINT, LINE = "#1f2328", "#6e7781", "#d0d7de"
 CHANGED, SKIPPED = "#dafbe1", "#f3f4f6"
+# The optimizer steps, and the values of each layer at each of them.
+Curves: TypeAlias = tuple[list[int], list[dict[str, dict[str, float]]]]
 COLOURS = ["#08519c", "#3182bd", "#00695c", "#26a69a", "#b45309", "#f59e0b"]
 LEFT, TOP, CHARACTER, ROW = 0.35, 0.75, 0.0945, 0.27  # in inches
 
@@ -75,8 +78,8 @@ def _line(
     axes.text(LEFT, y, text, weight=weight, **style)  # type: ignore[arg-type]
 
 
-def train(epochs: int) -> History:
-    """Train the example with the callback; g, ‖v‖ and the effective learning rate, step by step."""
+def train(epochs: int) -> Curves:
+    """Train the example with the callback; return the steps, and what it recorded at each."""
     digits_tcn.quiet()
     L.seed_everything(0, workers=True, verbose=False)
     data, _ = digits_tcn.digits(None)
@@ -93,29 +96,30 @@ def train(epochs: int) -> History:
     loader = DataLoader(data, batch_size=64, shuffle=True, drop_last=True)
     trainer.fit(digits_tcn.Classifier(digits_tcn.TCN()), loader)
     assert callback.history is not None
-    return callback.history
+    return callback.history.steps, callback.history.records
 
 
-def training(history: History) -> Figure:
+def training(curves: Curves) -> Figure:
     """Draw g and the effective learning rate of each layer over the training."""
+    steps, records = curves
     figure = Figure(figsize=(11.5, 4.6), layout="constrained", facecolor="white")
-    names = list(history.records[0])
+    names = list(records[0])
     panels = [
         ("g", "g, mean over the channels"),
         ("effective_lr", "effective learning rate, lr / ‖v‖²"),
     ]
     for axes, (key, title) in zip(figure.subplots(1, 2), panels, strict=True):
         for name, colour in zip(names, COLOURS, strict=True):
-            values = [record[name][key] for record in history.records]
+            values = [record[name][key] for record in records]
             label = name.removeprefix("model.").removesuffix(".weight")
-            axes.plot(history.steps, values, color=colour, lw=2, label=label)
+            axes.plot(steps, values, color=colour, lw=2, label=label)
         axes.set_title(title, fontsize=14, color=INK, loc="left", pad=10)
         axes.set_xlabel("optimizer step", fontsize=12, color=INK)
         axes.tick_params(labelsize=11, colors=INK)
         axes.grid(color=LINE, lw=0.7)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(LINE)
-        axes.set_xlim(0, history.steps[-1])
+        axes.set_xlim(0, steps[-1])
     figure.axes[1].set_ylim(0)
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12, wspace=0.06)  # type: ignore[union-attr]
     handles = figure.axes[0].get_lines()
