@@ -31,17 +31,18 @@ def small(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _evaluator(shape: tuple[int, ...], dim: int, device: torch.device) -> Any:
     """The library's evaluator for a device; ImportError where the library has none."""
     from wn_surgery.fused.evaluator import Spec
+    from wn_surgery.norm.options import NormOptions
 
-    spec = Spec(shape, dim)
+    spec = Spec(shape, NormOptions(dim))
     if device.type == "cuda":
         from wn_surgery.fused.triton.evaluator import (  # type: ignore[import-not-found,import-untyped,unused-ignore]
             TritonEvaluator,
         )
 
         return TritonEvaluator([spec], torch.float32, device)
-    from wn_surgery.fused.cpu import CpuEvaluator
+    from wn_surgery.fused.evaluator import Evaluator
 
-    return CpuEvaluator([spec])
+    return Evaluator([spec])
 
 
 class Operator:

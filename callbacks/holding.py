@@ -1,4 +1,4 @@
-"""Whether a run's optimizers hold g and v, and so train what the callbacks have made."""
+"""Checking that a run's optimizers hold g and v."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["held_by", "refuse_unheld"]
 
 
 def held_by(optimizers: Iterable[Any]) -> set[int]:
-    """The ids of the parameters that the optimizers hold."""
+    """Return the ids of the parameters that the optimizers hold."""
     return {
         id(parameter)
         for optimizer in optimizers
@@ -24,19 +24,11 @@ def held_by(optimizers: Iterable[Any]) -> set[int]:
 
 
 def refuse_unheld(model: nn.Module, optimizers: Iterable[Any], advice: str) -> None:
-    """Refuse a run in which weight-normed layers would stay as they are, in silence.
+    """Raise CallbackError for a run that would silently not train some weight-normed layers.
 
-    An optimizer may well be given a part of a model. So a layer that it leaves out altogether is
-    an error only if it leaves out all of them; one of which it has g alone, v alone or the bias
-    alone always is.
-
-    Args:
-        model: with weight norm.
-        optimizers: all of the run's.
-        advice: what to do, to end the message with.
-
-    Raises:
-        wn_surgery.CallbackError: g or v, which require gradients, are in none of them.
+    An optimizer may be given a part of a model. So a layer that is left out as a whole is an error
+    only if all of them are. One of which only g, only v or only the bias is held always is. The
+    message ends with the advice.
     """
     held = held_by(optimizers)
     lacking: list[str] = []

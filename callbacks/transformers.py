@@ -1,4 +1,4 @@
-"""Weight norm in the Trainer of transformers: patched in time, checked, exported at the end."""
+"""Weight norm in the Trainer of transformers: patched before the optimizer, checked, exported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import wn_surgery as wn
 from wn_surgery.callbacks.holding import refuse_unheld
 from wn_surgery.huggingface import patch_model, save_pretrained
 from wn_surgery.huggingface.config import ConfigLike, as_config
-from wn_surgery.model.sites import NormedSite, normed
+from wn_surgery.model.sites import normed
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -27,15 +27,16 @@ except ModuleNotFoundError as error:
 
 
 class WeightNormCallback(TrainerCallback):
-    """Patch the model when the Trainer is made, so that its optimizer holds g and v.
+    """Patches the model when the Trainer is made, so that its optimizer holds g and v.
 
     Give it to ``Trainer(callbacks=[...])``. With ``model_init``, call
     :func:`wn_surgery.huggingface.patch_model` in that function instead: the Trainer makes a new
     model for each run. Checkpoints hold g and v, so a resumed run continues bit for bit, and
     ``load_best_model_at_end`` finds them.
 
-    The Trainer gives weight decay to g as to any tensor with two axes;
-    :class:`WeightNormTrainer` does not.
+    When training begins, :class:`wn_surgery.CallbackError` is raised if the model is not patched,
+    or the optimizer does not hold a trainable g or v. The Trainer gives weight decay to g as to
+    any tensor with two axes; :class:`WeightNormTrainer` does not.
 
     Args:
         config: what to patch, as :func:`wn_surgery.huggingface.patch_model` takes it: a config,
@@ -60,22 +61,14 @@ class WeightNormCallback(TrainerCallback):
 
     @override
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Patch the model: there is no optimizer yet."""
         model = kwargs["model"]
-        if not _ours(model):
+        if not _is_patched(model):
             self.report = patch_model(model, self.config)
 
     @override
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse a run in which g and v would not be trained.
-
-        Raises:
-            wn_surgery.CallbackError: the model is not patched, or the optimizer does not hold a
-                trainable g or v.
-        """
         model, optimizer = kwargs["model"], kwargs.get("optimizer")
-        sites = _ours(model)
-        if not sites:
+        if not _is_patched(model):
             raise wn.CallbackError(
                 "the model of this run has no weight norm: with model_init=..., call "
                 "patch_model(model, config) in that function; and give the callback to "
@@ -93,7 +86,6 @@ class WeightNormCallback(TrainerCallback):
 
     @override
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the model without weight norm."""
         if self.export_to is not None and state.is_world_process_zero:
             save_pretrained(kwargs["model"], self.export_to, layout="plain")
 
@@ -110,12 +102,11 @@ class WeightNormTrainer(Trainer):
 
     @override
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """The base's names without those of magnitudes."""
         magnitudes = {id(site.held.g) for site in normed(model)}
         exempt = {name for name, p in model.named_parameters() if id(p) in magnitudes}
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if name not in exempt]
 
 
-def _ours(model: nn.Module) -> list[NormedSite]:
-    return [site for site in normed(model) if site.ours]
+def _is_patched(model: nn.Module) -> bool:
+    return any(site.ours for site in normed(model))

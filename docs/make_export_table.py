@@ -1,9 +1,9 @@
 """Write the table of docs/export.md: each target, live and stripped, on real architectures.
 
-Run ``python docs/make_export_table.py`` (some minutes, most of them AOTInductor's compiler); with
-``--check`` it writes nothing, and its exit status is 1 where what it finds is not what the page
-says. ``--targets`` and ``--models`` choose rows. torchao's rows need torchao, installed or in the
-folder that the environment variable WN_TORCHAO names; AOTInductor's need g++.
+Run ``python docs/make_export_table.py``. It takes some minutes, mostly in AOTInductor's compiler.
+With ``--check`` it writes nothing, and its exit status is 1 if the page differs from what it finds.
+``--targets`` and ``--models`` choose rows. torchao's rows need torchao, installed or in the folder
+that the environment variable WN_TORCHAO names; AOTInductor's rows need g++.
 """
 
 from __future__ import annotations
@@ -317,7 +317,7 @@ def same(line: str, other: str) -> bool:
         if len(numbers[0]) != len(numbers[1]):
             return False
         for a, b in zip(*numbers, strict=True):
-            # Rounding to two places, or to nothing at all, is no difference.
+            # Rounding to two places, or to nothing, is not a difference.
             if max(a, b) > tolerance * min(a, b) and abs(a - b) > (0.011 if cell == 7 else 1e-5):
                 return False
     return True

@@ -1,4 +1,4 @@
-"""The table in docs/huggingface.md: whose own ``remove_weight_norm()`` works, and whose does not.
+"""Make the table in docs/huggingface.md: whose own ``remove_weight_norm()`` works.
 
     python docs/make_removers_table.py            # print it
     python docs/make_removers_table.py --write    # put it into the page
@@ -29,7 +29,7 @@ from models.zoo import TRANSFORMERS  # noqa: E402 - it is found by the line abov
 
 @torch.no_grad()
 def row(family: str) -> tuple[str, ...] | None:
-    """What happens to one family; None where the class puts weight norm on by itself."""
+    """What happens to one family; None if the class applies weight norm itself."""
     entry = TRANSFORMERS[family]
     if entry.own is None:
         return None

@@ -1,7 +1,7 @@
 """Write the tables of docs/rules.md from the code: what patterns match, and the presets.
 
-Run ``python docs/make_rules_table.py`` after a change to either; with ``--check`` it writes
-nothing, and its exit status is 1 where the page is out of date.
+Run ``python docs/make_rules_table.py`` after a change to either. With ``--check`` it writes
+nothing, and its exit status is 1 if the page is out of date.
 """
 
 from __future__ import annotations

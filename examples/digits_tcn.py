@@ -3,9 +3,9 @@
 A temporal convolutional network (Bai, Kolter and Koltun, "An Empirical Evaluation of Generic
 Convolutional and Recurrent Networks for Sequence Modeling", arXiv:1803.01271) reads
 scikit-learn's handwritten digits one pixel at a time: 64 steps, one channel. The Lightning
-callback puts weight norm on from a rule file. After training, weight norm comes off, the model
-goes to ONNX, and onnxruntime must predict what the trained model predicted, with no
-normalization left in the graph.
+callback applies weight norm by a rule file. After training, the script removes weight norm, exports
+the model to ONNX, and checks that onnxruntime predicts what the trained model predicted and that no
+normalization is left in the graph.
 
     python examples/digits_tcn.py          (or: make demo)
 """
@@ -70,7 +70,7 @@ class TemporalBlock(nn.Module):
 
 
 class TCN(nn.Module):
-    """Blocks of doubling dilation; the last step, which sees them all, is classified."""
+    """Blocks of doubling dilation, and a head on the last step, which sees all the others."""
 
     def __init__(
         self, channels: int = 40, levels: int = 3, kernel: int = 6, dropout: float = 0.05
@@ -118,7 +118,7 @@ class Classifier(L.LightningModule):
 
 
 class Progress(ProgressBar):
-    """One bar that redraws itself on a terminal, and a line now and then anywhere else."""
+    """A bar that redraws itself on a terminal; elsewhere a line now and then."""
 
     WIDTH = 30
     LINES = 6
@@ -205,7 +205,7 @@ def export(model: nn.Module, example: Tensor, path: Path) -> Counter[str]:
 
 
 def quiet() -> None:
-    """Leave out what the frameworks have to say about other things."""
+    """Silence what the frameworks print about other things."""
     for name in ("lightning.pytorch", "lightning.fabric", "torch.onnx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers")
@@ -213,17 +213,17 @@ def quiet() -> None:
 
 
 def heading(text: str) -> None:
-    """A title over what follows."""
+    """Print a title."""
     print(f"\n{text}\n{'-' * len(text)}")
 
 
 def operators(counts: Counter[str]) -> str:
-    """The operators of a graph in one line."""
+    """The operators of a graph, in one line."""
     return ", ".join(f"{op} {n}" for op, n in sorted(counts.items()))
 
 
 def train(model: TCN, data: tuple[TensorDataset, TensorDataset], epochs: int) -> float:
-    """Train with the callback; the accuracy on the test set."""
+    """Train with the callback; return the accuracy on the test set."""
     weight_norm = WeightNorm(RULES)
     trainer = L.Trainer(
         accelerator="cpu",
@@ -241,7 +241,7 @@ def train(model: TCN, data: tuple[TensorDataset, TensorDataset], epochs: int) ->
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run every step; 0 if the exported model is accurate, equal and free of weight norm."""
+    """Run every step; return 0 if the export is accurate, equal and free of weight norm."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--samples", type=int, help="use only so many of the 1797 digits")

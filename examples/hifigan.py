@@ -1,11 +1,11 @@
 """Train a HiFi-GAN on speech with Lightning: two networks, two rule sets, one callback.
 
 The generator is transformers' SpeechT5HifiGan, small and randomly initialized; a multi-period
-discriminator (arXiv:2010.05646) judges it. One WeightNorm callback puts weight norm on both,
-before the two optimizers are made. The run is stopped in the middle and resumed from its
-checkpoint; beside it go an average of the weights (EMA), checkpoints that load without this
-library, and a record of g and ‖v‖. Then weight norm comes off, the generator goes to ONNX, and a
-recording that no one trained on goes through all of it, to listen to and to look at.
+discriminator (arXiv:2010.05646) judges it. One WeightNorm callback applies weight norm to both,
+before the two optimizers are created. The run stops in the middle and resumes from its checkpoint.
+It keeps an average of the weights (EMA), checkpoints that load without this library, and a record
+of g and ‖v‖. Then the script removes weight norm, exports the generator to ONNX, and passes a
+recording that was held out through all of it, for you to listen to and to look at.
 
     python examples/hifigan.py          (or: make hifigan)
 """
@@ -57,7 +57,7 @@ RULES = [
     {"names": "generator.**", "types": ["Conv1d", "ConvTranspose1d"]},
     {"names": "discriminator.**", "types": "Conv2d"},
 ]
-# Where the checkpoints of each run are. A run that goes on does so in its own folder.
+# Where the checkpoints of each run are. A resumed run writes into its own folder.
 FOLDERS = {"stopped": "checkpoints", "resumed": "checkpoints", "uninterrupted": "uninterrupted"}
 WEIGHTS, ONNX = "generator-and-all.safetensors", "generator.onnx"
 EPOCHS = 6
@@ -66,7 +66,7 @@ BATCH, PIECE = 4, 16 * HOP
 
 @dataclass(frozen=True)
 class Speech:
-    """What is trained on, and one recording that is kept away from it."""
+    """The training data, and one recording that is held out."""
 
     train: Waves
     held_out: Tensor
@@ -107,7 +107,7 @@ class Progress(L.Callback):
 
 
 def speech(folder: Path) -> Speech:
-    """The recordings in a folder, or else sounds that are made here."""
+    """The recordings in a folder; synthetic sounds if there are none."""
     found = {name: wave for name, wave in recordings(folder).items() if len(wave) >= PIECE}
     if len(found) > 1:
         text = f"{len(found)} recordings of speech from {folder}"
@@ -117,7 +117,7 @@ def speech(folder: Path) -> Speech:
             f"no speech in {folder} (on Debian, apt-get install alsa-utils): "
             f"{len(found)} tones and chirps instead"
         )
-    # "Rear right", of which others say each word; elsewhere one from the middle.
+    # "Rear right": other recordings hold each of its words. Without it, one from the middle.
     name = "Rear_Right" if "Rear_Right" in found else list(found)[len(found) // 2]
     held_out = found.pop(name)
     train = list(found.values())
@@ -127,7 +127,7 @@ def speech(folder: Path) -> Speech:
 
 
 def new_gan(data: Speech) -> Gan:
-    """The networks as every run begins with them, without weight norm."""
+    """The networks that every run starts with, without weight norm."""
     torch.manual_seed(0)
     generator = small_generator()
     gan = Gan(generator, MultiPeriodDiscriminator())
@@ -187,7 +187,7 @@ def run(
 
 
 def both(one: History, other: History) -> History:
-    """The record of a run, and that of its continuation, as one."""
+    """The record of a run and of its continuation, as one."""
     whole = History()
     whole.steps = one.steps + other.steps
     whole.records = one.records + other.records
@@ -207,7 +207,7 @@ def changes(history: History) -> str:
 
 
 def vocode(gan: Gan, samples: Tensor) -> Tensor:
-    """``(time,)`` to a spectrogram, and to what the generator makes of it."""
+    """The spectrogram of a ``(time,)`` waveform, and what the generator makes of it."""
     with torch.no_grad():
         made: Tensor = gan.generator.eval()(gan.log_mel(samples[None]))
     return made[0]
@@ -223,7 +223,7 @@ def mean_l1(gan: Gan, waves: Sequence[Tensor]) -> float:
 
 
 def quiet() -> None:
-    """Leave out what the frameworks have to say about other things."""
+    """Silence what the frameworks print about other things."""
     for name in ("lightning.pytorch", "lightning.fabric", "torch.onnx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
@@ -235,7 +235,7 @@ def quiet() -> None:
 
 
 def heading(text: str) -> None:
-    """A title over what follows."""
+    """Print a title."""
     print(f"\n{text}\n{'-' * len(text)}")
 
 
@@ -254,7 +254,7 @@ def train(data: Speech, out: Path, steps: int) -> tuple[Run, Run]:
 
 
 def check_resume(data: Speech, out: Path, steps: int, resumed: Run) -> bool:
-    """Whether a run without the stop ends with the same checkpoint, to the bit."""
+    """Whether a run without the stop ends with the same checkpoint, bit for bit."""
     print("  once more without the stop:")
     straight = run(data, out, "uninterrupted", steps)
     count, unlike = compare(*(torch.load(r.checkpoint) for r in (resumed, straight)))
@@ -265,7 +265,7 @@ def check_resume(data: Speech, out: Path, steps: int, resumed: Run) -> bool:
 
 
 def show_losses(data: Speech, before: Gan, after: Gan) -> bool:
-    """The mel L1 before and after; whether that of the held-out recording is smaller."""
+    """Print the mel L1 before and after; return whether the held-out recording improved."""
     trained_on = [mean_l1(gan, data.train.waves) for gan in (before, after)]
     held_out = [mean_l1(gan, [data.held_out]) for gan in (before, after)]
     print("  mel L1 of whole recordings      before  after (with the average weights)")
@@ -280,7 +280,7 @@ def show_losses(data: Speech, before: Gan, after: Gan) -> bool:
 
 
 def strip(data: Speech, whole: Run, weights: Path) -> dict[str, bool]:
-    """Take weight norm off; what is true of the result."""
+    """Remove weight norm; return what holds afterwards."""
     gan = whole.gan
     normed = vocode(gan, data.held_out)
     print(f"  {str(wn.remove(gan)).splitlines()[-1]}")
@@ -297,7 +297,7 @@ def strip(data: Speech, whole: Run, weights: Path) -> dict[str, bool]:
 
 
 def export_generator(data: Speech, gan: Gan, path: Path) -> tuple[Tensor, dict[str, bool]]:
-    """Write ONNX and run it; the samples that it makes, and what is true of them."""
+    """Write ONNX and run it; return the samples, and what holds for them."""
     mel = gan.log_mel(data.held_out[None])
     graph = export(gan.generator, mel, path)
     exported = run_onnx(path, mel)
@@ -313,7 +313,7 @@ def export_generator(data: Speech, gan: Gan, path: Path) -> tuple[Tensor, dict[s
 
 
 def write(data: Speech, out: Path, made: dict[str, Tensor], history: History) -> None:
-    """Files to listen to, and to look at."""
+    """Write files to listen to and to look at."""
     names = ["input.wav", "output.wav"]
     sounds = {"input: the recording that was held out": data.held_out, **made}
     for name, samples in zip(names, (data.held_out, list(made.values())[-1]), strict=True):
@@ -330,12 +330,12 @@ def write(data: Speech, out: Path, made: dict[str, Tensor], history: History) ->
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run every step; 0 if everything that is claimed is so."""
+    """Run every step; return 0 if every check passes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=240, help=f"a multiple of {EPOCHS}")
     parser.add_argument("--sounds", type=Path, default=SOUNDS, help="a folder of 16-bit .wav files")
     parser.add_argument("--out", type=Path, default=OUT, help="where everything goes")
-    # Layers this small gain little from a second thread, and lose much where it has to wait.
+    # Layers this small gain little from a second thread, and lose much when it has to wait.
     parser.add_argument("--threads", type=int, default=1, help="how many torch computes with")
     parser.add_argument(
         "--check-resume",

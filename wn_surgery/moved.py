@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import importlib
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 __all__ = ["register"]
 
 _ROOMS = {
-    "model": "layouts records sites state_keys",
+    "model": "layouts records reloading sites state_keys",
     "norm": "module_class parametrization slots",
     "rules": "patterns presets rule",
     "surgery": "checks diagnosis optimizers plan planning",
     "training": "initialization optimizer_states parameter_groups statistics",
 }
 
-_FILES = {"wn_surgery.history": "wn_surgery.training.statistics"}
+_FILES = {
+    "wn_surgery.history": "wn_surgery.training.statistics",
+    "wn_surgery.huggingface.ties": "wn_surgery.huggingface.embeddings",
+}
 
 
 class _Moved(ModuleType):
@@ -37,7 +41,7 @@ class _Moved(ModuleType):
 
 
 def register() -> None:
-    """Let the old paths be imported. Safe to call twice.
+    """Let the old paths be imported, and ``callbacks`` without its symlink. Safe to call twice.
 
     They are in ``sys.modules`` and not attributes of the package: ``wn_surgery.plan`` stays the
     function.
@@ -48,3 +52,7 @@ def register() -> None:
             sys.modules.setdefault(old, _Moved(old, f"wn_surgery.{room}.{name}"))
     for old, new in _FILES.items():
         sys.modules.setdefault(old, _Moved(old, new))
+    link = Path(__file__).with_name("callbacks")
+    if link.is_file():
+        # What git writes for a symlink on a system without them. The folder is beside the package.
+        sys.modules["wn_surgery"].__path__.append(str(link.parents[1]))

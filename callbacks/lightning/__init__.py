@@ -5,7 +5,6 @@ Works with ``lightning.pytorch`` and with ``pytorch_lightning``, whichever the T
 
 from wn_surgery.callbacks.lightning.callback import WeightNorm
 from wn_surgery.callbacks.lightning.fusing import Fused
-from wn_surgery.callbacks.lightning.layouts import SaveLayout
-from wn_surgery.callbacks.lightning.mixin import WeightNormMixin
+from wn_surgery.callbacks.lightning.layouts import SaveLayout, WeightNormMixin
 
 __all__ = ["Fused", "SaveLayout", "WeightNorm", "WeightNormMixin"]

@@ -1,7 +1,4 @@
-"""The base classes, from whichever of Lightning's two packages is installed.
-
-Each package has its own; either base works with either Trainer.
-"""
+"""Lightning's base classes, from either of its packages: each works with either Trainer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The callback: weight norm by rules, in a Trainer, from the first step to the export."""
+"""The Lightning callback: weight norm by rules, from the first step to the export."""
 
 from __future__ import annotations
 
@@ -15,20 +15,13 @@ from typing_extensions import override
 
 import wn_surgery as wn
 from wn_surgery.callbacks.holding import refuse_unheld
-from wn_surgery.callbacks.lightning import exporting, layouts, neighbours
+from wn_surgery.callbacks.lightning import exporting, layouts, neighbours, patching
 from wn_surgery.callbacks.lightning.bases import Callback
-from wn_surgery.callbacks.lightning.evaluation import Folding
-from wn_surgery.callbacks.lightning.fusing import Fused, fuse
+from wn_surgery.callbacks.lightning.fusing import Folding, Fused, fuse
 from wn_surgery.callbacks.lightning.layouts import LayoutIO, SaveLayout
 from wn_surgery.callbacks.lightning.monitoring import Monitor
-from wn_surgery.callbacks.lightning.patching import (
-    Replaced,
-    Rules,
-    apply_rules,
-    refuse_stale,
-)
-from wn_surgery.callbacks.lightning.resuming import rename_optimizer_states
-from wn_surgery.callbacks.lightning.timing import building_hooks, once_after
+from wn_surgery.callbacks.lightning.patching import Replaced, Rules
+from wn_surgery.model.records import KEY
 from wn_surgery.rules.sources import as_rules
 from wn_surgery.surgery.planning import OnUnmatched
 
@@ -39,29 +32,28 @@ if TYPE_CHECKING:
 
 
 class WeightNorm(Callback):
-    """Put weight norm on the model before its optimizers are built, and keep the rest true to it.
+    """Puts weight norm on a LightningModule before its optimizers are built.
 
     The layers are changed in ``setup``, once: the optimizer holds ``g`` and ``v``, checkpoints
-    hold them too, and a resumed run continues bit for bit. What the Trainer does later
-    (``validate``, ``test``, ``predict``, another ``fit``, another Trainer) changes nothing more.
+    hold them too, and a resumed run continues bit for bit. ``validate``, ``test``, ``predict``,
+    another ``fit`` or another Trainer change nothing more.
 
     Layers that the module builds in its own ``setup`` or ``configure_model``, which run after
     the callback's ``setup``, get their weight norm when that method returns; only then is a
-    rule that matches nothing an error. Layers that are built *and sharded* in
-    ``configure_model`` are out of reach: call ``wn_surgery.apply(self, rules)`` there, before
+    rule that matches nothing an error. The callback cannot reach layers that are built *and
+    sharded* in ``configure_model``: call ``wn_surgery.apply(self, rules)`` there, before
     ``fully_shard``.
 
-    Only one is needed, with all the rules, and before callbacks that copy the model, such as
-    weight averaging; what cannot work is refused before the first step. See docs/lightning.md.
+    Give one callback all the rules, and put it before callbacks that copy the model, such as
+    weight averaging. What cannot work raises before the first step. See docs/lightning.md.
 
     Args:
         rules: A rule, a list of rules or dicts, a path to a YAML or JSON file, or the name of a
             preset. Names are relative to the LightningModule, so a layer of ``self.model`` has
             a name under ``model.**``. Invalid rules raise here, not when training starts.
-        fused: Compute the weights of the model in groups, once a forward: ``"auto"`` (on the CPU,
-            and not on CUDA, as long as the Triton kernels have not been run on a GPU),
-            ``"triton"``, ``"cpu"`` (torch's operators) or ``"off"``; see :func:`wn_surgery.fuse`.
-            It lasts from the start of a run to its end.
+        fused: Compute the weights in groups, once a forward, for the length of a run: ``"auto"``
+            (on the CPU only, since the Triton kernels have not been run on a GPU), ``"triton"``,
+            ``"cpu"`` (torch's operators) or ``"off"``; see :func:`wn_surgery.fuse`.
         fold_on_eval: Validation, testing and prediction compute each weight once, and run at the
             plain model's speed.
         save_layout: What checkpoints hold: ``"parametrized"`` (g and v under torch's names),
@@ -75,8 +67,7 @@ class WeightNorm(Callback):
             which needs ``example_input_array``.
         init_from_batch: Initialize g and biases from the first batch of a new run; see
             :func:`wn_surgery.initializing`. A resumed run is not initialized again.
-        on_unmatched: What to do about a rule that matches nothing: ``"error"``, ``"warn"`` or
-            ``"ignore"``.
+        on_unmatched: For a rule that matches nothing: ``"error"``, ``"warn"`` or ``"ignore"``.
         verbose: Print what was changed, on rank zero.
 
     Attributes:
@@ -143,7 +134,7 @@ class WeightNorm(Callback):
 
     @property
     def history(self) -> History:
-        """What ``log_every_n_steps`` has recorded; ``history.plot()`` draws it.
+        """Return what ``log_every_n_steps`` has recorded; ``history.plot()`` draws it.
 
         Raises:
             ValueError: ``log_every_n_steps`` was not given.
@@ -154,17 +145,11 @@ class WeightNorm(Callback):
 
     @property
     def module(self) -> nn.Module | None:
-        """The module of the last run, while it is alive."""
+        """Return the module of the last run, while it is alive."""
         return self._module() if self._module is not None else None
 
     def patch(self, model: nn.Module) -> wn.Report:
-        """Apply the rules to a model outside a Trainer: for Fabric, before ``fabric.setup``.
-
-        Args:
-            model: any module tree.
-
-        Returns:
-            What was done.
+        """Apply the rules outside a Trainer, for Fabric before ``fabric.setup``; return the report.
 
         Raises:
             wn_surgery.WeightNormError: as :func:`wn_surgery.apply` does.
@@ -181,19 +166,16 @@ class WeightNorm(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Apply the rules to the layers there are, and again after each hook that builds more."""
         self._forget_run()
         self._module = weakref.ref(pl_module)
         neighbours.check(trainer, pl_module, self, self.save_layout)
         if self.export_to is not None:
             exporting.check(pl_module, self.export_to)
-        hooks = building_hooks(pl_module)
-        # Whether a rule matches nothing is only known after the last of them.
-        early: OnUnmatched = "ignore"
-        passes = [*[early] * len(hooks), self.on_unmatched]
-        for hook, on_unmatched in zip(hooks, passes[1:], strict=True):
-            once_after(pl_module, hook, partial(self._apply, trainer, pl_module, on_unmatched))
-        self._apply(trainer, pl_module, passes[0])
+        hooks = patching.building_hooks(pl_module)
+        for hook in hooks:
+            then = partial(self._apply, trainer, pl_module, last=hook == hooks[-1])
+            patching.once_after(pl_module, hook, then)
+        self._apply(trainer, pl_module, last=not hooks)
         if not neighbours.shards(trainer):
             # The last to see what is saved and the first to see what is read.
             inner = trainer.strategy.checkpoint_io
@@ -205,15 +187,14 @@ class WeightNorm(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Say where weight norm is, in plain data; for strategies that write shards as well."""
-        checkpoint[layouts.KEY] = layouts.record(pl_module, self)
+        # Also for strategies that write shards, which have no LayoutIO.
+        checkpoint[KEY] = layouts.record(pl_module, self)
 
     @override
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take over what the checkpoint says; its tensors are loaded already."""
-        info = checkpoint.get(layouts.KEY)
+        info = checkpoint.get(KEY)
         if info is not None:
             if neighbours.shards(trainer):
                 layouts.check(checkpoint, pl_module, "the checkpoint")
@@ -222,8 +203,8 @@ class WeightNorm(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See to the optimizers, which are there now but have not been restored."""
-        refuse_stale(trainer.optimizers, self._replaced)
+        # The optimizers are built now, but not yet restored.
+        patching.refuse_stale(trainer.optimizers, self._replaced)
         self._replaced.clear()
         if not neighbours.shards(trainer):  # which has parameters of its own
             refuse_unheld(
@@ -234,15 +215,14 @@ class WeightNorm(Callback):
                 "that is not to be trained is frozen by requires_grad_(False)",
             )
         if self._loaded is not None:
-            rename_optimizer_states(self._loaded, trainer, pl_module)
+            layouts.rename_states(self._loaded, trainer, pl_module)
             self._loaded = None
         self._fuse(pl_module)
 
     @override
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """On the first batch of all, have each layer initialized by its first call."""
         if self._monitor is not None:
             self._monitor.before_batch(trainer)
         if not self.init_from_batch or self.initialized or trainer.global_step > 0:
@@ -253,14 +233,8 @@ class WeightNorm(Callback):
 
     @override
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Log."""
         if self._first_batch is not None:
             stack, self._first_batch = self._first_batch, None
             stack.close()
@@ -273,60 +247,32 @@ class WeightNorm(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fuse, where validation is a run of its own and does not fold."""
-        self._fuse_evaluation(pl_module)
+        if not self.fold_on_eval:
+            self._fuse(pl_module)
 
-    @override
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fuse."""
-        self._fuse_evaluation(pl_module)
+    on_test_start = on_predict_start = on_validation_start
 
-    @override
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fuse."""
-        self._fuse_evaluation(pl_module)
-
+    # At the first batch, and at the end of the epoch: weight averaging exchanges its weights when
+    # the epoch starts, and exchanges them back after it.
     @override
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Fold, before the first batch: weight averaging has exchanged its weights by now."""
-        self._fold(pl_module)
+        if self.fold_on_eval:
+            self._folding.start(pl_module)
 
-    @override
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
-    ) -> None:
-        """Fold."""
-        self._fold(pl_module)
-
-    @override
-    def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
-    ) -> None:
-        """Fold."""
-        self._fold(pl_module)
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Unfold, before weight averaging exchanges its weights back."""
         self._folding.stop()
 
-    @override
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Unfold."""
-        self._folding.stop()
-
-    @override
-    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Unfold."""
-        self._folding.stop()
+    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
 
     @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Leave no weight folded and no layer waiting for its first call."""
         self._folding.stop()
         if self._first_batch is not None:
             stack, self._first_batch = self._first_batch, None
@@ -335,14 +281,12 @@ class WeightNorm(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export."""
         self._finished = True
         if self.export_to is not None and trainer.is_global_zero:
             exporting.export(pl_module, self.export_to)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave nothing behind but weight norm, and that only where it is to stay."""
         self._folding.stop()
         wn.unfuse(pl_module)
         ended = self._finished or (stage != "fit" and self._applied)
@@ -353,7 +297,7 @@ class WeightNorm(Callback):
             wn.remove(pl_module, self.rules, optimizers=trainer.optimizers, on_unmatched="ignore")
 
     def on_after_setup(self, fabric: Any, module: nn.Module) -> None:  # noqa: ARG002
-        """Refuse a module that Fabric has set up without weight norm: it is too late here."""
+        """Raise for a module that Fabric has set up without weight norm: it is too late here."""
         model = getattr(module, "_forward_module", module)
         plan = wn.plan(model, self.rules, on_unmatched="ignore", check=False)
         if plan.changes:
@@ -387,18 +331,10 @@ class WeightNorm(Callback):
         if not self.init_from_batch or self.initialized:
             fuse(pl_module, self.fused)
 
-    def _fuse_evaluation(self, pl_module: LightningModule) -> None:
-        if not self.fold_on_eval:
-            self._fuse(pl_module)
-
-    def _fold(self, pl_module: LightningModule) -> None:
-        if self.fold_on_eval:
-            self._folding.start(pl_module)
-
-    def _apply(
-        self, trainer: Trainer, pl_module: LightningModule, on_unmatched: OnUnmatched
-    ) -> None:
-        report, replaced = apply_rules(pl_module, self.rules, on_unmatched)
+    def _apply(self, trainer: Trainer, pl_module: LightningModule, *, last: bool) -> None:
+        # Whether a rule matches nothing is only known after the last hook that builds layers.
+        on_unmatched = self.on_unmatched if last else "ignore"
+        report, replaced = patching.apply_rules(pl_module, self.rules, on_unmatched)
         if report is None:
             return
         self.report = report

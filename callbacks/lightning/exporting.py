@@ -1,4 +1,4 @@
-"""What is left when training ends: a file of plain weights, or an exported program."""
+"""Exporting the model at the end of training: a file of plain weights, or a program."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from wn_surgery.model.state_keys import plain_state_dict
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
-__all__ = ["SUFFIXES", "export"]
+__all__ = ["SUFFIXES", "check", "export"]
 
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt")
 _PROGRAMS = (".onnx", ".pt2")
@@ -25,17 +25,7 @@ SUFFIXES = (*_WEIGHTS, *_PROGRAMS)
 
 
 def export(pl_module: LightningModule, path: Path) -> None:
-    """Write the module without weight norm; the module itself is not changed.
-
-    Args:
-        pl_module: weight-normed or not. For a program it needs ``example_input_array``.
-        path: ``.safetensors``, ``.pt``, ``.pth``, ``.ckpt`` (a state dict under ``state_dict``), or
-            the programs ``.onnx`` and ``.pt2``. It is there whole, or not at all.
-
-    Raises:
-        wn_surgery.CallbackError: a program, and the module has no ``example_input_array``.
-        wn_surgery.ExportError: a program, and something in the module cannot be copied.
-    """
+    """Write the module without weight norm, atomically; the module itself is not changed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         temporary = Path(folder) / path.name
@@ -47,12 +37,12 @@ def export(pl_module: LightningModule, path: Path) -> None:
 
 
 def check(pl_module: LightningModule, path: Path) -> None:
-    """Raise at the start of a run what :func:`export` would raise at its end."""
+    """Raise at the start of a run for a program that cannot be exported at its end."""
     if path.suffix in _PROGRAMS and pl_module.example_input_array is None:
         raise wn.CallbackError(
             f"export_to={str(path)!r} needs an example of the input: set "
             f"self.example_input_array in {type(pl_module).__name__}, or export the weights alone "
-            f"(.safetensors)"
+            "(.safetensors)"
         )
 
 
@@ -68,7 +58,6 @@ def _write_weights(state: dict[str, Any], path: Path) -> None:
 
 
 def _write_program(pl_module: LightningModule, path: Path) -> None:
-    check(pl_module, path)
     plain = stripped_copy(pl_module).eval()
     inputs: Any = plain.example_input_array
     args = inputs if isinstance(inputs, tuple) else (inputs,)

@@ -1,9 +1,11 @@
-"""Which modules of a LightningModule to fuse."""
+"""How a run computes weights: in groups in training, once for all batches in evaluation."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+import torch
 from torch import nn
 
 import wn_surgery as wn
@@ -13,20 +15,16 @@ from wn_surgery.model.sites import normed
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
-__all__ = ["Fused", "fuse"]
+__all__ = ["Folding", "Fused", "fuse"]
 
 Fused: TypeAlias = Literal["auto", "off", "triton", "cpu"]
 
 
 def fuse(pl_module: LightningModule, mode: Fused) -> None:
-    """Fuse what ``training_step`` calls, if it is not fused already.
-
-    Raises:
-        wn_surgery.FusionError: a weight cannot take the path that ``mode`` asks for.
-    """
+    """Fuse the modules that ``training_step`` calls, if they are not fused already."""
     if mode == "off":
         return
-    # The Triton kernels have not been run on a GPU: they are there for who asks for them.
+    # The Triton kernels have not been run on a GPU, so that only who asks for them gets them.
     if mode == "auto" and any(p.device.type != "cpu" for p in pl_module.parameters()):
         return
     for root in _roots(pl_module):
@@ -35,7 +33,7 @@ def fuse(pl_module: LightningModule, mode: Fused) -> None:
 
 
 def _roots(pl_module: LightningModule) -> list[nn.Module]:
-    """The modules to fuse: those that ``training_step`` calls, as far as can be told.
+    """Return the modules that ``training_step`` calls, as far as can be told.
 
     Usually they are children, such as a generator and a discriminator, and the module itself
     is not called. Where a weight-normed layer is a child itself, the module is.
@@ -52,3 +50,38 @@ def _roots(pl_module: LightningModule) -> list[nn.Module]:
         elif found:
             roots.append(child)
     return roots
+
+
+class Folding:
+    """Enters ``wn_surgery.folded`` at the first batch of an evaluation, and leaves at its end.
+
+    Not before the first batch: weight averaging exchanges the weights when the epoch starts.
+    """
+
+    def __init__(self) -> None:
+        self._stack: ExitStack | None = None
+
+    def start(self, pl_module: LightningModule) -> None:
+        """Fold, unless the weights are folded or there is nothing to fold."""
+        if self._stack is not None:
+            return
+        self._stack = ExitStack()
+        found = normed(pl_module)
+        # A sharded v is not whole before the forward of its unit.
+        if not found or any(_is_split(site) for site in found):
+            return
+        # Not as inference tensors: a step may turn gradients on, for a penalty.
+        with torch.inference_mode(False), torch.no_grad():
+            self._stack.enter_context(wn.folded(pl_module))
+
+    def stop(self) -> None:
+        """Compute the weights at each use again."""
+        if self._stack is not None:
+            stack, self._stack = self._stack, None
+            stack.close()
+
+
+def _is_split(site: wn.Site) -> bool:
+    wrapped = site.node.wrapped not in (None, "DistributedDataParallel")
+    tensor = site.tensor
+    return wrapped or type(tensor).__name__ == "DTensor" or hasattr(tensor, "ds_id")

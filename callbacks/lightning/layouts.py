@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from torch import nn
 from typing_extensions import override
@@ -12,21 +12,23 @@ from typing_extensions import override
 import wn_surgery as wn
 from wn_surgery.callbacks.lightning.bases import CheckpointIO
 from wn_surgery.model import records
-from wn_surgery.model.state_keys import Keys, keys_of, stripped
+from wn_surgery.model.records import KEY, VERSION
+from wn_surgery.model.state_keys import keys_of, stripped
+from wn_surgery.norm.naming import keys_for, part_of
+from wn_surgery.training.optimizer_states import names_in, names_in_layout, remap
 
-__all__ = ["KEY", "LayoutIO", "SaveLayout", "apply_recorded", "check", "record", "stored"]
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["LayoutIO", "SaveLayout", "WeightNormMixin", "check", "record", "rename_states"]
 
 SaveLayout: TypeAlias = Literal["parametrized", "plain", "legacy"]
 
-KEY = "wn_surgery"
-"""The checkpoint's entry about weight norm: plain data, which weights_only loading accepts."""
-
-_VERSION = 1
-_PAIR = re.compile(r"(?:(.*)\.)?parametrizations\.([^.]+)\.original0")
+_log = logging.getLogger(__name__)
 
 
 class Surgeon(Protocol):
-    """What a checkpoint has to know of the callback."""
+    """What a checkpoint needs to know of the callback."""
 
     rules: tuple[wn.Rule, ...]
     save_layout: SaveLayout
@@ -35,17 +37,13 @@ class Surgeon(Protocol):
     @property
     def module(self) -> nn.Module | None:
         """What the rules were applied to."""
-        ...
 
 
 class LayoutIO(CheckpointIO):
-    """Stands before a strategy's CheckpointIO, last to see what is saved, first what is read.
+    """A strategy's CheckpointIO, with weight norm in the callback's layout.
 
-    So it sees weights-only checkpoints and what weight averaging has exchanged, too.
-
-    Args:
-        inner: what reads and writes.
-        callback: whose layout and rules count.
+    It is the last to see what is saved and the first to see what is read. So it also sees
+    weights-only checkpoints, and what weight averaging has exchanged.
     """
 
     def __init__(self, inner: Any, callback: Surgeon) -> None:
@@ -56,48 +54,90 @@ class LayoutIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Save, in the callback's layout."""
         if "state_dict" in checkpoint and self.callback.module is not None:
             checkpoint = _packed(checkpoint, self.callback.module, self.callback)
         self.inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
 
     @override
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load, and give g and v their bits back."""
         checkpoint: dict[str, Any] = self.inner.load_checkpoint(path, *args, **kwargs)
         if "state_dict" in checkpoint and self.callback.module is not None:
             check(checkpoint, self.callback.module, str(path))
-            _unpack(checkpoint, self.callback.module)
+            # Other layouts are read by the load hooks of modules.
+            for name, parts in checkpoint.get(KEY, {}).pop("exact", {}).items():
+                checkpoint[name] = records.with_exact(checkpoint[name], parts)
         return checkpoint
 
     @override
     def remove_checkpoint(self, path: Any) -> None:
-        """As the inner one does."""
         self.inner.remove_checkpoint(path)
 
     @override
     def teardown(self) -> None:
-        """As the inner one does."""
         self.inner.teardown()
 
 
+class WeightNormMixin:
+    """Lets ``load_from_checkpoint``, which runs no callbacks, load what :class:`WeightNorm` saved.
+
+    A checkpoint says where the callback put weight norm and with which options; the mixin puts
+    it there before the weights are loaded. It does nothing for checkpoints with
+    ``save_layout="plain"``, which load without it, and for modules that have weight norm already.
+
+    Put it before LightningModule, and call ``super().on_load_checkpoint(checkpoint)`` where the
+    class has a hook of its own.
+
+    Example:
+        >>> import lightning.pytorch as lp, torch
+        >>> from wn_surgery.callbacks.lightning import WeightNormMixin
+        >>> class Model(WeightNormMixin, lp.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = torch.nn.Linear(2, 3)
+        >>> site = {"name": "layer.weight", "dim": 0, "eps": 0.0, "norm_dtype": None}
+        >>> model = Model()
+        >>> model.on_load_checkpoint({
+        ...     "wn_surgery": {"version": 1, "layout": "parametrized", "sites": [site]}
+        ... })
+        >>> model.layer.parametrizations.weight.original0.shape
+        torch.Size([3, 1])
+    """
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put weight norm where the checkpoint has it.
+
+        Raises:
+            wn_surgery.WeightNormError: the module has no such parameter, or it cannot carry
+                weight norm; the module has not changed.
+        """
+        assert isinstance(self, nn.Module)  # a mixin for LightningModule
+        info = checkpoint.get(KEY)
+        if info is not None and not records.record(self):
+            _check_version(info, "the checkpoint")
+            rules = records.replay(info["sites"], replace=True)
+            if rules and info["layout"] != "plain":
+                wn.apply(self, rules)
+        # LightningModule's hook, or that of another mixin.
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+
+
 def record(pl_module: nn.Module, callback: Surgeon) -> dict[str, Any]:
-    """What a checkpoint says about weight norm."""
+    """Return what a checkpoint says about weight norm."""
     return {
-        "version": _VERSION,
+        "version": VERSION,
         "layout": "parametrized",
-        "rules": [_plain(rule) for rule in callback.rules],
+        # A predicate cannot be written down, and a checkpoint must not fail because of it.
+        "rules": [
+            rule.to_dict() if rule.where is None else {"python": rule.describe()}
+            for rule in callback.rules
+        ],
         "sites": records.record(pl_module),
         "initialized": callback.initialized,
     }
 
 
 def check(checkpoint: Mapping[str, Any], pl_module: nn.Module, path: str) -> None:
-    """Raise where a checkpoint does not fit the weight norm that the module has.
-
-    Raises:
-        wn_surgery.CheckpointMismatchError: it is of a newer release, or of other rules.
-    """
+    """Raise CheckpointMismatchError for a checkpoint of a newer release, or of other rules."""
     info = checkpoint.get(KEY)
     if info is None:
         _check_foreign(checkpoint["state_dict"], pl_module, path)
@@ -106,12 +146,10 @@ def check(checkpoint: Mapping[str, Any], pl_module: nn.Module, path: str) -> Non
     there = records.bare(info["sites"])
     here = records.bare(records.record(pl_module))
     if there and there != here:
-        lines = [
-            f"- {records.line(site)}" for name, site in there.items() if here.get(name) != site
-        ]
-        lines += [
-            f"+ {records.line(site)}" for name, site in here.items() if there.get(name) != site
-        ]
+        old = [site for name, site in there.items() if here.get(name) != site]
+        new = [site for name, site in here.items() if there.get(name) != site]
+        lines = [f"- {records.line(site)}" for site in old]
+        lines += [f"+ {records.line(site)}" for site in new]
         more = f"\n... and {len(lines) - 20} more" if len(lines) > 20 else ""
         raise wn.CheckpointMismatchError(
             f"{path} was written with other weight-norm rules than the run has (- there, + here):\n"
@@ -122,53 +160,43 @@ def check(checkpoint: Mapping[str, Any], pl_module: nn.Module, path: str) -> Non
         )
 
 
-def apply_recorded(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Put weight norm where a checkpoint has it, for a module that has none.
-
-    Raises:
-        wn_surgery.WeightNormError: it does not fit the module, which is then as it was.
-    """
-    info = checkpoint.get(KEY)
-    if info is None or records.record(module):
-        return
-    _check_version(info, "the checkpoint")
-    if info["layout"] == "plain":
-        return
-    if rules := records.replay(info["sites"], replace=True):
-        wn.apply(module, rules)
+def _check_version(info: Mapping[str, Any], path: str) -> None:
+    if info["version"] > VERSION:
+        raise wn.CheckpointMismatchError(
+            f"{path} has weight-norm data of version {info['version']}, and this release of "
+            f"wn-surgery reads up to {VERSION}; install a newer one"
+        )
 
 
-def stored(state: Mapping[str, Any], pl_module: nn.Module) -> dict[str, str]:
-    """How a state dict has the weights that are weight-normed in the module: layouts by key."""
-    layouts: dict[str, str] = {}
-    for key in keys_of(pl_module):
-        if set(key.parametrized) <= state.keys():
-            layouts[key.weight] = "parametrized"
-        elif set(key.legacy) <= state.keys():
-            layouts[key.weight] = "legacy"
-        elif key.weight in state:
-            layouts[key.weight] = "plain"
-    return layouts
+def _check_foreign(state: Mapping[str, Any], pl_module: nn.Module, path: str) -> None:
+    plain_here = {name for name, _ in pl_module.named_parameters(remove_duplicate=False)}
+    for name in state:
+        part = part_of(name)
+        if part is None or part.part == "v" or part.weight not in plain_here:
+            continue
+        weight = part.weight
+        if keys_for(weight, part.layout)[1] in state:
+            raise wn.CheckpointMismatchError(
+                f"{path} has weight norm on {weight}, and the rules of this run do not: add a rule "
+                "that matches it, or strip the checkpoint first"
+            )
 
 
 def _packed(checkpoint: dict[str, Any], pl_module: nn.Module, callback: Surgeon) -> dict[str, Any]:
-    """A checkpoint in the callback's layout; the given one is not changed."""
+    """Return a checkpoint in the callback's layout; the given one is not changed."""
     info = {**record(pl_module, callback), "layout": callback.save_layout}
     checkpoint = {**checkpoint, KEY: info}
     if callback.save_layout == "parametrized":
         return checkpoint
-    keys = _our_keys(pl_module)
+    keys = [key for key in keys_of(pl_module) if key.site.ours]
     exact: dict[str, dict[str, Any]] = {}
     for name, state in checkpoint.items():
         # Weight averaging has the current model beside the average one.
         if not isinstance(state, Mapping) or not any(key.g in state for key in keys):
             continue
         if callback.save_layout == "legacy":
-            new = {
-                old: new
-                for key in keys
-                for old, new in zip((key.g, key.v), key.legacy, strict=True)
-            }
+            pairs = [zip((key.g, key.v), key.legacy, strict=True) for key in keys]
+            new = {old: legacy for pair in pairs for old, legacy in pair}
             checkpoint[name] = {new.get(old, old): value for old, value in state.items()}
         else:
             checkpoint[name] = stripped(state, keys)
@@ -180,53 +208,33 @@ def _packed(checkpoint: dict[str, Any], pl_module: nn.Module, callback: Surgeon)
     return checkpoint
 
 
-def _unpack(checkpoint: dict[str, Any], pl_module: nn.Module) -> None:
-    """Put g and v, bit for bit, in the place of plain weights; load hooks read other layouts."""
-    info = checkpoint.get(KEY)
-    if info is None:
+def rename_states(checkpoint: dict[str, Any], trainer: Trainer, pl_module: LightningModule) -> None:
+    """Give a checkpoint's optimizer states, in place, the numbers of this run's parameters.
+
+    A state dict numbers parameters by their order, which g and v have changed. What the callback
+    itself has written is in this order already. Weights that were plain start without state.
+    """
+    states = checkpoint.get("optimizer_states")
+    ours = checkpoint.get(KEY, {}).get("sites")
+    if not states or ours or len(states) != len(trainer.optimizers):
         return
-    keys = _our_keys(pl_module)
-    for name, parts in info.pop("exact", {}).items():
-        pairs = {key.weight: (key.g, key.v) for key in keys if key.g in parts and key.v in parts}
-        whole: dict[str, Any] = {}
-        for key, value in checkpoint[name].items():
-            if key in pairs:
-                whole |= {part: parts[part] for part in pairs[key]}
-            else:
-                whole[key] = value
-        checkpoint[name] = whole
-
-
-def _check_version(info: Mapping[str, Any], path: str) -> None:
-    if info["version"] > _VERSION:
-        raise wn.CheckpointMismatchError(
-            f"{path} has weight-norm data of version {info['version']}, and this release of "
-            f"wn-surgery reads up to {_VERSION}; install a newer one"
+    keys, state = keys_of(pl_module), checkpoint["state_dict"].keys()
+    parametrized = {key.weight for key in keys if state >= set(key.parametrized)}
+    legacy = {key.weight for key in keys if state >= set(key.legacy)} - parametrized
+    if not legacy and not any(key.weight in state for key in keys):
+        return
+    renamed: list[dict[str, Any]] = []
+    fresh: list[str] = []
+    for old_state, optimizer in zip(states, trainer.optimizers, strict=True):
+        new = names_in(optimizer, pl_module)
+        old = names_in_layout(new, pl_module, legacy, parametrized)
+        moved, without = remap(old_state, old, new, pl_module)
+        renamed.append(moved)
+        fresh += without
+    checkpoint["optimizer_states"] = renamed
+    if fresh and trainer.is_global_zero:
+        _log.info(
+            "The checkpoint's optimizer has no state for g and v of %d weights, which were plain "
+            "there: %s%s start afresh; everything else goes on.",
+            *(len(fresh), ", ".join(fresh[:3]), ", ..." if len(fresh) > 3 else ""),
         )
-
-
-def _check_foreign(state: Mapping[str, Any], pl_module: nn.Module, path: str) -> None:
-    plain_here = {name for name, _ in pl_module.named_parameters(remove_duplicate=False)}
-    for name in state:
-        if match := _PAIR.fullmatch(name):
-            other = name.removesuffix("0") + "1"
-            weight = ".".join(part for part in match.groups() if part)
-        elif name.endswith("_g"):
-            weight = name.removesuffix("_g")
-            other = f"{weight}_v"
-        else:
-            continue
-        if other in state and weight in plain_here:
-            raise wn.CheckpointMismatchError(
-                f"{path} has weight norm on {weight}, and the rules of this run do not: add a rule "
-                "that matches it, or strip the checkpoint first"
-            )
-
-
-def _our_keys(module: nn.Module) -> list[Keys]:
-    return [key for key in keys_of(module) if key.site.ours]
-
-
-def _plain(rule: wn.Rule) -> dict[str, Any]:
-    # A predicate cannot be written down, and a checkpoint must not fail for it.
-    return rule.to_dict() if rule.where is None else {"python": rule.describe()}

@@ -1,4 +1,4 @@
-"""g, ‖v‖ and the effective learning rate, for any of Lightning's loggers."""
+"""Logging g, ‖v‖ and the effective learning rate with Lightning's loggers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ __all__ = ["Monitor"]
 
 
 class Monitor:
-    """Logs every so many optimizer steps, and keeps what it logged.
-
-    Args:
-        every: optimizer steps between two records.
-    """
+    """Logs :func:`wn_surgery.statistics` every so many optimizer steps, and keeps them."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -27,11 +23,11 @@ class Monitor:
         self._before = 0
 
     def before_batch(self, trainer: Trainer) -> None:
-        """Note where the optimizers are."""
+        """Remember the optimizers' step."""
         self._before = trainer.global_step
 
     def after_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log, if this batch ended with an optimizer step and it is time."""
+        """Log, if this batch ended with an optimizer step that is to be logged."""
         if trainer.global_step == self._before:
             return
         # Batches after which optimizers stepped; global_step counts each optimizer.

@@ -1,4 +1,4 @@
-"""What stands beside the callback: other callbacks, and the strategy. Can it work?"""
+"""What the callback cannot work with: other callbacks, and strategies."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import nn
 
 import wn_surgery as wn
 from wn_surgery.callbacks.lightning.bases import Callback
+from wn_surgery.model.sites import normed
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -20,12 +21,7 @@ _SHARDING = ("ModelParallelStrategy", "FSDPStrategy", "DeepSpeedStrategy")
 def check(
     trainer: Trainer, pl_module: LightningModule, callback: Callback, save_layout: str
 ) -> None:
-    """Raise where weight norm cannot work beside what the Trainer has.
-
-    Raises:
-        wn_surgery.CallbackError: a second callback of this kind, one before it that has copied
-            the model, ModelPruning, or a layout that the strategy cannot save.
-    """
+    """Raise CallbackError where weight norm cannot work with what else the Trainer has."""
     callbacks: list[Any] = list(getattr(trainer, "callbacks", ()))
     own = [other for other in callbacks if isinstance(other, type(callback))]
     if len(own) > 1:
@@ -37,7 +33,7 @@ def check(
         name = type(other).__name__
         if is_a(other, "ModelPruning"):
             raise wn.CallbackError(
-                f"{name} prunes parameters, and a weight-normed weight is none: it is computed "
+                f"{name} prunes parameters, and a weight-normed weight is not one: it is computed "
                 "from g and v. Prune after training, when wn_surgery.remove(model) has made the "
                 "weights plain, or exclude one of the two callbacks"
             )
@@ -55,29 +51,29 @@ def check(
 
 
 def in_worker_processes(trainer: Trainer) -> bool:
-    """Whether this process ends with the run, and its weights go back to another (spawn, fork)."""
+    """Return whether this process ends with the run and sends its weights to another."""
     launcher = getattr(trainer.strategy, "launcher", None)
     return is_a(launcher, "_MultiProcessingLauncher")
 
 
 def shards(trainer: Trainer) -> bool:
-    """Whether the strategy splits parameters."""
+    """Return whether the strategy splits parameters."""
     return any(is_a(trainer.strategy, name) for name in _SHARDING)
 
 
 def is_a(thing: object, name: str) -> bool:
-    """Whether a class of that name is among its bases: Lightning has each of them twice."""
+    """Return whether a class of that name is among its bases: Lightning has each of them twice."""
     return any(cls.__name__ == name for cls in type(thing).__mro__)
 
 
 def _copies(other: Any, pl_module: LightningModule) -> bool:
-    """Whether a callback keeps a copy of the module, as averaging callbacks do."""
+    """Return whether a callback keeps a plain copy of the module, as averaging callbacks do."""
     for value in vars(other).values():
         if isinstance(value, nn.Module):
             found = any(
                 type(module) is type(pl_module) and module is not pl_module
                 for module in value.modules()
             )
-            if found and not any(site.normed for site in wn.sites(value)):
+            if found and not normed(value):
                 return True
     return False

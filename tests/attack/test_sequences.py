@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from wn_surgery.fused.group import Slot
+from wn_surgery.fused.sharing import Slot
 from wn_surgery.norm import math
 
 from .operations import OPERATIONS, Pair
@@ -107,8 +107,8 @@ def stale(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shared_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wn_surgery.fused.scope.Scope.here", lambda self: 1)
-    monkeypatch.setattr("wn_surgery.fused.scope.Scope.forget", lambda self: None)
+    monkeypatch.setattr("wn_surgery.fused.sharing.Scope.here", lambda self: 1)
+    monkeypatch.setattr("wn_surgery.fused.sharing.Scope.forget", lambda self: None)
 
 
 def half_done(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from tests.callbacks.lightning_tools import (
     trainer,
 )
 from wn_surgery.callbacks.lightning import SaveLayout, WeightNorm, WeightNormMixin
-from wn_surgery.callbacks.lightning.layouts import KEY
+from wn_surgery.model.records import KEY
 
 pytestmark = [
     *QUIET,

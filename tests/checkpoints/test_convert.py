@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 import wn_surgery as wn
 from wn_surgery.checkpoints.folding import PART
-from wn_surgery.checkpoints.recorded import KEY
-from wn_surgery.model.records import record
+from wn_surgery.model.records import KEY, record
 
 convert = wn.checkpoints.convert
 DIMS: list[Any] = [0, 1, 2, None, (0, 2)]

@@ -22,8 +22,8 @@ from torch import nn
 
 import wn_surgery as wn
 from tests.checkpoints.makers import listing, same, shards, tensors
-from wn_surgery.checkpoints.atomic import Output
-from wn_surgery.checkpoints.safetensors_file import File
+from wn_surgery.checkpoints.io.atomic import Output
+from wn_surgery.checkpoints.io.safetensors_file import File
 
 pytestmark = pytest.mark.processes
 
@@ -259,7 +259,7 @@ def test_output_equal_to_input(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "target", "message"),
     [
-        ("gone.pt", "b.pt", "no file and no folder"),
+        ("gone.pt", "b.pt", "neither a file nor a folder"),
         ("a.safetensors", "b.pt", "another ending"),
         ("a.safetensors", "gone/b.safetensors", "No such file"),
         ("a.txt", "b.txt", "the ending '.txt' is none of"),
@@ -490,7 +490,7 @@ def test_a_disk_that_fills_anywhere_in_the_last_pages(
         return io.FileIO.write(file, data[:left])
 
     monkeypatch.setattr(Output, "write_some", write_some)
-    monkeypatch.setattr("wn_surgery.checkpoints.safetensors_file.sys.platform", "other")
+    monkeypatch.setattr("wn_surgery.checkpoints.io.safetensors_file.sys.platform", "other")
     monkeypatch.setattr(os, "fsync", lambda _: None)
     for missing in range(1, min(size, 4096) + 1):
         room[0] = size - missing

@@ -12,7 +12,7 @@ from torch import nn
 
 import wn_surgery as wn
 from tests.checkpoints.makers import shards, tensors
-from wn_surgery.checkpoints.recorded import KEY
+from wn_surgery.model.records import KEY
 
 inspect, compare = wn.checkpoints.inspect, wn.checkpoints.compare
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import wn_surgery as wn
-from wn_surgery.checkpoints.pairs import Options, examine, find_pairs
+from wn_surgery.checkpoints import Options
+from wn_surgery.checkpoints.pairs import examine, find_pairs
 from wn_surgery.checkpoints.spectral import find_spectral
 
 Shapes = dict[str, tuple[int, ...]]
@@ -155,7 +156,7 @@ def test_spectral_norm_is_recognised_and_stripped(form: str, make: Any) -> None:
     state = {f"d.{key}": value for key, value in layer.state_dict().items()}
     assert not wn.checkpoints.pairs_of(state)
     (found,) = find_spectral({key: tuple(value.shape) for key, value in state.items()})
-    assert (found.weight, found.form) == ("d.weight", form)
+    assert (found.weight, found.layout) == ("d.weight", form)
     assert wn.checkpoints.convert(state).keys() == state.keys()  # unless asked for
     plain = wn.checkpoints.convert(state, also="spectral_norm")
     assert plain.keys() == {"d.weight", "d.bias"}

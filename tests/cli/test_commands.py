@@ -139,9 +139,9 @@ def test_spectral_norm_and_axes(run: Run) -> None:
     ("arguments", "code", "message"),
     [
         (["strip", "a.safetensors", "a.safetensors"], 3, "--in-place"),
-        (["strip", "gone.pt", "b.pt"], 4, "no file and no folder"),
+        (["strip", "gone.pt", "b.pt"], 4, "neither a file nor a folder"),
         (["strip", "a.safetensors", "gone/b.safetensors"], 4, "No such file"),
-        (["strip", "damaged.safetensors", "b.safetensors"], 3, "no sound safetensors file"),
+        (["strip", "damaged.safetensors", "b.safetensors"], 3, "not a sound safetensors file"),
         (["inspect", "damaged.pt"], 3, "is damaged, or holds more"),
         (["apply", "a.safetensors", "b.safetensors", '{"types": "Conv1d"}'], 3, "needs modules"),
         (["apply", "a.safetensors", "b.safetensors", "{"], 3, "is not JSON"),
@@ -238,7 +238,9 @@ def test_an_interrupt_has_its_code_and_leaves_nothing(tmp_path: Path) -> None:
     # The signal comes when a part of the output is written, however fast the machine is.
     code = (
         "import os, signal\n"
-        "from wn_surgery.checkpoints import atomic\n"
+        # A shell starts what runs in the background with the signal ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from wn_surgery.checkpoints.io import atomic\n"
         "from wn_surgery.cli import main\n"
         "write = atomic.Output.write\n"
         "def interrupted(output, data):\n"

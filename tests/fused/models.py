@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import wn_surgery as wn
+from wn_surgery.fused.evaluator import Spec
+from wn_surgery.norm.options import NormOptions
 
 
 class Net(nn.Module):
@@ -38,6 +40,10 @@ RULES = [
     {"types": "ConvTranspose1d", "dim": "out", "eps": 1e-6},
 ]
 X = torch.randn(2, 2, 8, generator=torch.Generator().manual_seed(1))
+
+
+def spec_of(shape: tuple[int, ...], *args: Any, **options: Any) -> Spec:
+    return Spec(shape, NormOptions(*args, **options))
 
 
 def normed(recompute: str = "") -> Net:

@@ -8,29 +8,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from wn_surgery.fused.cpu import CpuEvaluator
-from wn_surgery.fused.evaluator import Axes, Spec
-from wn_surgery.fused.node import evaluate
-from wn_surgery.norm.math import Dim, g_shape, weight_norm
+from tests.fused.models import spec_of
+from wn_surgery.fused.evaluator import Evaluator, Spec, evaluate
+from wn_surgery.norm.math import Axes, g_shape, weight_norm
+from wn_surgery.norm.options import Dim
 
 SPECS = [
-    Spec((4, 3), 0),
-    Spec((4, 3), 1),
-    Spec((4, 3), None),
-    Spec((5,), 0),
-    Spec((5,), None),
-    Spec((4, 3, 2), 0),
-    Spec((4, 3, 2), 1),
-    Spec((4, 3, 2), 2),
-    Spec((4, 3, 2), (0, 1)),
-    Spec((4, 3, 2), (1, 2)),
-    Spec((4, 3, 2), (0, 2)),
-    Spec((4, 3, 2), ()),
-    Spec((2, 3, 4, 5), (1, 2)),
-    Spec((2, 3, 4, 5), 2, eps=0.5),
-    Spec((4, 3), 0, eps=1.0),
-    Spec((4, 3), (0, 1), eps=0.1),
-    Spec((4, 3, 2), 1, norm_dtype=torch.float64),
+    spec_of((4, 3), 0),
+    spec_of((4, 3), 1),
+    spec_of((4, 3), None),
+    spec_of((5,), 0),
+    spec_of((5,), None),
+    spec_of((4, 3, 2), 0),
+    spec_of((4, 3, 2), 1),
+    spec_of((4, 3, 2), 2),
+    spec_of((4, 3, 2), (0, 1)),
+    spec_of((4, 3, 2), (1, 2)),
+    spec_of((4, 3, 2), (0, 2)),
+    spec_of((4, 3, 2), ()),
+    spec_of((2, 3, 4, 5), (1, 2)),
+    spec_of((2, 3, 4, 5), 2, eps=0.5),
+    spec_of((4, 3), 0, eps=1.0),
+    spec_of((4, 3), (0, 1), eps=0.1),
+    spec_of((4, 3, 2), 1, norm_dtype=torch.float64),
 ]
 Pairs = list[tuple[Tensor, Tensor]]
 
@@ -39,14 +39,17 @@ def pairs(specs: list[Spec], dtype: torch.dtype = torch.float32) -> tuple[list[T
     generator = torch.Generator().manual_seed(0)
     v = [torch.randn(s.shape, generator=generator).to(dtype).requires_grad_() for s in specs]
     g = [
-        torch.rand(g_shape(s.shape, s.dim), generator=generator).add(0.5).to(dtype).requires_grad_()
+        torch.rand(g_shape(s.shape, s.norm.dim), generator=generator)
+        .add(0.5)
+        .to(dtype)
+        .requires_grad_()
         for s in specs
     ]
     return v, g
 
 
 def formula(spec: Spec, v: Tensor, g: Tensor) -> Tensor:
-    return weight_norm(v, g, spec.dim, spec.eps, spec.norm_dtype)
+    return weight_norm(v, g, *spec.norm)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +64,7 @@ def formula(spec: Spec, v: Tensor, g: Tensor) -> Tensor:
     ],
 )
 def test_axes(shape: tuple[int, ...], dim: Dim, axes: Axes | None) -> None:
-    assert Spec(shape, dim).axes == axes
+    assert spec_of(shape, dim).axes == axes
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -69,7 +72,7 @@ def test_axes(shape: tuple[int, ...], dim: Dim, axes: Axes | None) -> None:
 def test_values_are_the_formulas_and_gradients_right(spec: Spec, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     (v,), (g,) = pairs([spec], dtype)
-    evaluator = CpuEvaluator([spec])
+    evaluator = Evaluator([spec])
     with torch.no_grad():
         (w,), norms = evaluator.forward([v], [g])
     assert torch.equal(w, formula(spec, v, g)) and w.dtype == dtype and w.is_contiguous()
@@ -94,7 +97,7 @@ def test_layouts_other_than_contiguous(spec: Spec) -> None:
     strided = strided.permute(*reversed(range(v.ndim)))
     grad = torch.ones(()).expand(spec.shape)
     with torch.no_grad():
-        evaluator = CpuEvaluator([spec])
+        evaluator = Evaluator([spec])
         (w,), norms = evaluator.forward([strided], [g])
         found = evaluator.backward([strided], [g], norms, [grad])
     torch.testing.assert_close(w, formula(spec, v, g))
@@ -105,14 +108,14 @@ def test_channels_last_is_kept() -> None:
     v = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
     for dim in (0, 1, 3, None):
         g = torch.ones(g_shape(v.shape, dim))
-        ((w,), _) = CpuEvaluator([Spec((4, 3, 2, 2), dim)]).forward([v], [g])
+        ((w,), _) = Evaluator([spec_of((4, 3, 2, 2), dim)]).forward([v], [g])
         assert w.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_clamped_slice_passes_no_gradient_through_its_norm() -> None:
-    spec = Spec((2, 2), 0, eps=1.0)
+    spec = spec_of((2, 2), 0, eps=1.0)
     v, g = torch.tensor([[0.0, 0.0], [3.0, 4.0]]), torch.tensor([[2.0], [5.0]])
-    evaluator = CpuEvaluator([spec])
+    evaluator = Evaluator([spec])
     weights, norms = evaluator.forward([v], [g])
     assert weights[0].tolist() == [[0.0, 0.0], [3.0, 4.0]]
     found = evaluator.backward([v], [g], norms, [torch.ones(2, 2)])
@@ -124,7 +127,7 @@ def test_a_clamped_slice_passes_no_gradient_through_its_norm() -> None:
 def test_a_zero_row_is_nan_as_in_torch() -> None:
     v, g = torch.zeros(1, 2), torch.ones(1, 1)
     for dim in (0, 1, None):
-        ((w,), _) = CpuEvaluator([Spec((1, 2), dim)]).forward(
+        ((w,), _) = Evaluator([spec_of((1, 2), dim)]).forward(
             [v], [torch.ones(g_shape((1, 2), dim))]
         )
         assert w.isnan().any() and torch.equal(w.isnan(), weight_norm(v, g, 0).isnan())
@@ -137,7 +140,7 @@ def test_one_node_for_all_and_no_saved_tensors() -> None:
     v, g = pairs(SPECS)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda t: t):  # type: ignore[arg-type]
-        weights = evaluate(CpuEvaluator(SPECS), SPECS, v, g)
+        weights = evaluate(Evaluator(SPECS), v, g)
     assert not saved and len({w.grad_fn for w in weights}) == 1
     wanted = torch.autograd.grad(
         sum(formula(*each).sin().sum() for each in zip(SPECS, v, g, strict=True)), [*v, *g]
@@ -149,7 +152,7 @@ def test_one_node_for_all_and_no_saved_tensors() -> None:
 
 def test_backward_twice_without_retaining() -> None:
     v, g = pairs(SPECS[:2])
-    first, second = evaluate(CpuEvaluator(SPECS[:2]), SPECS[:2], v, g)
+    first, second = evaluate(Evaluator(SPECS[:2]), v, g)
     first.sum().backward()
     second.sum().backward()
     once = v[0].grad, v[1].grad
@@ -162,7 +165,7 @@ def test_backward_twice_without_retaining() -> None:
 
 def test_undefined_gradients_stay_undefined() -> None:
     v, g = pairs(SPECS[:3])
-    weights = evaluate(CpuEvaluator(SPECS[:3]), SPECS[:3], v, g)
+    weights = evaluate(Evaluator(SPECS[:3]), v, g)
     weights[1].sum().backward()
     assert [t.grad is None for t in (*v, *g)] == [True, False, True] * 2
 
@@ -172,7 +175,7 @@ def test_frozen_members(frozen: str) -> None:
     v, g = pairs(SPECS[:2])
     for tensor in {"v": v[:1], "g": g[:1], "both": [v[0], g[0]]}[frozen]:
         tensor.requires_grad_(False)
-    first, second = evaluate(CpuEvaluator(SPECS[:2]), SPECS[:2], v, g)
+    first, second = evaluate(Evaluator(SPECS[:2]), v, g)
     assert first.requires_grad is (frozen != "both") and second.requires_grad
     (first.sum() + second.sum()).backward()
     for tensor in (v[0], g[0]):
@@ -183,16 +186,16 @@ def test_frozen_members(frozen: str) -> None:
 def test_all_frozen_or_no_grad_makes_no_node() -> None:
     v, g = pairs(SPECS[:2])
     with torch.no_grad():
-        assert all(w.grad_fn is None for w in evaluate(CpuEvaluator(SPECS[:2]), SPECS[:2], v, g))
+        assert all(w.grad_fn is None for w in evaluate(Evaluator(SPECS[:2]), v, g))
     for tensor in (*v, *g):
         tensor.requires_grad_(False)
-    assert not any(w.requires_grad for w in evaluate(CpuEvaluator(SPECS[:2]), SPECS[:2], v, g))
+    assert not any(w.requires_grad for w in evaluate(Evaluator(SPECS[:2]), v, g))
 
 
 @pytest.mark.parametrize("which", ["v", "g"])
 def test_an_edit_before_backward_is_an_error(which: str) -> None:
     v, g = pairs(SPECS[:2])
-    weights = evaluate(CpuEvaluator(SPECS[:2]), SPECS[:2], v, g)
+    weights = evaluate(Evaluator(SPECS[:2]), v, g)
     with torch.no_grad():
         (v if which == "v" else g)[1].mul_(2)
     with pytest.raises(RuntimeError, match=f"modified by an inplace operation: the {which} of"):
@@ -205,7 +208,7 @@ def test_second_order(spec: Spec) -> None:
     v, g = ([t.detach().double().requires_grad_() for t in ts] for ts in pairs([spec]))
 
     def through(x: Tensor, m: Tensor) -> Tensor:
-        return evaluate(CpuEvaluator([spec]), [spec], [x], [m])[0]
+        return evaluate(Evaluator([spec]), [x], [m])[0]
 
     assert torch.autograd.gradcheck(through, (v[0], g[0]))
     assert torch.autograd.gradgradcheck(through, (v[0], g[0]))
@@ -213,6 +216,6 @@ def test_second_order(spec: Spec) -> None:
 
 def test_non_leaf_inputs() -> None:
     (v,), (g,) = pairs([SPECS[0]])
-    w = evaluate(CpuEvaluator(SPECS[:1]), SPECS[:1], [2 * v], [3 * g])[0]
+    w = evaluate(Evaluator(SPECS[:1]), [2 * v], [3 * g])[0]
     wanted = torch.autograd.grad(formula(SPECS[0], 2 * v, 3 * g).sum(), (v, g))
     torch.testing.assert_close(torch.autograd.grad(w.sum(), (v, g)), wanted)

@@ -7,6 +7,8 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from torch.nn.utils import parametrizations
 import wn_surgery as wn
 from tests.fused.models import Net, X, assert_same, fused, nodes, normed, train
 from wn_surgery.fused import shared
-from wn_surgery.fused.choice import cut
+from wn_surgery.fused.choice import choose, cut
 
 
 def test_values_are_the_same_bit_for_bit() -> None:
@@ -140,6 +142,20 @@ def test_groups_are_cut_at_dtype_and_size() -> None:
     wn.apply(model, {"types": "Linear"})
     assert [m.group for m in wn.fuse(model).members] == [0, 1, 2, 2, 3, 4]
     assert list(cut([])) == []
+
+
+def test_auto_takes_torchs_operators_on_cuda_and_nothing_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("wn_surgery.fused.choice._why_off", lambda site: "")
+
+    def chosen(device: str) -> tuple[str, str]:
+        site: Any = SimpleNamespace(tensor=SimpleNamespace(device=torch.device(device)))
+        choice = choose(site, "auto")
+        return choice.path, choice.why
+
+    assert chosen("cuda") == chosen("cpu") == ("cpu", "")
+    assert chosen("mps") == ("off", "no fused path on mps")
 
 
 @pytest.mark.parametrize("device", ["meta"])

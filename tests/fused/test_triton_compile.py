@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wn_surgery.fused.evaluator import Spec
+from tests.fused.models import spec_of
 from wn_surgery.norm.math import g_shape
 
 pytestmark = [
@@ -54,9 +54,9 @@ def launches_of(dtype: torch.dtype, out: torch.dtype, patch: pytest.MonkeyPatch)
 
     patch.setattr(module, "why_not", lambda device, dtype, spec: None)
     patch.setattr(module.TritonEvaluator, "_launch", record)
-    specs = [Spec((4, 3), 0), Spec((40, 8), 1)]
+    specs = [spec_of((4, 3), 0), spec_of((40, 8), 1)]
     v = [torch.ones(spec.shape, dtype=dtype) for spec in specs]
-    g = [torch.ones(g_shape(spec.shape, spec.dim), dtype=dtype) for spec in specs]
+    g = [torch.ones(g_shape(spec.shape, spec.norm.dim), dtype=dtype) for spec in specs]
     evaluator = module.TritonEvaluator(specs, dtype, torch.device("cpu"))
     _, norms = evaluator.forward(v, g, out)
     assert {kernel.__name__ for kernel, *_ in found} == FORWARD

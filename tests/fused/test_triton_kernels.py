@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from wn_surgery.fused.evaluator import Spec
-from wn_surgery.fused.triton import why_not
+from tests.fused.models import spec_of
+from wn_surgery.fused.triton.evaluator import why_not
+from wn_surgery.fused.triton.tables import Work
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ROOT = Path(__file__).parents[2]
@@ -61,8 +62,14 @@ else:
         )
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=900)
 
+    def test_the_work_of_a_group() -> None:
+        work = Work([spec_of((4, 6)), spec_of((50, 2), dim=1)])
+        assert (work.rows, work.finish) == ([(0, 0, 32)], [(1, 0)])
+        assert work.split == [(1, 0, 0), (1, 1, 0)]
+        assert (work.weights_size, work.norms_size, work.parts_size) == (192, 128, 4)
+
     def test_why_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
-        spec, cpu, cuda = Spec((4, 3)), torch.device("cpu"), torch.device("cuda", 0)
+        spec, cpu, cuda = spec_of((4, 3)), torch.device("cpu"), torch.device("cuda", 0)
 
         def blocked(name: str) -> None:
             raise ModuleNotFoundError(name)

@@ -13,12 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.fused.models import spec_of
 from tests.fused.triton_tools import DTYPES, FEW, LONG, MIXED, check, launches, pairs, upstream
 from wn_surgery.errors import FusionError
-from wn_surgery.fused.evaluator import Spec
-from wn_surgery.fused.node import evaluate
-from wn_surgery.fused.triton import why_not
-from wn_surgery.fused.triton.evaluator import TritonEvaluator
+from wn_surgery.fused.evaluator import evaluate
+from wn_surgery.fused.triton.evaluator import TritonEvaluator, why_not
 from wn_surgery.fused.triton.tables import ALIGNMENT, FINISH_PARTS, HEIGHT, TILE, WIDTHS
 from wn_surgery.norm.math import weight_norm
 
@@ -52,7 +51,7 @@ def test_every_axis_of_every_dtype(device: torch.device, dtype: torch.dtype) -> 
 
 
 def test_no_more_than_four_launches(device: torch.device) -> None:
-    rows, split = FEW[:2], [Spec((40, 3), 1)]
+    rows, split = FEW[:2], [spec_of((40, 3), 1)]
     for specs, kinds in ((rows, 1), (split, 3), (FEW, 4)):
         v, g = pairs(specs, device)
         evaluator = TritonEvaluator(specs, torch.float32, device)
@@ -67,13 +66,13 @@ def test_no_more_than_four_launches(device: torch.device) -> None:
 
 def test_lengths_around_every_limit(device: torch.device) -> None:
     lengths = [1, 2, 7, *(w + d for w in (*WIDTHS, TILE) for d in (0, 1)), 100_000]
-    specs = [Spec((2, length), 0) for length in lengths]
-    specs += [Spec((length, 2), 1) for length in (1, HEIGHT, HEIGHT + 1, 1001)]
-    specs += [Spec((2, length), 1) for length in (1, 127, 128, 129)]
+    specs = [spec_of((2, length), 0) for length in lengths]
+    specs += [spec_of((length, 2), 1) for length in (1, HEIGHT, HEIGHT + 1, 1001)]
+    specs += [spec_of((2, length), 1) for length in (1, 127, 128, 129)]
     # More parts of each norm than are added up at a time.
-    specs.append(Spec((HEIGHT + 1, 2, FINISH_PARTS * 3 // 4), 1))
+    specs.append(spec_of((HEIGHT + 1, 2, FINISH_PARTS * 3 // 4), 1))
     # Of as many rows as a program does, one less and one more.
-    specs += [Spec((TILE // width + d, width), 0) for width in (128, 2048) for d in (-1, 1)]
+    specs += [spec_of((TILE // width + d, width), 0) for width in (128, 2048) for d in (-1, 1)]
     check(specs, *pairs(specs, device), upstream(specs, device))
 
 
@@ -92,7 +91,7 @@ def test_out_dtype(device: torch.device, dtype: torch.dtype, out: torch.dtype) -
 
 
 def test_gradients_of_another_dtype_and_layout(device: torch.device) -> None:
-    specs = [Spec((6, 8), 0), Spec((40, 8), 1), Spec((6, 8), None), Spec((4, 3), 0)]
+    specs = [spec_of((6, 8), 0), spec_of((40, 8), 1), spec_of((6, 8), None), spec_of((4, 3), 0)]
     grads: list[Tensor | None] = [
         torch.randn(8, 6, device=device).t(),
         torch.randn(40, 8, dtype=torch.bfloat16, device=device),
@@ -136,7 +135,12 @@ def test_storage_offsets(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def test_layouts_other_than_contiguous(device: torch.device) -> None:
-    specs = [Spec((6, 4, 3, 3), 0), Spec((6, 4, 3, 3), 1), Spec((40, 6), 1), Spec((4, 6), 0)]
+    specs = [
+        spec_of((6, 4, 3, 3), 0),
+        spec_of((6, 4, 3, 3), 1),
+        spec_of((40, 6), 1),
+        spec_of((4, 6), 0),
+    ]
     v, g = pairs(specs, device)
     v[0] = v[0].to(memory_format=torch.channels_last)
     v[1] = v[1].to(memory_format=torch.channels_last)
@@ -198,7 +202,7 @@ def test_addresses_are_sent_again_only_when_one_has_changed(device: torch.device
 
 
 def test_a_group_of_other_tensors_is_refused(device: torch.device) -> None:
-    specs = [Spec((4, 3), 0)]
+    specs = [spec_of((4, 3), 0)]
     v, g = pairs(specs, device)
     evaluator = TritonEvaluator(specs, torch.float32, device)
     others = [(v[0].t(), g[0]), (v[0].half(), g[0]), (v[0].to("meta"), g[0]), (v[0], g[0][:2])]
@@ -208,10 +212,10 @@ def test_a_group_of_other_tensors_is_refused(device: torch.device) -> None:
         with pytest.raises(FusionError, match="the group was made for"):
             evaluator.backward([x], [m], torch.ones(64), [torch.ones(4, 3)])
     for spec, why in (
-        (Spec((4, 3, 2), (0, 2)), "separate axes"),
-        (Spec((4, 3), 0, norm_dtype=torch.float64), "norms in float32"),
-        (Spec((0, 3), 0), "no elements"),
-        (Spec((2**16, 2**15), 0), "2147483648 elements"),
+        (spec_of((4, 3, 2), (0, 2)), "separate axes"),
+        (spec_of((4, 3), 0, norm_dtype=torch.float64), "norms in float32"),
+        (spec_of((0, 3), 0), "no elements"),
+        (spec_of((2**16, 2**15), 0), "2147483648 elements"),
     ):
         assert why in (why_not(device, torch.float32, spec) or "")
         with pytest.raises(FusionError, match=why):
@@ -224,7 +228,7 @@ def test_a_group_of_other_tensors_is_refused(device: torch.device) -> None:
 def test_a_clamped_slice_passes_no_gradient_through_its_norm(
     device: torch.device, shape: tuple[int, ...], dim: int
 ) -> None:
-    spec = Spec(shape, dim, eps=0.25)
+    spec = spec_of(shape, dim, eps=0.25)
     v, g = pairs([spec], device)
     v[0].select(dim, 0).zero_()
     v[0].select(dim, 1).mul_(0.2 / v[0].select(dim, 1).norm())
@@ -241,7 +245,7 @@ def test_a_clamped_slice_passes_no_gradient_through_its_norm(
 def test_a_row_of_zeros_without_eps_is_nan(
     device: torch.device, shape: tuple[int, ...], dim: int
 ) -> None:
-    spec = Spec(shape, dim)
+    spec = spec_of(shape, dim)
     v, g = pairs([spec], device)
     v[0].select(dim, 0).zero_()
     evaluator = TritonEvaluator([spec], torch.float32, device)
@@ -256,14 +260,14 @@ def test_a_row_of_zeros_without_eps_is_nan(
 @pytest.mark.parametrize("eps", [0.0, 0.1])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_infinities_and_nans_are_kept(device: torch.device, value: float, eps: float) -> None:
-    specs = [Spec((3, 4), 0, eps), Spec((2, LONG), 0, eps), Spec((40, 3), 1, eps)]
+    specs = [spec_of((3, 4), 0, eps), spec_of((2, LONG), 0, eps), spec_of((40, 3), 1, eps)]
     v, g = pairs(specs, device)
     for x in v:
         x[1, 1] = value
     with torch.no_grad():
         weights, _ = TritonEvaluator(specs, torch.float32, device).forward(v, g)
     for spec, x, m, w in zip(specs, v, g, weights, strict=True):
-        wanted = weight_norm(x, m, spec.dim, eps)
+        wanted = weight_norm(x, m, spec.norm.dim, eps)
         assert wanted.isnan().any()
         torch.testing.assert_close(w, wanted, equal_nan=True)
 
@@ -290,8 +294,8 @@ def test_results_do_not_change_from_run_to_run(device: torch.device) -> None:
 
 @pytest.mark.parametrize("count", [1, 500])
 def test_hundreds_of_members(device: torch.device, count: int) -> None:
-    shapes = [Spec((2, 3), 0), Spec((3,), None), Spec((1, 1), 0)]
-    specs = [shapes[i % 3] if i % 50 else Spec((2, 2), 1) for i in range(count)]
+    shapes = [spec_of((2, 3), 0), spec_of((3,), None), spec_of((1, 1), 0)]
+    specs = [shapes[i % 3] if i % 50 else spec_of((2, 2), 1) for i in range(count)]
     v, g = pairs(specs, device)
     grads = [None if i % 50 else d for i, d in enumerate(upstream(specs, device))]
     with launches() as counts:
@@ -309,7 +313,9 @@ def test_random_groups(device: torch.device, seed: int) -> None:
             shape = shape[1:]
         first = rng.randrange(len(shape))
         kept = tuple(range(first, rng.randint(first, len(shape) - 1) + 1))
-        specs.append(Spec(shape, rng.choice([None, first, kept, ()]), rng.choice([0.0, 1e-6, 0.5])))
+        specs.append(
+            spec_of(shape, rng.choice([None, first, kept, ()]), rng.choice([0.0, 1e-6, 0.5]))
+        )
     dtype, out = rng.choice(DTYPES), rng.choice([*DTYPES, None])
     grads = [None if rng.random() < 0.2 else d for d in upstream(specs, device, out or dtype)]
     check(specs, *pairs(specs, device, dtype, seed), grads, out_dtype=out)
@@ -317,9 +323,12 @@ def test_random_groups(device: torch.device, seed: int) -> None:
 
 def test_autograd_through_the_node(device: torch.device) -> None:
     v, g = ([t.requires_grad_() for t in ts] for ts in pairs(FEW, device))
-    weights = evaluate(TritonEvaluator(FEW, torch.float32, device), FEW, v, g)
+    weights = evaluate(TritonEvaluator(FEW, torch.float32, device), v, g)
     wanted = torch.autograd.grad(
-        sum(weight_norm(x, m, s.dim, s.eps).sin().sum() for s, x, m in zip(FEW, v, g, strict=True)),
+        sum(
+            weight_norm(x, m, s.norm.dim, s.norm.eps).sin().sum()
+            for s, x, m in zip(FEW, v, g, strict=True)
+        ),
         [*v, *g],
     )
     for _ in range(2):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.fused.models import spec_of
 from wn_surgery.fused.evaluator import Gradients, Spec
 from wn_surgery.fused.triton.evaluator import TritonEvaluator
 from wn_surgery.fused.triton.tables import HEIGHT, WIDTHS
@@ -18,23 +19,23 @@ from wn_surgery.norm.math import g_shape, norm_except, weight_norm
 
 LONG = WIDTHS[-1] + 1
 MIXED = [
-    Spec((4, 3), 0),
-    Spec((4, 8), 1),
-    Spec((4, 3), None),
-    Spec((5,), 0),
-    Spec((5,), None),
-    Spec((300, 1, 5), 0),
-    Spec((2, 16, 8), 0),
-    Spec((2, 600), 0),
-    Spec((3, 2052), 0),
-    Spec((HEIGHT + 2, 3, 5), 1),
-    Spec((HEIGHT * 2, 16, 12), 1),
-    Spec((2, 3, 4, 5), (1, 2)),
-    Spec((4, 3, 2), (0, 1)),
-    Spec((4, 3, 2), ()),
-    Spec((2, LONG), 0),
-    Spec((9, LONG - 1), (), eps=1e-6),
-    Spec((HEIGHT * 3, 9), 1, eps=1e-3, norm_dtype=torch.float32),
+    spec_of((4, 3), 0),
+    spec_of((4, 8), 1),
+    spec_of((4, 3), None),
+    spec_of((5,), 0),
+    spec_of((5,), None),
+    spec_of((300, 1, 5), 0),
+    spec_of((2, 16, 8), 0),
+    spec_of((2, 600), 0),
+    spec_of((3, 2052), 0),
+    spec_of((HEIGHT + 2, 3, 5), 1),
+    spec_of((HEIGHT * 2, 16, 12), 1),
+    spec_of((2, 3, 4, 5), (1, 2)),
+    spec_of((4, 3, 2), (0, 1)),
+    spec_of((4, 3, 2), ()),
+    spec_of((2, LONG), 0),
+    spec_of((9, LONG - 1), (), eps=1e-6),
+    spec_of((HEIGHT * 3, 9), 1, eps=1e-3, norm_dtype=torch.float32),
 ]
 # One of each kind; the interpreter is slow.
 FEW = [MIXED[i] for i in (0, 4, 6, 9, 14)]
@@ -48,7 +49,7 @@ def pairs(
 ) -> Pair:
     generator = torch.Generator().manual_seed(seed)
     v = [torch.randn(s.shape, generator=generator) for s in specs]
-    g = [torch.rand(g_shape(s.shape, s.dim), generator=generator) + 0.5 for s in specs]
+    g = [torch.rand(g_shape(s.shape, s.norm.dim), generator=generator) + 0.5 for s in specs]
     return [t.to(device, dtype) for t in v], [t.to(device, dtype) for t in g]
 
 
@@ -68,15 +69,15 @@ class Truth(NamedTuple):
 def truth(spec: Spec, v: Tensor, g: Tensor, grad: Tensor | None) -> list[Truth | None]:
     """Weight and gradients of v and g, by autograd through the formula."""
     x, m = (t.detach().double().cpu().requires_grad_() for t in (v, g))
-    w = weight_norm(x, m, spec.dim, spec.eps)
+    w = weight_norm(x, m, spec.norm.dim, spec.norm.eps)
     weight = Truth(w.detach(), w.detach().abs())
     if grad is None:
         return [weight, None, None]
     dw = grad.double().cpu()
     grad_v, grad_g = torch.autograd.grad(w, (x, m), dw)
-    size = weight_norm(x.abs(), m, spec.dim, spec.eps)
+    size = weight_norm(x.abs(), m, spec.norm.dim, spec.norm.eps)
     (terms_g,) = torch.autograd.grad(size, m, dw.abs())
-    norm = norm_except(x.detach(), spec.dim, spec.eps)
+    norm = norm_except(x.detach(), spec.norm.dim, spec.norm.eps)
     terms_v = m.detach() / norm * (dw.abs() + x.detach().abs() * terms_g / norm)
     return [weight, Truth(grad_v, terms_v), Truth(grad_g, terms_g)]
 

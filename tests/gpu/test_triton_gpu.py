@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import wn_surgery as wn
+from tests.fused.models import spec_of
 from wn_surgery.errors import FusionError
-from wn_surgery.fused.evaluator import Spec
-from wn_surgery.fused.node import evaluate
+from wn_surgery.fused.evaluator import evaluate
 from wn_surgery.fused.triton.evaluator import TritonEvaluator
 
 pytestmark = [
@@ -79,7 +79,7 @@ def test_a_graph_is_replayed_with_other_values(device: torch.device) -> None:
 
 
 def test_a_graph_of_copies_of_what_is_not_contiguous(device: torch.device) -> None:
-    specs = [Spec((40, 6), 1), Spec((6, 40), 0)]
+    specs = [spec_of((40, 6), 1), spec_of((6, 40), 0)]
     v, g = pairs(specs, device)
     v = [x.t().contiguous().t() for x in v]
     grads = upstream(specs, device)
@@ -137,7 +137,7 @@ def test_no_memory_is_gained_over_a_thousand_steps(device: torch.device) -> None
     evaluator = TritonEvaluator(MIXED, torch.float32, device)
 
     def train() -> None:
-        weights = evaluate(evaluator, MIXED, v, g)
+        weights = evaluate(evaluator, v, g)
         sum(w.square().sum() for w in weights).backward()  # type: ignore[union-attr]
         for tensor in (*v, *g):
             tensor.grad = None
@@ -173,7 +173,7 @@ def test_a_fused_model_trains_as_the_plain_one(device: torch.device, autocast: b
         return layers.to(device)
 
     plain, fused = model(), model()
-    fusion = wn.fuse(fused)
+    fusion = wn.fuse(fused, "triton")
     assert all(member.path == "triton" for member in fusion.members)
     x = torch.randn(4, 8, 18, device=device)
     losses: list[list[float]] = []

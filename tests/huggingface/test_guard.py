@@ -14,7 +14,7 @@ import transformers as hf
 
 from wn_surgery.huggingface import (
     WeightNormConfig,
-    bases,
+    loading,
     patch_model,
     save_pretrained,
     unpatch_model,
@@ -159,4 +159,4 @@ def test_a_checkpoint_from_before_there_was_a_guard(tmp_path: Path) -> None:
 def test_it_is_where_transformers_looks() -> None:
     from transformers import fusion_mapping
 
-    assert bases.FUSIONS is fusion_mapping._FUSION_REGISTRY
+    assert loading.FUSIONS is fusion_mapping._FUSION_REGISTRY

@@ -497,3 +497,15 @@ def test_the_table_of_removers_is_up_to_date() -> None:
     made = script.table()
     assert made in script.PAGE.read_text(), "run python docs/make_removers_table.py --write"
     assert made.count("ValueError: weight_norm of 'weight' not found") == 9
+
+
+def test_optimizers_follow_the_weights_to_g_and_v() -> None:
+    torch.manual_seed(0)
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    patch_model(model, {"names": "**.q_proj"}, optimizers=[optimizer])
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+    unpatch_model(model, optimizers=[optimizer])
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import wn_surgery as wn
 from wn_surgery.callbacks.lightning import WeightNorm
-from wn_surgery.huggingface import WeightNormConfig, patch_model, save_pretrained, unpatch_model
+from wn_surgery.huggingface import (
+    WeightNormConfig,
+    conversions,
+    patch_model,
+    save_pretrained,
+    unpatch_model,
+)
+from wn_surgery.norm.parametrization import WeightNorm as Parametrization
 
 TOKENS = torch.arange(8)[None]
 SIZES: dict[str, Any] = {
@@ -85,9 +93,7 @@ def test_a_model_that_is_built_on_the_config_of_a_patched_one(tmp_path: Path) ->
     model = llama()
     patch_model(model, QUERIES)
     fresh = llama(model.config)
-    with pytest.warns(
-        UserWarning, match=r"speaks of weight norm on model.* unpatch_model\(model\)"
-    ):
+    with pytest.warns(UserWarning, match=r"names weight norm on model.* unpatch_model\(model\)"):
         fresh.save_pretrained(tmp_path)
     assert len(normed(type(fresh).from_pretrained(tmp_path))) == 1  # as it says
     unpatch_model(fresh)
@@ -387,7 +393,7 @@ def test_what_cannot_be_noted_is_refused(tmp_path: Path) -> None:
     model = llama()
     wn.apply(model, QUERIES)
     model.config.quantization_config = {"quant_method": "torchao"}
-    with pytest.raises(wn.QuantizedWeightError, match="speaks of a quantization"):
+    with pytest.raises(wn.QuantizedWeightError, match="has a quantization"):
         model.save_pretrained(tmp_path)
     with pytest.raises(TypeError, match="expected a model of transformers, got Linear"):
         save_pretrained(nn.Linear(2, 2), tmp_path)  # type: ignore[arg-type]
@@ -463,3 +469,19 @@ def test_a_model_that_lightning_has_trained(tmp_path: Path) -> None:
     ).fit(module, DataLoader(TensorDataset(TOKENS.repeat(4, 1)), batch_size=2))
     again = reloaded(module.model.eval(), tmp_path)
     assert len(normed(again)) == 7
+
+
+@pytest.mark.parametrize("name", ["huggingface.ties _translated", "reloading AsBuilt"])
+def test_pickles_of_0_1_0_find_what_has_moved(name: str) -> None:
+    module, attribute = name.split()
+    found = pickle.loads(f"cwn_surgery.{module}\n{attribute}\n.".encode())
+    assert found.__name__ == attribute and found.__module__ != f"wn_surgery.{module}"
+
+
+def test_a_conversion_that_0_1_0_pickled_converts() -> None:
+    """It held the module WeightNorm in the place of the options."""
+    merge = conversions._Merge.__new__(conversions._Merge)
+    merge.__setstate__({"norm": Parametrization(dim=1)})
+    g, v = torch.ones(1, 3), torch.rand(2, 3)
+    (w,) = merge.convert({"g": [g], "v": [v]}, ["g", "v"], ["w"]).values()
+    assert torch.equal(w, Parametrization(dim=1)(g, v))

@@ -56,7 +56,7 @@ WORK = """
 import copy, pathlib, pickle, tempfile
 import torch, wn_surgery as wn
 from torch import nn
-from wn_surgery.checkpoints import header
+from wn_surgery.checkpoints.io import header
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Conv1d(4, 2, 1))

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+import wn_surgery
+
 pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +61,10 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(source, "build_wheel", tmp_path_factory.mktemp("wheel"))
 
 
+def test_the_version_has_one_source(wheel: Path) -> None:
+    assert wheel.name.startswith(f"wn_surgery-{wn_surgery.__version__}-")
+
+
 def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -67,6 +73,28 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     assert names == MODULES | {"wn_surgery/py.typed"}
     assert "License-Expression: BSD-3-Clause" in metadata
     assert len(licenses) == 1
+
+
+def test_a_checkout_without_symlinks_imports_the_callbacks(source: Path, tmp_path: Path) -> None:
+    """Where git cannot make a symlink, it writes a file that holds the link's target."""
+    checkout = shutil.copytree(source, tmp_path / "checkout", symlinks=True)
+    link = checkout / "wn_surgery" / "callbacks"
+    target = link.readlink()
+    link.unlink()
+    link.write_text(str(target))
+    code = "import wn_surgery.callbacks.holding as h; print(h.__name__, h.__file__)"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(checkout)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    name, file = run.stdout.split()
+    assert name == "wn_surgery.callbacks.holding"
+    assert Path(file) == checkout / "callbacks" / "holding.py"
 
 
 def test_the_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:

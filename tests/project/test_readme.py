@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,3 +91,20 @@ def test_the_page_of_errors_has_every_exception() -> None:
         if error.__name__ not in errors.__all__ and error.__module__ == errors.__name__
     }
     assert {name: kind for kind, name in kinds.items()} == others
+
+
+def test_the_page_of_the_design_has_every_room() -> None:
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    script = runpy.run_path(str(ROOT / "docs" / "make_rooms_table.py"))
+    assert script["updated"](page) == page, "run python docs/make_rooms_table.py"
+    folders = {path.parent.name for path in (ROOT / "wn_surgery").glob("*/__init__.py")}
+    assert {*script["ROOMS"]} == folders | {"callbacks"}
+
+
+def test_the_files_that_the_design_names_are_there() -> None:
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    start = page.partition("## The rooms")[0] + page.partition("## Where to look")[2]
+    named = set(re.findall(r"`(\w+/[\w/]+\.py)`", start.partition("## Why rooms")[0]))
+    assert len(named) > 10
+    for name in named:
+        assert (ROOT / "wn_surgery" / name).is_file(), name

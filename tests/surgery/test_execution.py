@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 import wn_surgery as wn
 from wn_surgery.model import records
+from wn_surgery.rules.sources import RuleFields
 
 
 def legacy(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.Module:
@@ -409,3 +412,83 @@ def test_a_legacy_hook_keeps_its_place_in_the_process_that_unpickles(tmp_path: P
         timeout=900,
     )
     assert run.stdout == "done\n", run.stderr[-2000:]
+
+
+# Shorthands -----------------------------------------------------------------------------
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), nn.Conv1d(4, 4, 1), nn.Sequential(nn.Linear(4, 2)))
+
+
+@pytest.mark.parametrize(
+    ("rules", "fields", "rule"),
+    [
+        (nn.Linear, {}, wn.Rule(types=nn.Linear)),
+        ([nn.Linear, nn.Conv1d], {}, wn.Rule(types=[nn.Linear, nn.Conv1d])),
+        # One rule: what the model does not have is no rule that matches nothing.
+        ((nn.Linear, nn.Bilinear), {}, wn.Rule(types=[nn.Linear, nn.Bilinear])),
+        (None, {"types": nn.Linear, "names": "2.**"}, wn.Rule(types=nn.Linear, names="2.**")),
+        (
+            None,
+            {"types": "Conv1d", "dim": 1, "eps": 1e-6},
+            wn.Rule(types="Conv1d", dim=1, eps=1e-6),
+        ),
+    ],
+)
+def test_a_class_or_fields_stand_for_one_rule(
+    rules: Any, fields: dict[str, Any], rule: wn.Rule
+) -> None:
+    model = network()
+    plan = wn.plan(model, rules, **fields)
+    assert plan.rules == (rule,)
+    done = wn.apply(model, rules, **fields)
+    assert done.changed == tuple(step.site.name for step in plan.changes) != ()
+    assert wn.remove(model, rules, **fields).changed == done.changed
+
+
+@pytest.mark.parametrize(
+    ("rules", "fields", "says"),
+    [
+        ("linears", {"names": "0"}, r"got rules and also names="),
+        (None, {}, r"apply\(\) needs rules, as in apply\(model, nn.Linear\)"),
+        (None, {"typs": nn.Linear}, r"apply\(\) has no argument 'typs'; did you mean 'types'\?"),
+        ("linears", {"optimizer": None}, r"no argument 'optimizer'; did you mean 'optimizers'\?"),
+    ],
+)
+def test_rules_are_given_once(rules: Any, fields: dict[str, Any], says: str) -> None:
+    model = network()
+    with pytest.raises(TypeError, match=says):
+        wn.apply(model, rules, **fields)
+    assert not any(site.normed for site in wn.sites(model))
+
+
+def test_the_shorthand_has_the_fields_of_a_rule() -> None:
+    assert list(RuleFields.__annotations__) == list(inspect.signature(wn.Rule).parameters)
+
+
+def test_a_report_is_no_model_and_says_so() -> None:
+    model: Any = wn.apply(network(), nn.Linear)
+    with pytest.raises(TypeError, match=r"cannot be called.*in place of `model = wn.apply\("):
+        model(torch.zeros(1, 3))
+    for name in ("forward", "parameters", "state_dict", "train", "eval", "to", "layer1"):
+        with pytest.raises(AttributeError, match=rf"a Report has no '{name}': apply, remove and"):
+            getattr(model, name)
+        assert not hasattr(model, name)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert again == model
+
+
+def test_what_is_shown_at_a_prompt_is_short() -> None:
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(80)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    plan = wn.plan(model, nn.Linear)
+    assert repr(plan) == "<Plan: 80 of 80 matched parameters change; rules=1, problems=0>"
+    assert repr(plan.steps[0]) == "<Step 0.weight: apply, plain -> parametrized, dim=0>"
+    report = wn.apply(model, nn.Linear, optimizers=optimizer)
+    assert repr(report) == "<Report: 80 parameters changed, 1 optimizer>"
+    assert repr(report.optimizers[0]) == "<OptimizerChange SGD: 80 -> 160 in group 0; 80 reset>"
+    assert repr(wn.plan(model, nn.Linear).steps[0]) == "<Step 0.weight: keep, dim=0>"
+    assert "80 of 80 matched parameters changed;" in str(report)

@@ -6,17 +6,13 @@ Imports: errors, tables, differences, norm, rules, model.
 """
 
 from wn_surgery.checkpoints.comparison import Comparison, compare
-from wn_surgery.checkpoints.contents import layout_of, pairs_of
+from wn_surgery.checkpoints.containers import layout_of, pairs_of
 from wn_surgery.checkpoints.convert import convert
 from wn_surgery.checkpoints.files import Converted, convert_file
 from wn_surgery.checkpoints.folding import fold
-from wn_surgery.checkpoints.inspection import (
-    Finding,
-    Inspection,
-    NormedTensor,
-    inspect,
-)
-from wn_surgery.checkpoints.pairs import Options, Pair
+from wn_surgery.checkpoints.inspection import Finding, Inspection, NormedTensor, inspect
+from wn_surgery.checkpoints.pairs import Pair
+from wn_surgery.norm.options import NormOptions as Options
 
 __all__ = [
     "Comparison",

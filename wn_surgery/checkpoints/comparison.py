@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from wn_surgery.checkpoints.bounds import not_dense
-from wn_surgery.checkpoints.folding import fold
-from wn_surgery.checkpoints.pairs import Axes, Pair, find_pairs
+from wn_surgery.checkpoints.folding import compute
+from wn_surgery.checkpoints.io.torch_file import not_dense, same_bits
+from wn_surgery.checkpoints.pairs import Axes
+from wn_surgery.checkpoints.plan import plan
 from wn_surgery.checkpoints.reading import State, opened
-from wn_surgery.checkpoints.spectral import Spectral, find_spectral, spectral_weight
+from wn_surgery.checkpoints.request import Request
 from wn_surgery.differences import Difference, difference
 from wn_surgery.errors import CheckpointError
 from wn_surgery.tables import render
@@ -46,11 +46,7 @@ class Comparison:
     only_second: tuple[str, ...]
 
     def equal(self, atol: float = 0.0) -> bool:
-        """Whether both hold the same weights.
-
-        Args:
-            atol: the absolute difference that is none; with 0 every bit counts.
-        """
+        """Whether both hold the same weights, up to ``atol``; with 0 every bit counts."""
         return not (self.shapes or self.only_first or self.only_second) and all(
             each.max_abs <= atol and atol > 0 for each in self.differing
         )
@@ -141,7 +137,7 @@ def compare(
             a, b = one[name](), other[name]()
             if a.shape != b.shape:
                 shapes.append((name, tuple(a.shape), tuple(b.shape)))
-            elif _identical(a, b):
+            elif same_bits(a, b):
                 same += 1
             else:
                 differing.append(difference(name, a, b))
@@ -155,31 +151,16 @@ def compare(
 
 
 def _readers(states: list[State], alone: bool, dim: Axes) -> dict[str, Reader]:
-    found: dict[str, Reader] = {}
-    for state in states:
-        if state.is_model or not any(each.is_model for each in states):
-            found |= {
-                ("" if alone else state.path) + name: reader
-                for name, reader in _of_state(state, dim).items()
-            }
-    return found
-
-
-def _of_state(state: State, dim: Axes) -> dict[str, Reader]:
-    readers: dict[str, Reader] = {}
-    hidden: set[str] = set()
-    for pair in find_pairs(state.shapes, dim=dim, known=state.known, orphans="keep"):
-        readers[pair.weight] = partial(_folded, state, pair)
-        hidden |= {pair.g, pair.v}
-    for one in find_spectral(state.shapes):
-        readers[one.weight] = partial(_despectralized, state, one, dim)
-        hidden |= {one.original, one.u, one.v}
-    plain = {name: partial(_read, state, name) for name in state.shapes if name not in hidden}
-    return {**readers, **plain}
-
-
-def _folded(state: State, pair: Pair) -> Tensor:
-    return fold(_read(state, pair.g), _read(state, pair.v), pair.options)
+    asked = Request(dim=dim, also=frozenset({"spectral_norm"}), orphans="keep", non_finite="keep")
+    return {
+        ("" if alone else state.path) + line.key: partial(
+            compute, line, partial(_read, state), asked
+        )
+        for state in states
+        if state.is_model or not any(each.is_model for each in states)
+        for place in plan(state.shapes, state.kinds, asked, state.known).lines.values()
+        for line in place
+    }
 
 
 def _read(state: State, name: str) -> Tensor:
@@ -189,17 +170,3 @@ def _read(state: State, name: str) -> Tensor:
             f"{state.path}{name!r} is {what}: its values cannot be compared; leave it out of both"
         )
     return tensor
-
-
-def _despectralized(state: State, one: Spectral, dim: Axes) -> Tensor:
-    w, u, v = (_read(state, part) for part in (one.original, one.u, one.v))
-    return spectral_weight(w, u, v, one.original, dim)
-
-
-def _identical(a: Tensor, b: Tensor) -> bool:
-    if a.dtype != b.dtype:
-        return False
-    # As bytes: NaN is itself then, and 0 is not -0.
-    # What is conjugated or negated when it is read has other bytes.
-    a, b = (t.resolve_conj().resolve_neg().contiguous().reshape(-1) for t in (a, b))
-    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))

@@ -9,26 +9,25 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from wn_surgery.checkpoints.atomic import (
+import torch
+
+from wn_surgery.checkpoints.convert import converted
+from wn_surgery.checkpoints.folders import Source, copy_companions, find
+from wn_surgery.checkpoints.io.atomic import (
+    atomic,
     atomic_folder,
     is_same,
     refuse_overwriting_input,
     writing,
 )
-from wn_surgery.checkpoints.convert import Conversion
-from wn_surgery.checkpoints.folders import Source, copy_companions, find
+from wn_surgery.checkpoints.io.safetensors_file import File
+from wn_surgery.checkpoints.io.torch_file import SUFFIXES, Parking, check_written, load
 from wn_surgery.checkpoints.pairs import Axes
-from wn_surgery.checkpoints.request import (
-    Also,
-    Choice,
-    Layout,
-    Request,
-    request,
-)
-from wn_surgery.checkpoints.safetensors_file import File
+from wn_surgery.checkpoints.plan import Plan
+from wn_surgery.checkpoints.request import Also, Choice, Layout, Request
 from wn_surgery.checkpoints.streaming import Progress, Stream
-from wn_surgery.checkpoints.torch_file import convert_torch_file
 from wn_surgery.errors import CheckpointError
 from wn_surgery.rules.sources import RulesLike
 
@@ -81,12 +80,12 @@ def convert_file(
         target: the file to write, of the same kind; for a folder or an index a folder, which
             also gets the configs and tokenizers of a source folder.
         to: ``"plain"``, ``"parametrized"`` or ``"legacy"``.
-        rules: as in :func:`wn_surgery.checkpoints.convert`.
-        ranks: as in :func:`wn_surgery.checkpoints.convert`.
-        dim: as in :func:`wn_surgery.checkpoints.convert`.
-        also: as in :func:`wn_surgery.checkpoints.convert`.
-        orphans: as in :func:`wn_surgery.checkpoints.convert`.
-        non_finite: as in :func:`wn_surgery.checkpoints.convert`.
+        rules: this and the next five are as in :func:`wn_surgery.checkpoints.convert`.
+        ranks: see there.
+        dim: see there.
+        also: see there.
+        orphans: see there.
+        non_finite: see there.
         keep: plain keys that stay weight-normed. For a folder of transformers whose class puts
             weight norm on itself, :func:`wn_surgery.huggingface.built_in_keys` gives them; without
             them such a folder is refused.
@@ -114,110 +113,112 @@ def convert_file(
         ...     torch.load(f"{folder}/b.pt")
         {'weight': tensor([[6., 8.]])}
     """
-    asked = request(to, rules, ranks, dim, also, orphans, non_finite)
     found, goal = find(Path(source)), Path(target)
-    asked = replace(asked, known=found.known, keep=frozenset(keep or ()))
+    asked = replace(
+        Request.of(to, rules, ranks, dim, also, orphans, non_finite),
+        known=found.known,
+        keep=frozenset(keep or ()),
+    )
+    work = _Work(found, asked, full_pickle, verify, progress)
     if found.is_folder:
         if in_place or is_same(found.main.parent, goal):
             # A kill between two renames would leave shards of two layouts under one index.
             raise CheckpointError("a folder goes into a folder of its own, never in place")
-        return _folder(found, goal, asked, full_pickle, verify, progress, keep is None)
-    if goal.suffix != found.main.suffix and not (found.is_torch and _is_torch(goal)):
+        return work.folder(goal, check=keep is None)
+    if goal.suffix != found.main.suffix and not (found.is_torch and goal.suffix in SUFFIXES):
         raise CheckpointError(
             f"{str(goal)!r} has another ending than {str(found.main)!r}: the kind of file stays, "
             "only the layout of its tensors changes"
         )
     refuse_overwriting_input(found.main, goal, in_place)
-    return _file(found, goal, asked, full_pickle, verify, progress)
+    return work.file(goal)
 
 
-def _is_torch(path: Path) -> bool:
-    return Source(path, path, (), None, None).is_torch
+@dataclass(frozen=True)
+class _Work:
+    """A checkpoint on the disk, and what to do with it."""
+
+    found: Source
+    asked: Request
+    full_pickle: bool
+    verify: bool
+    progress: Progress | None
+
+    def folder(self, goal: Path, check: bool) -> Converted:
+        """Write a folder, with the companions of the old one."""
+        found, asked = self.found, self.asked
+        with atomic_folder(goal, like=found.main.parent) as made:
+            written = copy_companions(found, made, asked.to == "plain" and not asked.keep)
+            if found.index is None:
+                done = self.file(made / found.main.name)
+            else:
+                done = self._shards(found.index, made)
+            if asked.to == "plain" and check:
+                _refuse_unrecorded(found, done)
+        return replace(done, files=tuple(goal / path.name for path in (*written, *done.files)))
+
+    def file(self, goal: Path) -> Converted:
+        """Write a file."""
+        if self.found.is_torch:
+            return self._torch_file(goal)
+        with File(self.found.main) as file:
+            stream = Stream([file], self.asked)
+            stream.write(file, goal, self.progress, self.verify)
+        return _summary([goal], [stream.plan])
+
+    def _torch_file(self, goal: Path) -> Converted:
+        source = self.found.main
+        content = load(source, full_pickle=self.full_pickle)
+        parking = Parking(goal.parent, source.stat().st_size)
+        result: Any = None
+
+        def check(made: Path) -> None:
+            check_written(made, result, self.full_pickle, self.verify)
+
+        with atomic(goal, like=source, check=check) as out:
+            result, plans = converted(content, self.asked, parking)
+            torch.save(result, out)
+        return _summary([goal], plans)
+
+    def _shards(self, index: dict[str, Any], made: Path) -> Converted:
+        found = self.found
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(File(path)) for path in found.files]
+            for file in files:
+                _compare(file, index["weight_map"], found.main)
+            stream = Stream(files, self.asked)
+            places: dict[str, str] = {}
+            written: list[Path] = []
+            for file in files:
+                written.append(made / file.path.name)
+                with writing(written[-1]) as out:
+                    stream.write_to(out, file, self.progress)
+                stream.check(written[-1], file, self.verify)
+                shutil.copymode(file.path, written[-1])
+                places |= dict.fromkeys(stream.keys(file), file.path.name)
+        given = index.get("metadata")
+        metadata = {**(given if isinstance(given, dict) else {}), "total_size": stream.size}
+        target = made / found.main.name
+        content = {**index, "metadata": metadata, "weight_map": places}
+        target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(found.main, target)
+        return _summary([*written, target], [stream.plan])
 
 
-def _file(
-    found: Source,
-    goal: Path,
-    asked: Request,
-    full_pickle: bool,
-    verify: bool,
-    progress: Progress | None,
-) -> Converted:
-    if found.is_torch:
-        work = convert_torch_file(found.main, goal, asked, full_pickle=full_pickle, verify=verify)
-        return _summary([goal], work)
-    with File(found.main) as file:
-        stream = Stream([file], asked)
-        stream.write(file, goal, progress, verify)
-    return _summary([goal], stream)
-
-
-def _folder(
-    found: Source,
-    goal: Path,
-    asked: Request,
-    full_pickle: bool,
-    verify: bool,
-    progress: Progress | None,
-    check: bool,
-) -> Converted:
-    folder = found.main.parent
-    with atomic_folder(goal, like=folder) as made:
-        written = copy_companions(found, made, asked.to == "plain" and not asked.keep)
-        if found.index is None:
-            done = _file(found, made / found.main.name, asked, full_pickle, verify, progress)
-        else:
-            done = _shards(found, made, asked, verify, progress)
-        if asked.to == "plain" and check:
-            _refuse_unrecorded(found, done)
-    return replace(done, files=tuple(goal / path.name for path in (*written, *done.files)))
-
-
-def _shards(
-    found: Source, made: Path, asked: Request, verify: bool, progress: Progress | None
-) -> Converted:
-    assert found.index is not None
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(File(path)) for path in found.files]
-        for file in files:
-            _compare(file, found)
-        stream = Stream(files, asked)
-        places: dict[str, str] = {}
-        written: list[Path] = []
-        for file in files:
-            written.append(made / file.path.name)
-            with writing(written[-1]) as out:
-                stream.write_to(out, file, progress)
-            stream.check(written[-1], file, verify)
-            shutil.copymode(file.path, written[-1])
-            places |= dict.fromkeys(stream.keys(file), file.path.name)
-    given = found.index.get("metadata")
-    metadata = {**(given if isinstance(given, dict) else {}), "total_size": stream.size}
-    index = made / found.main.name
-    content = {**found.index, "metadata": metadata, "weight_map": places}
-    index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    shutil.copymode(found.main, index)
-    return _summary([*written, index], stream)
-
-
-def _compare(file: File, found: Source) -> None:
-    assert found.index is not None
-    said = {key for key, name in found.index["weight_map"].items() if name == file.path.name}
+def _compare(file: File, weight_map: dict[str, str], index: Path) -> None:
+    said = {key for key, name in weight_map.items() if name == file.path.name}
     if other := sorted(said ^ set(file.entries)):
         raise CheckpointError(
-            f"{str(file.path)!r} does not hold the tensors that {str(found.main)!r} says it does: "
+            f"{str(file.path)!r} does not hold the tensors that {str(index)!r} says it does: "
             f"{other[0]!r} is only in one of them"
         )
 
 
-def _summary(files: list[Path], work: Stream | Conversion) -> Converted:
-    return Converted(
-        tuple(files),
-        tuple(work.weights),
-        tuple(work.spectral),
-        tuple(work.kept_spectral),
-        tuple(work.kept),
-    )
+def _summary(files: list[Path], plans: list[Plan]) -> Converted:
+    def of(name: str) -> tuple[str, ...]:
+        return tuple(key for plan in plans for key in getattr(plan, name))
+
+    return Converted(tuple(files), of("weights"), of("spectral"), of("kept_spectral"), of("kept"))
 
 
 def _refuse_unrecorded(found: Source, done: Converted) -> None:
@@ -227,6 +228,6 @@ def _refuse_unrecorded(found: Source, done: Converted) -> None:
         raise CheckpointError(
             f"{str(found.path)!r} is a transformers model, and its config does not say who put "
             f"weight norm on {unknown[0]!r}. If its class does, it has no place for a plain one: "
-            "give keep=wn_surgery.huggingface.built_in_keys(folder), or keep=() to strip it all "
-            "the same (on the command line: install transformers, or --all)"
+            "pass keep=wn_surgery.huggingface.built_in_keys(folder), or keep=() to strip it all "
+            "the same"
         )

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wn_surgery.checkpoints.pairs import Options
-from wn_surgery.checkpoints.recorded import options_of
-from wn_surgery.checkpoints.safetensors_file import unreadable
-from wn_surgery.checkpoints.torch_file import SUFFIXES
+from wn_surgery.checkpoints.containers import recorded
+from wn_surgery.checkpoints.io.safetensors_file import unreadable
+from wn_surgery.checkpoints.io.torch_file import SUFFIXES
 from wn_surgery.errors import CheckpointError, CheckpointFileError
+from wn_surgery.norm.options import NormOptions
 
 __all__ = ["Source", "copy_companions", "find", "read_json"]
 
@@ -25,21 +25,13 @@ _COMPANIONS = (".json", ".txt", ".model", ".md", ".py", ".jinja", ".yaml", ".yml
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint on the disk.
+    """A checkpoint on the disk."""
 
-    Attributes:
-        path: what the user named.
-        main: the file, or the index of the shards.
-        files: the files with tensors, in the order of the index.
-        index: the content of the index; None for a single file.
-        config: the content of the folder's ``config.json``; None for a file.
-    """
-
-    path: Path
-    main: Path
-    files: tuple[Path, ...]
-    index: dict[str, Any] | None
-    config: dict[str, Any] | None
+    path: Path  # what the user named
+    main: Path  # the file, or the index of the shards
+    files: tuple[Path, ...]  # those with tensors, in the order of the index
+    index: dict[str, Any] | None  # its content; None for a single file
+    config: dict[str, Any] | None  # the content of the folder's config.json; None for a file
 
     @property
     def is_torch(self) -> bool:
@@ -59,29 +51,17 @@ class Source:
         return said if ours else None
 
     @property
-    def known(self) -> dict[str, Options]:
-        """The options that the config has recorded.
-
-        Raises:
-            CheckpointError: the record cannot be read.
-        """
+    def known(self) -> dict[str, NormOptions]:
+        """The options that the config has recorded."""
         sites = (self.patched or {}).get("sites")
-        return {} if sites is None else options_of(sites, f"{str(self.path / 'config.json')!r}")
+        return {} if sites is None else recorded(sites, f"{str(self.path / 'config.json')!r}")
 
 
 def find(path: Path) -> Source:
-    """Find the files of a checkpoint.
+    """The files of a checkpoint: of a file, an index, or a folder with transformers' names.
 
-    Args:
-        path: a file, an index of shards, or a folder that has one of them under the name that
-            transformers gives it.
-
-    Returns:
-        The files. Their content has not been looked at, but for the index.
-
-    Raises:
-        CheckpointError: there is no checkpoint, or its index is damaged or names files outside
-            its folder.
+    Raises :class:`CheckpointError` if there is none, or its index is damaged or names files
+    outside its folder. No other file is opened.
     """
     if path.is_dir():
         main = next((path / name for name in _IN_FOLDERS if (path / name).is_file()), None)
@@ -92,7 +72,7 @@ def find(path: Path) -> Source:
     elif path.is_file():
         main = path
     else:
-        raise CheckpointFileError(f"{str(path)!r} is no file and no folder")
+        raise CheckpointFileError(f"{str(path)!r} is neither a file nor a folder")
     if main.suffix not in (*SUFFIXES, ".safetensors", ".json"):
         raise CheckpointError(
             f"{str(path)!r}: the ending {main.suffix!r} is none of .safetensors, .index.json, "
@@ -107,11 +87,7 @@ def find(path: Path) -> Source:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: the file cannot be read, or holds something else.
-    """
+    """The JSON object in a file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -146,27 +122,14 @@ def _shards(main: Path, index: dict[str, Any]) -> tuple[Path, ...]:
 def copy_companions(source: Source, target: Path, plain: bool) -> list[Path]:
     """Copy what makes a folder of weights a model: config, tokenizer, and the like.
 
-    Args:
-        source: a folder.
-        target: the new folder.
-        plain: whether the weights in it are plain, so that the config must not ask for weight
-            norm.
-
-    Returns:
-        The new files.
-
-    Raises:
-        OSError: one cannot be copied.
+    With ``plain``, the new config does not ask for weight norm. Returns the new files.
     """
     written: list[Path] = []
     if not source.path.is_dir():
         return written
     for path in sorted(source.path.iterdir()):
-        if (
-            path.suffix not in _COMPANIONS
-            or not path.is_file()
-            or path.name.endswith(".index.json")
-        ):
+        is_index = path.name.endswith(".index.json")
+        if path.suffix not in _COMPANIONS or is_index or not path.is_file():
             continue
         new = target / path.name
         if path.name == "config.json" and plain and source.patched is not None:

@@ -1,31 +1,32 @@
-"""The weight of a g and a v that come from a file."""
+"""Computing weights from g and v, and the other tensors that a plan asks for."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from wn_surgery.checkpoints.pairs import Options, Pair
+from wn_surgery.checkpoints.plan import Kind, Line, unfoldable
+from wn_surgery.checkpoints.request import Request
+from wn_surgery.checkpoints.spectral import spectral_weight
 from wn_surgery.errors import CheckpointError, ZeroNormError
 from wn_surgery.norm.limits import zero_slices
-from wn_surgery.norm.math import (
-    KERNEL_DTYPES,
-    g_shape,
-    magnitude,
-    weight_norm,
-)
+from wn_surgery.norm.math import KERNEL_DTYPES, g_shape, magnitude, weight_norm
+from wn_surgery.norm.options import NormOptions
 
-__all__ = ["all_finite", "computable", "fold", "magnitude_of", "refuse_non_finite"]
+__all__ = ["all_finite", "compute", "fold", "kind_of"]
 
 PART = 1 << 22
 """Elements that are widened at a time: 16 MB in float32."""
 
 
-def fold(g: Tensor, v: Tensor, options: Options | None = None) -> Tensor:
+def fold(g: Tensor, v: Tensor, options: NormOptions | None = None) -> Tensor:
     """The weight of g and v, computed in float32 or better and rounded once.
 
     Args:
-        g: the magnitude, in any shape that ``find_pairs`` accepts.
+        g: the magnitude, in any shape that checkpoints have: v's with 1 along the axes that are
+            normed, or of one axis, or of none.
         v: the direction, floating or complex.
         options: dim, eps and norm_dtype; dim 0 by default.
 
@@ -35,7 +36,7 @@ def fold(g: Tensor, v: Tensor, options: Options | None = None) -> Tensor:
         kernel does not know, where the live model rounds after each step.
 
     Raises:
-        CheckpointError: one of them is not floating-point.
+        CheckpointError: one of them is not floating-point, or not dense.
 
     Example:
         >>> import torch
@@ -43,45 +44,26 @@ def fold(g: Tensor, v: Tensor, options: Options | None = None) -> Tensor:
         >>> fold(torch.tensor([10.0]), torch.tensor([[3.0, 4.0]]))
         tensor([[6., 8.]])
     """
-    options = options or Options()
-    dim = options.dim
-    if not computable(g.dtype, complex_too=False) or not computable(v.dtype, complex_too=True):
-        raise CheckpointError(
-            f"g and v are {g.dtype} and {v.dtype}: expected floating-point ones of 16 bits or "
-            "more; was the checkpoint quantized before its weight norm was stripped?"
-        )
-    if g.layout is not torch.strided or v.layout is not torch.strided:
-        raise CheckpointError(f"g and v are {g.layout} and {v.layout}: expected dense tensors")
+    options = options or NormOptions()
+    dim, eps, norm_dtype = options
+    if said := unfoldable(kind_of(g), kind_of(v)):
+        raise CheckpointError(f"g and v {said}")
     g = g.reshape(g_shape(v.shape, dim))
     real = v.dtype.to_real() if v.dtype.is_complex else v.dtype
     with torch.no_grad():
-        if options.norm_dtype is not None:
-            return weight_norm(v, g, dim, options.eps, getattr(torch, options.norm_dtype))
+        if norm_dtype is not None:
+            return weight_norm(v, g, dim, eps, norm_dtype)
         if g.dtype == real and (
             real in (torch.float32, torch.float64)
             # The kernel itself widens these, and rounds once.
-            or (v.dtype in KERNEL_DTYPES and dim in (0, v.ndim - 1) and options.eps == 0.0)
+            or (v.dtype in KERNEL_DTYPES and dim in (0, v.ndim - 1) and eps == 0.0)
         ):
-            return weight_norm(v, g, dim, options.eps)
+            return weight_norm(v, g, dim, eps)
         wide = torch.float64 if torch.float64 in (real, g.dtype) else torch.float32
         return _rounded_once(g.to(wide), v, options, wide)
 
 
-def computable(dtype: torch.dtype, *, complex_too: bool) -> bool:
-    """Whether g, or v (``complex_too``), may have a dtype.
-
-    8 bits of floating point are storage, with scales elsewhere that this library does not know.
-
-    Example:
-        >>> import torch
-        >>> from wn_surgery.checkpoints.folding import computable
-        >>> computable(torch.bfloat16, complex_too=False), computable(torch.int8, complex_too=True)
-        (True, False)
-    """
-    return (dtype.is_floating_point and dtype.itemsize > 1) or (complex_too and dtype.is_complex)
-
-
-def _rounded_once(g: Tensor, v: Tensor, options: Options, wide: torch.dtype) -> Tensor:
+def _rounded_once(g: Tensor, v: Tensor, options: NormOptions, wide: torch.dtype) -> Tensor:
     dim, eps = options.dim, options.eps
     as_wide = wide.to_complex() if v.dtype.is_complex else wide
     if dim is None or v.numel() <= PART:
@@ -93,21 +75,42 @@ def _rounded_once(g: Tensor, v: Tensor, options: Options, wide: torch.dtype) -> 
     for start in range(0, v.shape[axis], step):
         count = min(step, v.shape[axis] - start)
         part = v.narrow(axis, start, count).to(as_wide)
-        w.narrow(axis, start, count).copy_(
-            weight_norm(part, g.narrow(axis, start, count), dim, eps)
-        )
+        made = weight_norm(part, g.narrow(axis, start, count), dim, eps)
+        w.narrow(axis, start, count).copy_(made)
+    return w
+
+
+def kind_of(tensor: Tensor) -> Kind:
+    """What a plan has to know of a tensor besides its shape."""
+    return tensor.dtype if tensor.layout is torch.strided else tensor.layout
+
+
+def compute(line: Line, read: Callable[[str], Tensor], asked: Request) -> Tensor:
+    """The tensor that a line of a plan asks for; ``read`` gives the sources.
+
+    Raises :class:`ZeroNormError` where a weight would hold NaN or infinite numbers and the request
+    does not keep them, or a slice of a weight has no direction.
+    """
+    parts = [read(source) for source in line.sources]
+    first = parts[0]
+    if line.do == "copy":
+        return first if tuple(first.shape) == line.shape else first.reshape(line.shape)
+    if line.do == "spectral":
+        return spectral_weight(parts, line.sources[0], asked.dim)
+    if line.do == "magnitude":
+        return _magnitude(first, line)
+    v = parts[1]
+    if first.is_meta != v.is_meta:
+        part = line.sources[v.is_meta]
+        raise CheckpointError(f"{part!r} is on the meta device and has no values; load it first")
+    w = fold(first, v, line.options)
+    if asked.non_finite == "error" and not all_finite(w):
+        _refuse_non_finite(w, first, v, line)
     return w
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no number of a floating or complex tensor is NaN or infinite.
-
-    Example:
-        >>> import torch
-        >>> from wn_surgery.checkpoints.folding import all_finite
-        >>> all_finite(torch.tensor([3e38, 3e38])), all_finite(torch.tensor([float("nan")]))
-        (True, False)
-    """
+    """Whether no number of a floating or complex tensor is NaN or infinite."""
     if tensor.is_meta:
         return True  # it has no numbers
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
@@ -117,59 +120,25 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(real.sum(dtype=wide).isfinite()) or bool(real.isfinite().all())
 
 
-def refuse_non_finite(w: Tensor, g: Tensor, v: Tensor, pair: Pair) -> None:
-    """Raise where a weight is NaN or infinite.
-
-    Args:
-        w: the weight.
-        g: what it was computed from.
-        v: the same.
-        pair: its names.
-
-    Raises:
-        ZeroNormError: it is; the message says whether a slice of v has no direction.
-    """
-    if all_finite(w):
-        return
-    count = int((~w.isfinite()).sum())
-    zero = zero_slices(v.float() if v.itemsize < 4 else v, pair.dim)
+def _refuse_non_finite(w: Tensor, g: Tensor, v: Tensor, line: Line) -> None:
+    dim = line.options.dim
+    zero = zero_slices(v.float() if v.itemsize < 4 else v, dim)
     cause = (
-        f"v has {zero} slices of zero or non-finite norm along dim={pair.dim}"
+        f"v has {zero} slices of zero or non-finite norm along dim={dim}"
         if zero
         else f"g has {int((~g.isfinite()).sum())} numbers that are not finite"
     )
     raise ZeroNormError(
-        f"{pair.weight!r} would hold {count} numbers that are NaN or infinite: {cause}; repair the "
-        "checkpoint, or write them by non_finite='keep' (--keep-non-finite)"
+        f"{line.key!r} would hold {int((~w.isfinite()).sum())} numbers that are NaN or infinite: "
+        f"{cause}; repair the checkpoint, or pass non_finite='keep' to write them"
     )
 
 
-def magnitude_of(weight: Tensor, key: str, options: Options) -> Tensor:
-    """The g that a plain weight gets.
-
-    Args:
-        weight: floating or complex.
-        key: its name, for the error.
-        options: dim, eps and norm_dtype.
-
-    Returns:
-        g, in the shape of ``wn_surgery.norm.math.g_shape`` and the weight's precision.
-
-    Raises:
-        ZeroNormError: a slice has zero or non-finite norm, so there is no direction.
-
-    Example:
-        >>> import torch
-        >>> from wn_surgery.checkpoints.folding import magnitude_of
-        >>> from wn_surgery.checkpoints.pairs import Options
-        >>> magnitude_of(torch.tensor([[3.0, 4.0]]), "weight", Options())
-        tensor([[5.]])
-    """
-    norm_dtype = None if options.norm_dtype is None else getattr(torch, options.norm_dtype)
-    if count := zero_slices(weight, options.dim, options.eps, norm_dtype):
+def _magnitude(weight: Tensor, line: Line) -> Tensor:
+    if count := zero_slices(weight, *line.options):
         raise ZeroNormError(
-            f"{key!r} has {count} slices along dim={options.dim} whose norm is zero, not finite, "
-            "or too small or large for its dtype; give the rule an eps or a wider norm_dtype, or "
-            "skip the tensor"
+            f"{line.sources[0]!r} has {count} slices along dim={line.options.dim} whose norm is "
+            "zero, not finite, or too small or large for its dtype; give the rule an eps or a "
+            "wider norm_dtype, or skip the tensor"
         )
-    return magnitude(weight, options.dim, options.eps, norm_dtype)
+    return magnitude(weight, *line.options)

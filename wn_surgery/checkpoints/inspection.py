@@ -12,15 +12,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from wn_surgery.checkpoints.folding import computable
 from wn_surgery.checkpoints.pairs import Axes, Pair, examine
+from wn_surgery.checkpoints.plan import unfoldable
 from wn_surgery.checkpoints.reading import State, opened
 from wn_surgery.checkpoints.spectral import axes_of_spectral, find_spectral, spectral_weight
 from wn_surgery.errors import CheckpointError
 from wn_surgery.norm.math import norm_except
+from wn_surgery.norm.options import dtype_name
 from wn_surgery.tables import render
 
-__all__ = ["Finding", "Inspection", "NormedTensor", "inspect"]
+__all__ = ["CheckpointFinding", "Finding", "Inspection", "NormedTensor", "inspect"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class NormedTensor:
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckpointFinding:
     """Something that goes wrong, or may.
 
     Attributes:
@@ -70,6 +71,10 @@ class Finding:
     message: str
 
 
+Finding = CheckpointFinding
+"""The public name; :mod:`wn_surgery.export` has findings of its own."""
+
+
 @dataclass(frozen=True)
 class Inspection:
     """What is in a checkpoint; ``print`` it.
@@ -82,7 +87,7 @@ class Inspection:
 
     tensors: tuple[NormedTensor, ...]
     plain: int
-    findings: tuple[Finding, ...]
+    findings: tuple[CheckpointFinding, ...]
 
     @property
     def sound(self) -> bool:
@@ -121,7 +126,7 @@ class Inspection:
 def inspect(
     path: str | os.PathLike[str], *, dim: Axes = "auto", full_pickle: bool = False
 ) -> Inspection:
-    """Look at every tensor that has weight norm, and at what stands against reading them.
+    """Look at every tensor that has weight norm, and for what would go wrong with it.
 
     Args:
         path: as in :func:`wn_surgery.checkpoints.convert_file`.
@@ -147,14 +152,13 @@ def inspect(
         1 weight-normed, 0 others
     """
     tensors: list[NormedTensor] = []
-    findings: list[Finding] = []
+    findings: list[CheckpointFinding] = []
     plain = 0
     with opened(Path(path), full_pickle=full_pickle) as states:
         for state in states:
             pairs, problems = examine(state.shapes, dim=dim, known=state.known)
             findings += [
-                Finding("error", each.kind, state.path + each.key, each.message)
-                for each in problems
+                _error(each.kind, state.path + each.key, each.message) for each in problems
             ]
             findings += _of_state(state, pairs)
             for pair in pairs:
@@ -168,60 +172,50 @@ def inspect(
     return Inspection(tuple(tensors), plain, tuple(findings))
 
 
-def _of_state(state: State, pairs: list[Pair]) -> Iterator[Finding]:
+def _error(kind: str, name: str, message: str) -> CheckpointFinding:
+    return CheckpointFinding("error", kind, name, message)
+
+
+def _of_state(state: State, pairs: list[Pair]) -> Iterator[CheckpointFinding]:
     layouts = {pair.layout: pair for pair in pairs}
     if len(layouts) > 1:
         one, other = layouts.values()
-        yield Finding(
-            "warning",
-            "layouts",
-            state.path + other.weight,
+        message = (
             f"{one.weight!r} is {one.layout}, {other.weight!r} is {other.layout}: no model saves "
-            "both unless it was migrated half way; convert it to one of them",
+            "both, unless a migration was interrupted; convert it to one of them"
         )
+        yield CheckpointFinding("warning", "layouts", state.path + other.weight, message)
     there = {pair.weight for pair in pairs}
-    for weight in state.known:
-        if weight not in there and weight not in state.shapes and state.is_model:
-            yield Finding(
-                "error",
-                "record",
-                state.path + weight,
-                f"the record says that {weight!r} is weight-normed, and neither its g and v nor "
-                "the weight are there; the checkpoint is not whole",
+    for weight in state.known if state.is_model else ():
+        if weight not in there and weight not in state.shapes:
+            message = (
+                f"the record says that {weight!r} is weight-normed, but neither its g and v nor "
+                "the weight are there; the checkpoint is not whole"
             )
+            yield _error("record", state.path + weight, message)
 
 
-def _look(state: State, pair: Pair) -> tuple[NormedTensor, list[Finding]]:
+def _look(state: State, pair: Pair) -> tuple[NormedTensor, list[CheckpointFinding]]:
     name = state.path + pair.weight
-    shape = tuple(state.shapes[pair.v])
-    kinds = [state.dtypes[part] for part in (pair.g, pair.v)]
-    texts = [str(kind).removeprefix("torch.") for kind in kinds]
-    row = NormedTensor(name, "weight", pair.layout, texts[1], shape, pair.dim)
-    if not all(
-        isinstance(kind, torch.dtype) and computable(kind, complex_too=part == pair.v)
-        for kind, part in zip(kinds, (pair.g, pair.v), strict=True)
-    ):
-        message = (
-            f"g and v of {name!r} are {' and '.join(texts)}: expected floating-point ones of 16 "
-            "bits or more"
-        )
-        return row, [Finding("error", "dtype", name, message)]
-    said: list[Finding] = []
+    g_kind, v_kind = state.kinds[pair.g], state.kinds[pair.v]
+    dtype = str(v_kind).removeprefix("torch.")
+    row = NormedTensor(name, "weight", pair.layout, dtype, state.shapes[pair.v], pair.dim)
+    if said := unfoldable(g_kind, v_kind):
+        return row, [_error("dtype", name, f"g and v of {name!r} {said}")]
     g, v = state.read(pair.g), state.read(pair.v)
-    if g.is_meta or v.is_meta or not (g.layout is v.layout is torch.strided):
-        message = f"g or v of {name!r} holds no numbers, or is not dense: nothing can be said of it"
-        return row, [Finding("error", "dtype", name, message)]
-    real = v.dtype.to_real() if v.dtype.is_complex else v.dtype
-    if g.dtype != real:
+    if g.is_meta or v.is_meta:
+        message = f"g or v of {name!r} is on the meta device, without values to look at"
+        return row, [_error("dtype", name, message)]
+    found: list[CheckpointFinding] = []
+    if g.dtype != (v.dtype.to_real() if v.dtype.is_complex else v.dtype):
         message = (
-            f"g of {name!r} is {texts[0]}, v is {texts[1]}: a live model promotes or raises, "
-            "stripping computes in the wider one and rounds once"
+            f"g of {name!r} is {dtype_name(g.dtype)}, v is {dtype}: a live model promotes or "
+            "raises, stripping computes in the wider one and rounds once"
         )
-        said.append(Finding("warning", "dtype", name, message))
-    count = int((~torch.isfinite(g.double())).sum()) + _not_finite(v)
-    if count:
+        found.append(CheckpointFinding("warning", "dtype", name, message))
+    if count := _not_finite(g) + _not_finite(v):
         message = f"{name!r} has {count} numbers that are NaN or infinite, and would keep them"
-        said.append(Finding("error", "non-finite", name, message))
+        found.append(_error("non-finite", name, message))
     wide = v if v.dtype in (torch.float32, torch.float64) or v.is_complex() else v.float()
     zero = int((norm_except(wide, pair.dim) == 0).sum()) if v.numel() else 0
     if zero and pair.options.eps == 0.0:
@@ -229,9 +223,9 @@ def _look(state: State, pair: Pair) -> tuple[NormedTensor, list[Finding]]:
             f"{name!r} has {zero} slices of v without a direction along dim={pair.dim}: v/‖v‖ is "
             "not a number there"
         )
-        said.append(Finding("error", "zero", name, message))
+        found.append(_error("zero", name, message))
     three = (float(g.min()), float(g.double().mean()), float(g.max())) if g.numel() else None
-    return dataclasses.replace(row, g=three, zero_slices=zero, non_finite=count), said
+    return dataclasses.replace(row, g=three, zero_slices=zero, non_finite=count), found
 
 
 def _not_finite(tensor: Tensor) -> int:
@@ -240,23 +234,22 @@ def _not_finite(tensor: Tensor) -> int:
     return int((~torch.isfinite(tensor)).sum())
 
 
-def _spectral(state: State, dim: Axes) -> tuple[list[NormedTensor], list[Finding]]:
+def _spectral(state: State, dim: Axes) -> tuple[list[NormedTensor], list[CheckpointFinding]]:
     try:
         found = find_spectral(state.shapes)
     except CheckpointError as error:
-        return [], [Finding("error", "spectral", state.path, str(error))]
+        return [], [_error("spectral", state.path, str(error))]
     rows: list[NormedTensor] = []
-    said: list[Finding] = []
+    said: list[CheckpointFinding] = []
     for one in found:
-        shape = tuple(state.shapes[one.original])
-        axes = axes_of_spectral(shape, state.shapes[one.u], state.shapes[one.v])
-        kind = str(state.dtypes[one.original]).removeprefix("torch.")
+        shape = state.shapes[one.original]
+        axes = axes_of_spectral(*(state.shapes[part] for part in one.parts))
+        dtype = str(state.kinds[one.original]).removeprefix("torch.")
         name = state.path + one.weight
         only = axes[0] if len(axes) == 1 else None
-        rows.append(NormedTensor(name, "spectral", one.form, kind, shape, only))
+        rows.append(NormedTensor(name, "spectral", one.layout, dtype, shape, only))
         try:
-            weight, u, v = (state.read(part) for part in (one.original, one.u, one.v))
-            spectral_weight(weight, u, v, one.original, dim)
+            spectral_weight(map(state.read, one.parts), one.original, dim)
         except CheckpointError as error:
-            said.append(Finding("error", "spectral", name, str(error)))
+            said.append(_error("spectral", name, str(error)))
     return rows, said

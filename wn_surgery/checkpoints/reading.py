@@ -7,36 +7,32 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from wn_surgery.checkpoints.contents import shapes_of, walk
+from wn_surgery.checkpoints.containers import shapes_of, walk
 from wn_surgery.checkpoints.folders import Source, find
-from wn_surgery.checkpoints.header import TORCH
-from wn_surgery.checkpoints.pairs import Options, Shape
-from wn_surgery.checkpoints.safetensors_file import File
-from wn_surgery.checkpoints.torch_file import load
-from wn_surgery.errors import CheckpointError
+from wn_surgery.checkpoints.folding import kind_of
+from wn_surgery.checkpoints.io.safetensors_file import File, owners_of
+from wn_surgery.checkpoints.io.torch_file import load
+from wn_surgery.checkpoints.pairs import Shape
+from wn_surgery.checkpoints.plan import Kind
+from wn_surgery.norm.options import NormOptions
 
 __all__ = ["State", "opened"]
 
 
 @dataclass(frozen=True)
 class State:
-    """One state dict of a checkpoint.
+    """One state dict of a checkpoint; ``read`` gives a tensor by its key.
 
-    Attributes:
-        path: where it is in the container, such as ``"generator/"``; empty for the whole.
-        shapes: the shape of each tensor by key.
-        dtypes: torch's dtype, or where torch has none the name that the file gives it.
-        known: the options that a record has for its weights.
-        read: a tensor by its key.
+    ``path`` is where it is in the container, such as ``"generator/"``; ``known`` has the options
+    that a record gives to its weights.
     """
 
     path: str
     shapes: Mapping[str, Shape]
-    dtypes: Mapping[str, torch.dtype | str]
-    known: Mapping[str, Options]
+    kinds: Mapping[str, Kind]
+    known: Mapping[str, NormOptions]
     read: Callable[[str], Tensor]
 
     @property
@@ -50,28 +46,7 @@ class State:
 
 @contextlib.contextmanager
 def opened(path: Path, *, full_pickle: bool = False) -> Iterator[list[State]]:
-    """The state dicts of a checkpoint, until the block ends.
-
-    Args:
-        path: as in :func:`wn_surgery.checkpoints.convert_file`.
-        full_pickle: as in :func:`wn_surgery.checkpoints.convert_file`.
-
-    Yields:
-        The states that have tensors, in the order of the file.
-
-    Raises:
-        CheckpointError: it cannot be read, or is not sound.
-
-    Example:
-        >>> import tempfile, torch
-        >>> from pathlib import Path
-        >>> from wn_surgery.checkpoints.reading import opened
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     torch.save({"epoch": 1, "net": {"fc.bias": torch.ones(2)}}, f"{folder}/a.pt")
-        ...     with opened(Path(folder) / "a.pt") as states:
-        ...         [(state.path, dict(state.shapes)) for state in states]
-        [('net/', {'fc.bias': (2,)})]
-    """
+    """The state dicts that have tensors, in the order of the file; until the block ends."""
     found = find(path)
     if found.is_torch:
         content = load(found.main, full_pickle=full_pickle)
@@ -82,22 +57,22 @@ def opened(path: Path, *, full_pickle: bool = False) -> Iterator[list[State]]:
         yield [_of_files(files, found)]
 
 
-def _of_mapping(path: str, mapping: Mapping[str, Tensor], known: Mapping[str, Options]) -> State:
+def _of_mapping(
+    path: str, mapping: Mapping[str, Tensor], known: Mapping[str, NormOptions]
+) -> State:
     shapes = shapes_of(mapping)
     return State(
-        path, shapes, {key: mapping[key].dtype for key in shapes}, known, lambda key: mapping[key]
+        path, shapes, {key: kind_of(mapping[key]) for key in shapes}, known, mapping.__getitem__
     )
 
 
 def _of_files(files: list[File], found: Source) -> State:
-    owners = {name: file for file in files for name in file.entries}
-    if len(owners) < sum(len(file.entries) for file in files):
-        raise CheckpointError(f"{str(found.main)!r} has a tensor in two of its shards")
+    owners = owners_of(files)
     entries = {name: file.entries[name] for name, file in owners.items()}
     return State(
         "",
         {name: entry.shape for name, entry in entries.items()},
-        {name: TORCH.get(entry.dtype, entry.dtype) for name, entry in entries.items()},
+        {name: entry.kind for name, entry in entries.items()},
         found.known,
         lambda name: owners[name].tensor(name),
     )

@@ -1,4 +1,4 @@
-"""What a conversion is to do."""
+"""What a conversion is asked to do."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from wn_surgery.checkpoints.pairs import Axes, Options
-from wn_surgery.checkpoints.selection import checked_rules
-from wn_surgery.errors import CheckpointError
+from wn_surgery.checkpoints.pairs import Axes
+from wn_surgery.errors import CheckpointError, RuleError
+from wn_surgery.norm.naming import Layout
+from wn_surgery.norm.options import NormOptions
 from wn_surgery.rules.rule import Rule
-from wn_surgery.rules.sources import RulesLike
+from wn_surgery.rules.sources import RulesLike, as_rules
 
-__all__ = ["LAYOUTS", "Also", "Choice", "Layout", "Request", "request", "unmatched"]
+__all__ = ["Also", "Choice", "Layout", "Request"]
 
-Layout: TypeAlias = Literal["plain", "parametrized", "legacy"]
 Also: TypeAlias = Literal["spectral_norm"]
 Choice: TypeAlias = Literal["error", "keep"]
 LAYOUTS = ("plain", "parametrized", "legacy")
@@ -22,76 +22,87 @@ LAYOUTS = ("plain", "parametrized", "legacy")
 
 @dataclass(frozen=True)
 class Request:
-    """What a conversion is to do, checked.
+    """What a conversion is asked to do; :func:`wn_surgery.checkpoints.convert` explains it.
 
     Attributes:
-        to: the layout.
-        rules: for plain tensors that get weight norm; None for none.
-        ranks: how many axes those may have.
-        dim: the axes where g's shape is ambiguous.
-        also: other norms to strip.
-        orphans: ``"error"``, or ``"keep"`` for halves of pairs.
-        non_finite: ``"error"``, or ``"keep"`` for weights that are not numbers.
         known: options by plain key, from beside the checkpoint.
         keep: plain keys that stay weight-normed.
     """
 
-    to: Layout
+    to: Layout = "plain"
     rules: tuple[Rule, ...] | None = None
     ranks: frozenset[int] | None = None
     dim: Axes = "auto"
-    also: frozenset[Also] = frozenset()
+    also: frozenset[str] = frozenset()
     orphans: Choice = "error"
     non_finite: Choice = "error"
-    known: Mapping[str, Options] = field(default_factory=dict)
+    known: Mapping[str, NormOptions] = field(default_factory=dict)
     keep: frozenset[str] = frozenset()
 
+    def __post_init__(self) -> None:
+        if self.to not in LAYOUTS:
+            raise CheckpointError(
+                f"unknown layout {self.to!r}: expected one of {', '.join(LAYOUTS)}"
+            )
+        if self.also - {"spectral_norm"}:
+            raise CheckpointError(f"also={sorted(self.also)}: only 'spectral_norm' is known")
+        if self.also and self.to != "plain":
+            raise CheckpointError(f"also={sorted(self.also)} is for to='plain', not {self.to!r}")
+        for name in ("orphans", "non_finite"):
+            if (choice := getattr(self, name)) not in ("error", "keep"):
+                raise CheckpointError(f"{name}={choice!r}: expected 'error' or 'keep'")
+        if self.rules is not None and self.to == "plain":
+            raise CheckpointError("rules put weight norm on: pass to='parametrized' or to='legacy'")
+        if self.ranks is not None and self.rules is None:
+            raise CheckpointError("ranks= narrows rules=, but there are no rules")
 
-def request(
-    to: Layout = "plain",
-    rules: RulesLike | None = None,
-    ranks: Iterable[int] | None = None,
-    dim: Axes = "auto",
-    also: Also | Iterable[Also] = (),
-    orphans: Choice = "error",
-    non_finite: Choice = "error",
-) -> Request:
-    """Check the arguments of :func:`convert`, which has the documentation.
-
-    Raises:
-        CheckpointError: an argument is unknown, or contradicts another.
-        RuleError: a rule needs modules.
-    """
-    if to not in LAYOUTS:
-        raise CheckpointError(f"unknown layout {to!r}: expected one of {', '.join(LAYOUTS)}")
-    others: frozenset[Also] = frozenset((also,) if isinstance(also, str) else also)
-    if others - {"spectral_norm"}:
-        raise CheckpointError(f"also={sorted(others)}: only 'spectral_norm' is known")
-    if others and to != "plain":
-        raise CheckpointError(f"also={sorted(others)} is for to='plain', not {to!r}")
-    for name, choice in (("orphans", orphans), ("non_finite", non_finite)):
-        if choice not in ("error", "keep"):
-            raise CheckpointError(f"{name}={choice!r}: expected 'error' or 'keep'")
-    if rules is not None and to == "plain":
-        raise CheckpointError("rules put weight norm on: say to='parametrized' or to='legacy'")
-    if ranks is not None and rules is None:
-        raise CheckpointError("ranks= narrows rules=, and there are none")
-    return Request(
-        to,
-        None if rules is None else checked_rules(rules),
-        None if ranks is None else frozenset(ranks),
-        dim,
-        others,
-        orphans,
-        non_finite,
-    )
+    @classmethod
+    def of(
+        cls,
+        to: Layout,
+        rules: RulesLike | None,
+        ranks: Iterable[int] | None,
+        dim: Axes,
+        also: Also | Iterable[Also],
+        orphans: Choice,
+        non_finite: Choice,
+    ) -> Request:
+        """The request for the arguments that a user gave."""
+        return cls(
+            to,
+            None if rules is None else _checked_rules(rules),
+            None if ranks is None else frozenset(ranks),
+            dim,
+            frozenset((also,) if isinstance(also, str) else also),
+            orphans,
+            non_finite,
+        )
 
 
-def unmatched(asked: Request) -> str:
-    """The message for rules that match no tensor."""
-    said = "; ".join(rule.describe() for rule in asked.rules or ())
-    ranks = "" if asked.ranks is None else f" with ranks={sorted(asked.ranks)}"
-    return (
-        f"no plain tensor of the checkpoint matches `{said}`{ranks}; names are patterns over a "
-        "key without its last part, which is for params: 'decoder.*' for 'decoder.0.weight'"
-    )
+def _checked_rules(rules: RulesLike) -> tuple[Rule, ...]:
+    """Rules that need only names and shapes."""
+    found = as_rules(rules)
+    for rule in found:
+        lacking = {
+            "types": rule.types is not None,
+            "exclude_types": bool(rule.exclude_types),
+            "where": rule.where is not None,
+            "dim='out'": rule.dim == "out",
+            "replace": rule.replace,
+        }
+        said = next((f"{name} needs modules" for name, asked in lacking.items() if asked), None)
+        if said:
+            said += (
+                ", and a checkpoint only has tensors; use names, params and ranks, or build the "
+                "model and call wn_surgery.apply"
+            )
+        elif rule.action == "remove":
+            said = "action='remove' is for models; convert a checkpoint to 'plain' without rules"
+        elif rule.g_init is not None or not rule.train_g:
+            said = (
+                "g_init and train_g are about training; they would change the weights of a "
+                "checkpoint, or be forgotten"
+            )
+        if said:
+            raise RuleError(f"rule `{rule.describe()}`: {said}")
+    return found

@@ -5,104 +5,97 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from functools import cached_property
+from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from wn_surgery.fused.evaluator import Spec
-from wn_surgery.fused.group import gradient_hooks, module_hooks_of
-from wn_surgery.model.layouts import Normed
-from wn_surgery.model.sites import Site
-from wn_surgery.norm.math import KERNEL_DTYPES
+from wn_surgery.fused.sharing import gradient_hooks, module_hooks_of
+from wn_surgery.model.sites import NormedSite
+from wn_surgery.norm.math import KERNEL_DTYPES, PLAIN_TYPES
 from wn_surgery.norm.module_class import is_managed
+from wn_surgery.norm.options import dtype_name
 from wn_surgery.norm.parametrization import WeightNormList
 
-__all__ = ["Choice", "Mode", "Path", "choose", "cut", "is_castable"]
+__all__ = ["Choice", "Mode", "Path", "choose", "cut"]
 
 Mode: TypeAlias = Literal["auto", "triton", "cpu"]
 Path: TypeAlias = Literal["triton", "cpu", "off"]
 
-_PLAIN_TYPES = frozenset({torch.Tensor, nn.Parameter})
 # DDP's buckets: a larger group would hold back the gradients of a whole one.
 _CUDA_BYTES = 25 * 2**20
 # On the CPU a weight is best computed shortly before it is read, while it is in the cache.
 _CPU_BYTES = 2**20
-# What autocast converts the weight of, and nothing else reads it.
+# Layers whose weight is read only where autocast converts it.
 _CASTABLE = (
-    nn.Linear,
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
 
 
 @dataclass(eq=False)
 class Choice:
-    """What happens to one weight-normed parameter.
+    """What happens to one weight-normed parameter; the words are those of a Member."""
 
-    Attributes:
-        site: the parameter.
-        path: ``triton``, ``cpu``, or ``off``: computed as if nothing were fused.
-        why: the reason for ``off``.
-    """
-
-    site: Site
+    site: NormedSite
     path: Path
     why: str = ""
+    group: int | None = None
 
     @property
     def spec(self) -> Spec:
         """What its evaluator needs to know."""
-        norm, tensor = self.site.norm, self.site.tensor
-        assert norm is not None and tensor is not None  # a choice is about a normed site
-        return Spec(tuple(tensor.shape), *norm)
+        return Spec(tuple(self.site.tensor.shape), self.site.norm)
 
-    @property
-    def tensor(self) -> Tensor:
-        """V."""
-        assert self.site.tensor is not None  # a choice is about a normed site
-        return self.site.tensor
-
-    @property
+    @cached_property
     def plist(self) -> WeightNormList:
         """What holds g and v."""
-        lists = self.site.module._modules["parametrizations"]
-        assert isinstance(lists, nn.ModuleDict)
-        plist = lists[self.site.param]
-        assert isinstance(plist, WeightNormList)
-        return plist
+        lists = cast(nn.ModuleDict, self.site.module._modules["parametrizations"])
+        return cast(WeightNormList, lists[self.site.param])
+
+    @property
+    def castable(self) -> bool:
+        """Whether autocast converts this weight wherever it is read."""
+        base = self.site.node.base
+        return (
+            self.path == "triton"
+            and self.site.param == "weight"
+            and self.site.tensor.dtype == torch.float32
+            and any(
+                issubclass(base, kind)
+                and base.forward is kind.forward
+                and getattr(base, "_conv_forward", None) is getattr(kind, "_conv_forward", None)
+                for kind in _CASTABLE
+            )
+        )
 
 
-def choose(site: Site, mode: Mode) -> Choice:
-    """The path of one weight-normed parameter.
-
-    Args:
-        site: a site with ``normed`` true.
-        mode: ``auto``: Triton on CUDA, the CPU path on the CPU; otherwise that path.
-    """
+def choose(site: NormedSite, mode: Mode) -> Choice:
+    """The path of one weight-normed parameter."""
     if why := _why_off(site):
         return Choice(site, "off", why)
-    choice = Choice(site, "cpu")
-    device = choice.tensor.device
-    if mode == "cpu" or (mode == "auto" and device.type == "cpu"):
-        return choice
-    if mode == "auto" and device.type != "cuda":
-        return Choice(site, "off", f"no fused path on {device.type}")
-    triton = importlib.import_module("wn_surgery.fused.triton")
-    why = triton.why_not(device, choice.tensor.dtype, choice.spec)
-    return Choice(site, "off", why) if why else Choice(site, "triton")
+    tensor = site.tensor
+    if mode == "triton":
+        triton = importlib.import_module("wn_surgery.fused.triton.evaluator")
+        why = triton.why_not(tensor.device, tensor.dtype, Choice(site, "triton").spec)
+        return Choice(site, "off", why) if why else Choice(site, "triton")
+    # "auto" does not take Triton's kernels on CUDA before a result in benchmarks/results shows
+    # that they have run on a GPU.
+    if mode == "auto" and tensor.device.type not in ("cpu", "cuda"):
+        return Choice(site, "off", f"no fused path on {tensor.device.type}")
+    return Choice(site, "cpu")
 
 
-def _why_off(site: Site) -> str:
-    held, module = site.held, site.module
-    assert isinstance(held, Normed)  # a choice is about a normed site
+def _why_off(site: NormedSite) -> str:
     if site.node.wrapped not in (None, "DistributedDataParallel"):
         return f"its parameters are sharded by {site.node.wrapped}"
-    if held.layout == "legacy":
+    if site.held.layout == "legacy":
         return "legacy layout: call wn_surgery.migrate(model) first"
-    if held.maker != "wn_surgery" or not is_managed(type(module)):
-        return f"its class is made by {held.maker}: call wn_surgery.migrate(model) first"
-    if why := _why_not_tensors(held.g, held.v):
+    if not site.ours or not is_managed(type(site.module)):
+        return f"its class is made by {site.held.maker}: call wn_surgery.migrate(model) first"
+    if why := _why_not_tensors(site.held.g, site.held.v):
         return why
     plist = Choice(site, "off").plist
     if plist.__dict__.get("slot") is not None:
@@ -112,7 +105,7 @@ def _why_off(site: Site) -> str:
 
 def _why_not_tensors(g: Tensor, v: Tensor) -> str:
     for tensor in (g, v):
-        if type(tensor) not in _PLAIN_TYPES:
+        if type(tensor) not in PLAIN_TYPES:
             return f"its parameters are of class {type(tensor).__name__}"
         if tensor.is_meta:
             return "its parameters are on the meta device"
@@ -121,27 +114,25 @@ def _why_not_tensors(g: Tensor, v: Tensor) -> str:
     if g.dtype != v.dtype or g.device != v.device:
         return "g and v differ in dtype or device"
     if v.dtype not in KERNEL_DTYPES:
-        return f"no fused path for {str(v.dtype).removeprefix('torch.')}"
-    if v.numel() == 0:
-        return "it has no elements"
-    return ""
+        return f"no fused path for {dtype_name(v.dtype)}"
+    return "" if v.numel() else "it has no elements"
 
 
 def cut(choices: Sequence[Choice]) -> Iterator[list[Choice]]:
     """Groups: neighbours of one path, dtype, device and castability, up to a size.
 
-    Whoever has gradient hooks is a group by itself: see :func:`gradient_hooks`.
+    A weight with gradient hooks is a group by itself: see :func:`gradient_hooks`.
     """
     group: list[Choice] = []
     size = 0
     for choice in choices:
         if choice.path == "off":
             continue
-        weight = choice.tensor.nbytes
-        if _has_gradient_hooks(choice):
+        if gradient_hooks((choice.site.held.g, choice.site.held.v)):
             yield [choice]
             continue
-        limit = _CPU_BYTES if choice.tensor.device.type == "cpu" else _CUDA_BYTES
+        weight = choice.site.tensor.nbytes
+        limit = _CPU_BYTES if choice.site.tensor.device.type == "cpu" else _CUDA_BYTES
         if group and (_kind(group[0]) != _kind(choice) or size + weight > limit):
             yield group
             group, size = [], 0
@@ -151,27 +142,6 @@ def cut(choices: Sequence[Choice]) -> Iterator[list[Choice]]:
         yield group
 
 
-def _has_gradient_hooks(choice: Choice) -> bool:
-    plist = choice.plist
-    return gradient_hooks((plist.original0, plist.original1))
-
-
 def _kind(choice: Choice) -> tuple[object, ...]:
-    tensor = choice.tensor
-    return choice.path, tensor.dtype, tensor.device, is_castable(choice)
-
-
-def is_castable(choice: Choice) -> bool:
-    """Whether autocast converts this weight wherever it is read."""
-    base, tensor = choice.site.node.base, choice.tensor
-    return (
-        choice.path == "triton"
-        and choice.site.param == "weight"
-        and tensor.dtype == torch.float32
-        and any(
-            issubclass(base, kind)
-            and base.forward is kind.forward
-            and getattr(base, "_conv_forward", None) is getattr(kind, "_conv_forward", None)
-            for kind in _CASTABLE
-        )
-    )
+    tensor = choice.site.tensor
+    return choice.path, tensor.dtype, tensor.device, choice.castable

@@ -1,4 +1,4 @@
-"""A fused model: its groups, and the hooks that tell when a forward begins and ends."""
+"""Fusing a model: its groups, and the hooks that tell when a forward begins and ends."""
 
 from __future__ import annotations
 
@@ -6,41 +6,175 @@ import functools
 import importlib
 import sys
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, cast, get_args
 from weakref import ReferenceType, WeakSet, ref
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from wn_surgery.fused.choice import (
-    Choice,
-    Mode,
-    Path,
-    choose,
-    cut,
-    is_castable,
-)
-from wn_surgery.fused.cpu import CpuEvaluator
+from wn_surgery.errors import ModelError
+from wn_surgery.fused.choice import Choice, Mode, Path, choose, cut
 from wn_surgery.fused.evaluator import Evaluator
-from wn_surgery.fused.group import (
-    CudaSlot,
-    Group,
-    Slot,
-    infrastructure_mode,
-)
-from wn_surgery.fused.scope import Scope
-from wn_surgery.model.sites import normed
+from wn_surgery.fused.sharing import Group, Scope, Slot, infrastructure_mode
+from wn_surgery.model.sites import as_module, is_folded, normed, walk
 from wn_surgery.norm.math import traced, transformed
 from wn_surgery.norm.parametrization import WeightNormList
 from wn_surgery.norm.slots import RootHook, changes
+from wn_surgery.surgery.execution import execute
+from wn_surgery.surgery.planning import build_migration
 from wn_surgery.tables import render
 
 _is_compiling = torch.compiler.is_dynamo_compiling
 
-__all__ = ["Enter", "Fusion", "Leave", "Member", "hook", "unhook"]
+__all__ = ["Enter", "Fusion", "Leave", "Member", "fuse", "is_fused", "shared", "unfuse"]
+
+
+def fuse(model: nn.Module, mode: Mode = "auto") -> Fusion:
+    """Compute the weights of ``model`` in groups, each once a forward, with one autograd node.
+
+    A group is computed when the first of its weights is read inside ``model(...)``, and kept until
+    that call returns. Elsewhere, and under ``torch.compile``, ``torch.export``, ``torch.jit``,
+    ``torch.func`` and forward-mode AD, a weight is computed as if nothing were fused. Values,
+    parameters, names, state dicts and optimizers stay as they are. Copies and pickles of the
+    model are fused too.
+
+    Modules whose weight norm is ``torch.nn.utils.parametrizations.weight_norm`` become this
+    library's first, as by :func:`wn_surgery.migrate`. Those with the legacy hook are left out.
+
+    Args:
+        model: the module that is called: weights are shared within one call of it. Fuse the
+            generator and the discriminator, not the module that holds both.
+        mode: ``auto``: torch's operators on the CPU and on CUDA; weights that cannot be fused
+            are left out, and the result says why. ``triton`` (kernels for CUDA), ``cpu``
+            (torch's operators, on any device): that path for every weight, or an error.
+
+    Returns:
+        The groups; print it to see which path each weight takes, and why.
+
+    Raises:
+        ModelError: nothing in the model is weight-normed, or ``mode`` names a path that a
+            weight cannot take (``kind="fusion"``); the model is inside ``folded`` or
+            ``writable`` (``kind="folded"``).
+
+    Example:
+        >>> import torch, wn_surgery as wn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> _ = wn.apply(model, {"types": "Linear"})
+        >>> print(wn.fuse(model))
+        weight    path  group
+        --------  ----  -----
+        0.weight  cpu   0
+        1.weight  cpu   0
+        2 of 2 weights in 1 groups
+    """
+    if mode not in get_args(Mode):
+        known = ", ".join(repr(name) for name in get_args(Mode))
+        raise ValueError(f"fuse(mode={mode!r}): expected one of {known}; to end it, use unfuse()")
+    for node in walk(model):
+        if is_folded(node):
+            where = node.paths[0] or type(model).__name__
+            why = f"{where} is inside folded() or writable(); leave it first"
+            raise ModelError(why, kind="folded")
+    found = normed(model)
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} has no weight-normed parameter to fuse; "
+            "call wn_surgery.apply(model, rules) first",
+            kind="fusion",
+        )
+    if any(site.layout == "parametrized" for site in found):
+        execute(build_migration(model, "parametrized", {"parametrized"}))
+    unfuse(model)
+    fusion = Fusion(mode)
+    fusion.build(model)
+    refused = [member for member in fusion.members if member.path == "off"]
+    if mode != "auto" and refused:
+        fusion.release()
+        first = refused[0]
+        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        raise ModelError(
+            f"{first.name}{more} cannot take the path {mode!r}: {first.why}; "
+            "with mode='auto' it is left out",
+            kind="fusion",
+            site=first.name,
+        )
+    _hook(model, fusion)
+    return fusion
+
+
+def unfuse(model: nn.Module) -> int:
+    """End whole-model evaluation in ``model`` and every module below it.
+
+    Returns:
+        How many fused roots there were.
+
+    Example:
+        >>> import torch, wn_surgery as wn
+        >>> layer = torch.nn.Linear(4, 8)
+        >>> _ = wn.apply(layer, {"names": ""})
+        >>> _ = wn.fuse(layer)
+        >>> wn.unfuse(layer), wn.unfuse(layer)
+        (1, 0)
+    """
+    released = [fusion for module in as_module(model).modules() if (fusion := _unhook(module))]
+    for fusion in released:
+        fusion.release()
+    return len(released)
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether ``module`` itself, not only one below it, is a fused root.
+
+    Example:
+        >>> import torch, wn_surgery as wn
+        >>> from wn_surgery.fused import is_fused
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8))
+        >>> _ = wn.apply(model, {"types": "Linear"})
+        >>> _ = wn.fuse(model)
+        >>> is_fused(model), is_fused(model[0])
+        (True, False)
+    """
+    return _fusion_of(module) is not None
+
+
+@contextmanager
+def shared(model: nn.Module) -> Generator[None]:
+    """Inside, several calls of a fused model share one computation of its weights.
+
+    For a discriminator that sees real and generated samples, or for gradient accumulation:
+    the backwards may run together or one after another, also after the context. An optimizer's
+    step inside is seen: what follows is computed from the new g and v. ``model`` is any module
+    tree; the fused roots in it are found.
+
+    Raises:
+        ModelError: nothing in the model is fused (``kind="fusion"``).
+
+    Example:
+        >>> import torch, wn_surgery as wn
+        >>> from wn_surgery.fused import shared
+        >>> layer = torch.nn.Linear(4, 8)
+        >>> _ = wn.apply(layer, {"names": ""})
+        >>> _ = wn.fuse(layer)
+        >>> with shared(layer):
+        ...     real, generated = layer(torch.ones(1, 4)), layer(torch.zeros(1, 4))
+        >>> real.sum().backward(); generated.sum().backward()
+    """
+    found = [fusion for module in as_module(model).modules() if (fusion := _fusion_of(module))]
+    if not found:
+        why = f"{type(model).__name__} is not fused; call wn_surgery.fuse(model) first"
+        raise ModelError(why, kind="fusion")
+    owner = object()
+    try:
+        for fusion in found:
+            fusion.enter(None, owner)
+        yield
+    finally:
+        for fusion in found:
+            fusion.scope.leave(owner)
 
 
 @dataclass(frozen=True)
@@ -68,12 +202,14 @@ class Fusion:
 
     Attributes:
         mode: ``auto``, ``triton`` or ``cpu``.
+        members: the weights, in the order of the model's modules.
+        scope: the call that is under way.
     """
 
     def __init__(self, mode: Mode, *_: object) -> None:  # 0.1.0 pickled a second argument
         self.mode: Mode = mode
         self.members: list[Member] = []
-        self._scope = Scope()
+        self.scope = Scope()
         self._root: ReferenceType[nn.Module] | None = None
         self._groups: list[Group] = []
         self._placed: list[tuple[ReferenceType[WeightNormList], Slot]] = []
@@ -101,40 +237,35 @@ class Fusion:
         return f"Fusion(mode={self.mode!r}, {counts})"
 
     def build(self, root: nn.Module) -> None:
-        """Look at the model as it is now, and cut it into groups."""
+        """Cut the model, as it is now, into groups; unhook it if it has no weight norm left."""
         self.release()
         self._root = ref(root)
         self._seen = changes.count
-        self._scope.stale = False
+        self.scope.stale = False
         choices = [choose(site, self.mode) for site in normed(root)]
-        numbers: dict[int, int] = {}
-        for number, chosen in enumerate(cut(choices)):
+        for chosen in cut(choices):
+            for choice in chosen:
+                choice.group = len(self._groups)
             self._groups.append(self._group(chosen))
-            numbers.update((id(choice), number) for choice in chosen)
-        self.members = [
-            Member(choice.site.name, choice.path, choice.why, numbers.get(id(choice)))
-            for choice in choices
-        ]
+        self.members = [Member(c.site.name, c.path, c.why, c.group) for c in choices]
+        if not choices:
+            _unhook(root)
 
     def _group(self, members: Sequence[Choice]) -> Group:
-        first = members[0]
-        device, dtype = first.tensor.device, first.tensor.dtype
-        # On CUDA one launch computes them all, and the allocator keeps their memory at hand.
-        group = Group(self._scope, dtype, device, _evaluator(members), device.type != "cpu")
-        for choice in members:
-            slot = (
-                CudaSlot(group, choice.plist, choice.spec, device.index or 0, is_castable(choice))
-                if device.type == "cuda"
-                else Slot(group, choice.plist, choice.spec)
-            )
-            group.slots.append(slot)
-            choice.plist.__dict__["slot"] = slot
+        tensor, specs = members[0].site.tensor, [choice.spec for choice in members]
+        evaluator = Evaluator(specs)
+        if members[0].path == "triton":
+            triton = importlib.import_module("wn_surgery.fused.triton.evaluator")
+            evaluator = triton.TritonEvaluator(specs, tensor.dtype, tensor.device)
+        group = Group(self.scope, tensor.dtype, tensor.device, evaluator)
+        for choice, spec in zip(members, specs, strict=True):
+            slot = group.add(choice.plist, spec, choice.castable)
             self._placed.append((ref(choice.plist), slot))
         return group
 
     def release(self) -> None:
         """Take all slots out of the model."""
-        self.forget()
+        self.scope.forget()
         for held, slot in self._placed:
             plist = held()
             if plist is not None and plist.__dict__.get("slot") is slot:
@@ -143,70 +274,27 @@ class Fusion:
         self._groups.clear()
         self.members.clear()
 
-    def forget(self) -> None:
-        """Drop every value; the next read computes it again."""
-        self._scope.forget()
-
     def enter(self, root: nn.Module | None, owner: object) -> None:
-        """A call of the root begins.
-
-        Args:
-            root: what is called; ``None`` where it will be called several times.
-            owner: as for :meth:`wn_surgery.fused.scope.Scope.enter`.
-        """
+        """A call of ``root`` begins (``None``: several calls will); see :meth:`Scope.enter`."""
         if root is not None and "_is_replica" in root.__dict__:  # DataParallel's
             return
         held = self._root() if self._root is not None else None
         root = root if root is not None else held
         if root is None or traced() or transformed() or infrastructure_mode():
             return
-        if not self._scope.enter(owner):
+        if not self.scope.enter(owner):
             return
-        if held is not root or self._scope.stale or self._seen != changes.count:
+        if held is not root or self.scope.stale or self._seen != changes.count:
             self.build(root)
             if not self.members:
-                self._scope.leave(owner)
-                unhook(root)
-
-    def leave(self, owner: object) -> None:
-        """The call of ``owner`` ends."""
-        self._scope.leave(owner)
+                self.scope.leave(owner)
 
 
-def _evaluator(members: Sequence[Choice]) -> Evaluator:
-    specs = [choice.spec for choice in members]
-    if members[0].path == "cpu":
-        return CpuEvaluator(specs)
-    triton = importlib.import_module("wn_surgery.fused.triton.evaluator")
-    tensor = members[0].tensor
-    evaluator: Evaluator = triton.TritonEvaluator(specs, tensor.dtype, tensor.device)
-    return evaluator
-
+# Hooks ----------------------------------------------------------------------------------------
 
 # Not a number, as register_forward_hook would take: torch counts them anew in each process, and
 # a later hook would take the place of one that was unpickled.
 _KEY = cast(int, "wn_surgery.fused")
-
-
-def hook(root: nn.Module, fusion: Fusion) -> None:
-    """Let ``fusion`` know of the calls of ``root``: before every other hook, after the forward."""
-    before = cast("OrderedDict[int, Any]", root._forward_pre_hooks)
-    before[_KEY] = Enter(fusion)
-    before.move_to_end(_KEY, last=False)
-    root._forward_hooks[_KEY] = Leave(fusion)
-    root._forward_hooks_always_called[_KEY] = True
-
-
-def unhook(root: nn.Module) -> Fusion | None:
-    """Take the hooks off ``root``; the fusion they belonged to."""
-    found: Fusion | None = None
-    for hooks in (root._forward_pre_hooks, root._forward_hooks):
-        for key, hook in list(hooks.items()):
-            if isinstance(hook, Enter | Leave):
-                found = hook.fusion
-                del hooks[key]
-                root._forward_hooks_always_called.pop(key, None)
-    return found
 
 
 class Enter(RootHook):
@@ -223,8 +311,6 @@ class Enter(RootHook):
     def settle(self, root: nn.Module) -> None:
         """See :class:`wn_surgery.norm.slots.RootHook`."""
         self.fusion.build(root)
-        if not self.fusion.members:
-            unhook(root)
 
 
 class Leave:
@@ -236,7 +322,34 @@ class Leave:
     def __call__(self, _module: nn.Module, _inputs: Any, _outputs: Any) -> None:
         """End a call."""
         if not _is_compiling():
-            self.fusion.leave(sys._getframe(1))
+            self.fusion.scope.leave(sys._getframe(1))
+
+
+def _hook(root: nn.Module, fusion: Fusion) -> None:
+    """Let ``fusion`` know of the calls of ``root``: before every other hook, after the forward."""
+    before = cast("OrderedDict[int, Any]", root._forward_pre_hooks)
+    before[_KEY] = Enter(fusion)
+    before.move_to_end(_KEY, last=False)
+    root._forward_hooks[_KEY] = Leave(fusion)
+    root._forward_hooks_always_called[_KEY] = True
+
+
+def _unhook(root: nn.Module) -> Fusion | None:
+    """Take the hooks off ``root``; the fusion they belonged to."""
+    found: Fusion | None = None
+    for hooks in (root._forward_pre_hooks, root._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(hook, Enter | Leave):
+                found = hook.fusion
+                del hooks[key]
+                root._forward_hooks_always_called.pop(key, None)
+    return found
+
+
+def _fusion_of(module: nn.Module) -> Fusion | None:
+    """The fusion whose root is ``module``."""
+    hooks: list[object] = list(module._forward_pre_hooks.values())
+    return next((hook.fusion for hook in hooks if isinstance(hook, Enter)), None)
 
 
 _FUSIONS: WeakSet[Fusion] = WeakSet()
@@ -245,10 +358,10 @@ _FUSIONS: WeakSet[Fusion] = WeakSet()
 @functools.cache
 def _watch_optimizers() -> None:
     """Ask torch to tell of every optimizer's step; once, at the first fused model."""
-    register_optimizer_step_post_hook(_after_step)
 
+    def after_step(*_: Any) -> None:
+        # Fused optimizers write without raising the version of what they write.
+        for fusion in list(_FUSIONS):
+            fusion.scope.forget()
 
-def _after_step(*_: Any) -> None:
-    # Fused optimizers write without raising the version of what they write.
-    for fusion in list(_FUSIONS):
-        fusion.forget()
+    register_optimizer_step_post_hook(after_step)

@@ -1,33 +1,32 @@
-"""Weight norm on Hugging Face models: by a config that is saved and reloaded with them.
+"""Weight norm on Hugging Face models, by a config that is saved and reloaded with them.
 
-Importing this module lets ``from_pretrained`` rebuild the weight norm that a checkpoint's config
-speaks of.
+Importing this package lets ``from_pretrained`` rebuild the weight norm that a checkpoint's config
+describes.
 
 In: models, configs and folders of transformers.
 Out: the same with weight norm, or without.
 Imports: errors, norm, rules, model, checkpoints.
 """
 
+try:
+    import transformers.core_model_loading  # noqa: F401 - as an early test that it is there
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "wn_surgery.huggingface needs transformers 5 or newer: "
+        "pip install 'wn-surgery[transformers]'",
+        name=error.name,
+    ) from error
+
 from wn_surgery.huggingface.adapters import merge_adapter, merge_and_unload
-from wn_surgery.huggingface.config import WeightNormConfig
+from wn_surgery.huggingface.config import WeightNormConfig, rules_for
 from wn_surgery.huggingface.folders import apply_folder, built_in_keys, model_on_meta
+from wn_surgery.huggingface.loading import register
 from wn_surgery.huggingface.patching import patch_model, repair, unpatch_model
-from wn_surgery.huggingface.presets import rules_for
-from wn_surgery.huggingface.reload import register
 from wn_surgery.huggingface.saving import save_pretrained
 
 __all__ = [
-    "WeightNormConfig",
-    "apply_folder",
-    "built_in_keys",
-    "merge_adapter",
-    "merge_and_unload",
-    "model_on_meta",
-    "patch_model",
-    "repair",
-    "rules_for",
-    "save_pretrained",
-    "unpatch_model",
-]
+    "WeightNormConfig", "apply_folder", "built_in_keys", "merge_adapter", "merge_and_unload",
+    "model_on_meta", "patch_model", "repair", "rules_for", "save_pretrained", "unpatch_model",
+]  # fmt: skip
 
 register()

@@ -16,31 +16,28 @@ _SKIP = Rule(action="skip", names=[f"**.{prefix}*.**" for prefix in _ADAPTERS], 
 
 
 def without_adapters(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """The rules, and one that leaves adapters alone unless a rule names them.
-
-    An adapter starts at zero, where no direction is; a broad rule would hit it.
-    """
-    paths = (path for path, _ in model.named_modules())
-    there = any(part.startswith(_ADAPTERS) for path in paths for part in path.split("."))
-    named = any(
-        prefix in name for rule in rules for name in rule.names or () for prefix in _ADAPTERS
-    )
+    """Return the rules, and one that skips adapters unless a rule names them."""
+    # A broad rule would match them. LoRA matrices start at zero and cannot be normalised.
+    parts = {part for path, _ in model.named_modules() for part in path.split(".")}
+    names = [name for rule in rules for name in rule.names or ()]
+    named = any(prefix in name for name in names for prefix in _ADAPTERS)
+    there = any(part.startswith(_ADAPTERS) for part in parts)
     return (*rules, _SKIP) if there and not named else rules
 
 
 def merge_and_unload(model: Any, **kwargs: Any) -> nn.Module:
-    """``model.merge_and_unload()`` for a PEFT model whose base has weight norm.
+    """Call ``model.merge_and_unload()`` on a PEFT model whose base has weight norm.
 
-    PEFT adds an adapter to ``layer.weight.data``. Of a weight-normed layer that is a tensor just
-    computed, and the adapter is lost without a word. Here weights are Parameters meanwhile, and g
-    and v follow them.
+    PEFT adds an adapter to ``layer.weight.data``. Of a weight-normed layer that is a computed
+    tensor, and the adapter is silently lost. Here the weights are Parameters during the call, and
+    g and v follow them.
 
     Args:
         model: a PEFT model; LoRA, DoRA and others that merge.
         kwargs: to PEFT's method, such as ``safe_merge``.
 
     Returns:
-        The base model, weight-normed as before, with the adapters merged.
+        The base model with its weight norm and with the adapters merged.
 
     Raises:
         TypeError: the model has no adapters that merge.
@@ -48,13 +45,11 @@ def merge_and_unload(model: Any, **kwargs: Any) -> nn.Module:
 
     Example:
         >>> import peft, torch, wn_surgery as wn
-        >>> from collections import OrderedDict
         >>> from wn_surgery.huggingface import merge_and_unload
-        >>> model = torch.nn.Sequential(OrderedDict(proj=torch.nn.Linear(4, 8)))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8))
         >>> _ = wn.apply(model, "linears")
-        >>> tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["proj"]))
-        >>> merged = merge_and_unload(tuned)
-        >>> wn.sites(merged)[0].layout
+        >>> tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
+        >>> wn.sites(merge_and_unload(tuned))[0].layout
         'parametrized'
     """
     merged: nn.Module = _merged(model, "merge_and_unload", kwargs)
@@ -62,9 +57,9 @@ def merge_and_unload(model: Any, **kwargs: Any) -> nn.Module:
 
 
 def merge_adapter(model: Any, **kwargs: Any) -> None:
-    """``model.merge_adapter()`` for a PEFT model whose base has weight norm.
+    """Call ``model.merge_adapter()`` on a PEFT model whose base has weight norm.
 
-    ``model.unmerge_adapter()`` is to be called inside ``wn_surgery.writable(model)`` likewise.
+    Call ``model.unmerge_adapter()`` inside ``wn_surgery.writable(model)`` in the same way.
 
     Args:
         model: a PEFT model.

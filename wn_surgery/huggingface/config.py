@@ -1,36 +1,44 @@
-"""The config: rules and the sites they gave, as JSON inside the model's own config."""
+"""The config of a patched model, and the note of it in the model's own config."""
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import wn_surgery as wn
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
 from wn_surgery.errors import RuleError
-from wn_surgery.huggingface.bases import PreTrainedModel, QuantizationConfigMixin
+from wn_surgery.model.sites import normed
 from wn_surgery.norm import savers
+from wn_surgery.rules.fields import did_you_mean
+from wn_surgery.rules.presets import preset
 from wn_surgery.rules.sources import Rule, RulesLike, as_rules
 
-__all__ = ["FILE", "METHOD", "ConfigLike", "WeightNormConfig", "as_config", "recorded"]
+__all__ = [
+    "METHOD", "ConfigLike", "WeightNormConfig", "as_config", "fill_in", "forget", "nested",
+    "own_config", "recorded", "rules_for", "write",
+]  # fmt: skip
 
 VERSION = 1
 FILE = "weight_norm_config.json"
-# What transformers prints where this library has not been imported ("Unknown quantization type,
-# got ...", and in guard.py "Unknown fusion type: ..."), so it says what to do.
+# transformers prints this name where this library has not been imported ("Unknown quantization
+# type, got ..." and "Unknown fusion type: ..."), so the name says what to do.
 METHOD = "weight_norm (pip install wn-surgery, and import wn_surgery.huggingface before loading)"
-
-_KNOWN = ("quant_method", "version", "rules", "sites", "model_type")
+_GUARD = "fusion_config"
 
 
 class WeightNormConfig(QuantizationConfigMixin):
     """Rules for :func:`patch_model`, and once it has run the sites where they put weight norm.
 
     It travels as the model config's ``quantization_config``, the one place where transformers lets
-    another library take part in loading. A reload replays the sites: rules that match otherwise in
-    another release, or a preset that has changed, do not change what a checkpoint means.
+    another library take part in loading. A reload replays the sites, so a checkpoint keeps its
+    meaning when rules match differently in another release or a preset changes.
 
     Args:
         rules: a rule, a list of rules or dicts, a path to YAML or JSON, or a preset's name;
@@ -40,7 +48,7 @@ class WeightNormConfig(QuantizationConfigMixin):
         version: of the format.
 
     Raises:
-        RuleError: the rules are wrong, or hold a predicate, which no file can.
+        RuleError: the rules are wrong, or hold a predicate, which cannot be written to a file.
 
     Example:
         >>> from wn_surgery.huggingface import WeightNormConfig
@@ -69,47 +77,42 @@ class WeightNormConfig(QuantizationConfigMixin):
         self.version = version
         self.rules: tuple[Rule, ...] | None = None if rules is None else as_rules(rules)
         for rule in self.rules or ():
-            rule.to_dict()  # a predicate is refused here, by name
+            rule.to_dict()  # refuses a predicate, by name
         self.sites = None if sites is None else [dict(site) for site in sites]
         self.model_type = model_type
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as JSON data."""
+        """Return the config as JSON data."""
         self._warn_of_absent_sites()
-        rules = None if self.rules is None else [rule.to_dict() for rule in self.rules]
         return {
             "quant_method": self.quant_method,
             "version": self.version,
-            "rules": rules,
+            "rules": None if self.rules is None else [rule.to_dict() for rule in self.rules],
             "sites": None if self.sites is None else [dict(site) for site in self.sites],
             "model_type": self.model_type,
         }
 
     def _warn_of_absent_sites(self) -> None:
-        """Say so where a model is being saved that has none of the weight norm noted here.
-
-        ``from_config`` builds a plain model on a config that speaks of weight norm.
-        """
+        # from_config() builds a plain model on a config that names weight norm; this is its saving.
         frame = savers.asking()
         model = None if frame is None else frame.f_locals["self"]
         if frame is None or not self.sites or not isinstance(model, PreTrainedModel):
             return
-        if recorded(model.config) is self and not any(site.normed for site in wn.sites(model)):
-            name = type(model).__name__
+        if recorded(model.config) is self and not normed(model):
             savers.warn(
                 frame,
-                f"the config of {name} speaks of weight norm on {self.sites[0]['name']}, which the "
-                "model does not have; from_pretrained will put it there. patch_model(model, "
-                "model.config.quantization_config) puts it there now, and unpatch_model(model) "
-                "takes it out of the config",
+                f"the config of {type(model).__name__} names weight norm on "
+                f"{self.sites[0]['name']}, which the model does not have; from_pretrained will put "
+                "it there. patch_model(model, model.config.quantization_config) puts it there now, "
+                "and unpatch_model(model) takes it out of the config",
             )
 
     def get(self, key: str, default: Any = None) -> Any:
-        """As of the dict that transformers reads from a file: it asks either for its method."""
+        """Return a field, as a dict does: transformers asks either for its method."""
         return self.to_dict().get(key, default)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write ``weight_norm_config.json`` into a folder, which is made if it is not there."""
+        """Write ``weight_norm_config.json`` into a folder, which is made if it does not exist."""
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -146,30 +149,11 @@ class WeightNormConfig(QuantizationConfigMixin):
 
 
 ConfigLike: TypeAlias = WeightNormConfig | RulesLike | None
-"""A config, whatever stands for rules, or None for the usual rules of the model's type."""
+"""A config, anything that gives rules, or None for the usual rules of the model's type."""
 
 
 def as_config(config: ConfigLike) -> WeightNormConfig:
-    """The config that somebody means.
-
-    Args:
-        config: a config, which is returned; the same as JSON data; a rule, a list of rules or
-            dicts, a path to YAML or JSON, or a preset's name; None for :func:`rules_for` the
-            model's type.
-
-    Returns:
-        The config.
-
-    Raises:
-        RuleError: the rules are wrong.
-
-    Example:
-        >>> from wn_surgery.huggingface.config import as_config
-        >>> as_config([{"names": "head"}]).rules[0].names
-        ('head',)
-        >>> as_config(None).rules is None
-        True
-    """
+    """Return the config that is meant: the same one, one from JSON data, or a new one of rules."""
     if isinstance(config, WeightNormConfig):
         return config
     if isinstance(config, Mapping) and _is_ours(config):
@@ -177,13 +161,140 @@ def as_config(config: ConfigLike) -> WeightNormConfig:
     return WeightNormConfig(config)
 
 
+# The note in a model's config -------------------------------------------------------------------
+
+
 def recorded(config: Any) -> WeightNormConfig | None:
-    """What a model's config says about weight norm; as JSON data where no model was loaded."""
+    """Return the note in a model's config; it is JSON data there if no model was loaded."""
     held = getattr(config, "quantization_config", None)
     if isinstance(held, WeightNormConfig):
         return held
     return WeightNormConfig(**held) if isinstance(held, Mapping) and _is_ours(held) else None
 
 
+def write(config: Any, note: WeightNormConfig) -> None:
+    """Note in a model's config where weight norm is, with a guard for those who cannot read it.
+
+    transformers only warns of a quantization that it does not know, and goes on with random
+    weights. A fusion that it does not know is an error, before the model is built. So the config
+    also asks for a fusion whose name says what to install. ``False`` means that it does nothing.
+    """
+    config.quantization_config = note
+    setattr(config, _GUARD, {**(getattr(config, _GUARD, None) or {}), METHOD: False})
+
+
+def forget(config: Any) -> None:
+    """Take the note and its guard out of a model's config, which may ask for other fusions."""
+    if recorded(config) is None:
+        return
+    vars(config).pop("quantization_config")
+    fusions = dict(getattr(config, _GUARD, None) or {})
+    if fusions.pop(METHOD, None) is None:
+        return
+    if fusions:
+        setattr(config, _GUARD, fusions)
+    else:
+        vars(config).pop(_GUARD)
+
+
+def nested(config: Any) -> Iterator[Any]:
+    """Yield the configs inside a model's config, which belong to parts of the model."""
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            yield value
+            yield from nested(value)
+
+
+def own_config(model: nn.Module) -> None:
+    """Give a model a copy of its config, so that a note in it is not read for another model.
+
+    Models made from one config object share it, and a part of a model shares that of the whole.
+    """
+    copies: dict[int, Any] = {}
+    config: Any = model.config
+    for part in nested(copy.deepcopy(config, copies)):
+        forget(part)  # of a part that was patched by itself: the note of the whole counts
+    for module in model.modules():
+        held = vars(module)
+        # Under any attribute name; a part of the config goes over to its copy.
+        for name, value in list(held.items()):
+            if isinstance(value, PreTrainedConfig) and id(value) in copies:
+                held[name] = copies[id(value)]
+
+
+def fill_in(
+    sites: Iterable[Mapping[str, Any]] | None, more: Iterable[Mapping[str, Any]] | None
+) -> list[dict[str, Any]]:
+    """Return the sites with what ``more`` says of their g, where they do not say it themselves."""
+    known = {site["name"]: site for site in more or ()}
+    filled = [dict(site) for site in sites or ()]
+    for site in filled:
+        for key, value in known.get(site["name"], {}).items():
+            if key in ("g_init", "train_g"):
+                site.setdefault(key, value)
+    return filled
+
+
 def _is_ours(data: Any) -> bool:
     return isinstance(data, Mapping) and "weight_norm" in str(data.get("quant_method"))
+
+
+# The usual rules of a model type ----------------------------------------------------------------
+
+# Every projection of attention and of the MLP; no embedding, head or norm.
+_PROJECTIONS: dict[str, Any] = {
+    "names": [
+        "**.{self_attn,self_attention,attn,attention,mlp,feed_forward}.**",
+        "**.{q,k,v,o,gate,up,down}_proj",
+    ],
+    "types": ["Linear", "transformers.pytorch_utils.Conv1D"],
+    "dim": "out",
+}
+_BLOCKS: dict[str, Any] = {"names": "**.encoder.layer.*.**", "types": "Linear"}
+_DECODERS = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"),
+    *("gpt2", "gpt_neox", "gptj", "opt", "falcon", "olmo", "olmo2", "smollm3"),
+)
+_VOCODERS = (
+    *("speecht5_hifigan", "hifigan", "fastspeech2_conformer_hifigan", "univnet", "vits"),
+    *("encodec", "dac", "mimi", "xcodec", "snac"),
+)
+_RULES: dict[str, str | dict[str, Any]] = {
+    **dict.fromkeys(_DECODERS, _PROJECTIONS),
+    **dict.fromkeys(_VOCODERS, "hifigan"),
+    **dict.fromkeys(["wav2vec2", "hubert", "wavlm"], "wav2vec2"),
+    **dict.fromkeys(["bert", "roberta", "dinov2"], _BLOCKS),
+    "vit": {"names": "**.{encoder.layer,layers}.*.**", "types": "Linear"},
+    "t5": {"names": "**.block.*.layer.*.**", "types": "Linear"},
+}
+
+
+def rules_for(model_type: str) -> tuple[Rule, ...]:
+    """Return the usual rules for a model type: ``model.config.model_type``.
+
+    For decoders every attention and MLP projection, for encoders the linear layers of their
+    blocks, for vocoders and codecs every convolution (preset ``"hifigan"``), for wav2vec2, HuBERT
+    and WavLM the positional convolution (preset ``"wav2vec2"``). Embeddings and heads are left as
+    they are; for a classifier of ViT or DINOv2 there is the preset ``"dino-head"``.
+
+    Args:
+        model_type: as transformers names it.
+
+    Returns:
+        The rules.
+
+    Raises:
+        RuleError: there are none for this type.
+
+    Example:
+        >>> from wn_surgery.huggingface import rules_for
+        >>> print(rules_for("bert")[0].describe())
+        apply types=Linear names=**.encoder.layer.*.**
+    """
+    rules = _RULES.get(model_type)
+    if rules is None:
+        raise RuleError(
+            f"there are no usual rules for model type {model_type!r}"
+            f"{did_you_mean(model_type, _RULES)}; give the rules: patch_model(model, [{{...}}])"
+        )
+    return preset(rules) if isinstance(rules, str) else as_rules(rules)

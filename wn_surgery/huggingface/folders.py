@@ -1,4 +1,4 @@
-"""Folders of transformers models, without their weights."""
+"""Folders of transformers models: built without weights, and patched."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 import wn_surgery as wn
-from wn_surgery.checkpoints.atomic import atomic_folder
 from wn_surgery.checkpoints.folders import copy_companions, find
+from wn_surgery.checkpoints.io.atomic import atomic_folder
 from wn_surgery.errors import CheckpointError
-from wn_surgery.huggingface import reload
-from wn_surgery.huggingface.bases import PreTrainedModel
 from wn_surgery.huggingface.config import WeightNormConfig
+from wn_surgery.huggingface.loading import register
 from wn_surgery.huggingface.patching import patch_model
 from wn_surgery.model.state_keys import keys_of
 from wn_surgery.rules.sources import RulesLike, as_rules
@@ -24,15 +24,12 @@ __all__ = ["apply_folder", "built_in_keys", "model_on_meta"]
 
 
 def model_on_meta(folder: str | os.PathLike[str]) -> PreTrainedModel:
-    """The model of a folder, of its class, on the meta device: no weight is read.
+    """Build the model of a folder on the meta device, without reading weights.
 
-    Code that a folder brings along is not run.
+    Code in the folder is not run. Weight norm that :func:`patch_model` put on is not there.
 
     Args:
         folder: with a ``config.json``.
-
-    Returns:
-        The model as its class builds it; weight norm that :func:`patch_model` put on is not there.
 
     Raises:
         CheckpointError: there is no such config, or transformers does not know the class.
@@ -46,7 +43,7 @@ def model_on_meta(folder: str | os.PathLike[str]) -> PreTrainedModel:
         ...     model_on_meta(folder).embeddings.word_embeddings.weight.device
         device(type='meta')
     """
-    reload.register()
+    register()
     try:
         config = transformers.AutoConfig.from_pretrained(Path(folder), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -54,8 +51,8 @@ def model_on_meta(folder: str | os.PathLike[str]) -> PreTrainedModel:
         raise CheckpointError(
             f"{str(folder)!r} has no config that transformers reads: {said}"
         ) from error
-    name = (config.architectures or [""])[0]
-    cls: Any = getattr(transformers, str(name), None)
+    name = str((config.architectures or [""])[0])
+    cls: Any = getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise CheckpointError(
             f"{str(folder)!r}: transformers {transformers.__version__} has no class {name!r}; "
@@ -69,15 +66,12 @@ def model_on_meta(folder: str | os.PathLike[str]) -> PreTrainedModel:
 
 
 def built_in_keys(folder: str | os.PathLike[str]) -> frozenset[str]:
-    """The plain keys of the weights on which the class of a model puts weight norm itself.
+    """Return the plain keys of the weights on which the class of a model puts weight norm itself.
 
-    A checkpoint of such a class has to hold g and v: it has no place for a plain weight.
+    A checkpoint of such a class has to hold g and v: the class does not read a plain weight.
 
     Args:
-        folder: with a ``config.json``.
-
-    Returns:
-        The keys; none for a class that transformers does not know.
+        folder: with a ``config.json``. For a class that transformers does not know there are none.
     """
     try:
         return frozenset(key.weight for key in keys_of(model_on_meta(folder)))
@@ -88,11 +82,11 @@ def built_in_keys(folder: str | os.PathLike[str]) -> frozenset[str]:
 def apply_folder(
     source: str | os.PathLike[str], target: str | os.PathLike[str], rules: RulesLike | None
 ) -> wn.Report:
-    """Load a model, put weight norm on it, and save it with what its folder has beside weights.
+    """Load a model, put weight norm on it, and save it with the folder's other files.
 
     Args:
         source: a folder that ``from_pretrained`` reads.
-        target: a folder that is not there yet, or empty; it appears whole or not at all.
+        target: a folder that does not exist yet, or an empty one; it is written atomically.
         rules: for :func:`patch_model`; None for those of the model's type.
 
     Returns:
@@ -114,14 +108,14 @@ def apply_folder(
         ...     len(report.changed)
         78
     """
-    folder, goal = Path(source), Path(target)
+    folder = Path(source)
     cls = type(model_on_meta(folder))
     found = find(folder)
     if found.patched is not None:
         raise CheckpointError(f"{str(folder)!r} is weight-normed already; strip it first")
     model = cls.from_pretrained(folder, local_files_only=True, dtype="auto")
     report = patch_model(model, WeightNormConfig(None if rules is None else as_rules(rules)))
-    with atomic_folder(goal, like=folder) as made:
+    with atomic_folder(Path(target), like=folder) as made:
         copy_companions(found, made, plain=False)
         model.save_pretrained(made)
     return report

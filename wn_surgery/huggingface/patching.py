@@ -1,4 +1,4 @@
-"""Patching a model by config, and taking every kind of weight norm off again."""
+"""Patching a model by a config, replaying the sites of one, and taking weight norm off again."""
 
 from __future__ import annotations
 
@@ -7,21 +7,25 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 import wn_surgery as wn
-from wn_surgery.huggingface import embeddings, noting
-from wn_surgery.huggingface.bases import PreTrainedModel
-from wn_surgery.huggingface.config import ConfigLike, as_config, recorded
-from wn_surgery.huggingface.conversions import is_ours, save_as_built
-from wn_surgery.huggingface.placing import put
+from wn_surgery.huggingface import config as configs
+from wn_surgery.huggingface import conversions, embeddings
+from wn_surgery.huggingface.adapters import without_adapters
+from wn_surgery.huggingface.config import ConfigLike, WeightNormConfig, fill_in, recorded
 from wn_surgery.model import records, reloading
+from wn_surgery.model.sites import normed
 from wn_surgery.model.state_keys import keys_of
+from wn_surgery.rules.sources import Rule
 
-__all__ = ["patch_model", "repair", "unpatch_model"]
+__all__ = ["freeze", "patch_model", "put", "repair", "unpatch_model"]
 
 
-def patch_model(model: PreTrainedModel, config: ConfigLike = None) -> wn.Report:
-    """Put weight norm on a model, and note in its config where.
+def patch_model(
+    model: PreTrainedModel, config: ConfigLike = None, *, optimizers: Any = ()
+) -> wn.Report:
+    """Put weight norm on a model, note in its config where, and return what was done.
 
     ``model.save_pretrained(folder)`` then saves g and v, and ``from_pretrained(folder)`` gives the
     patched model back wherever ``wn_surgery.huggingface`` has been imported.
@@ -31,24 +35,22 @@ def patch_model(model: PreTrainedModel, config: ConfigLike = None) -> wn.Report:
         config: a :class:`WeightNormConfig`, or its rules: a rule, a list of rules or dicts, a
             file, or a preset's name; None for :func:`rules_for` the model's type. A config that
             has sites already, from another model of the same kind, is replayed instead.
+        optimizers: optimizers that hold the weights, which get g and v in their place.
 
     Returns:
-        What was done. ``model.config`` is a copy from now on, which no other model has, and
+        What was done. ``model.config`` is now a copy that no other model shares, and
         ``model.config.quantization_config`` the config with its sites.
 
     Raises:
-        WeightNormError: the rules do not fit the model; see :func:`wn_surgery.apply`.
+        WeightNormError: the rules do not fit the model; see :func:`wn_surgery.apply`. The model is
+            quantized, or its config says it will be. The config is of another kind of model.
         RuleError: the rules are wrong, or None for a model type that has no usual ones.
-        ModelError: the model is quantized, or its config says it will be.
-        UnmatchedRuleError: the config is of another kind of model. Nothing has changed then.
         TypeError: ``model`` is not a model of transformers.
 
     Example:
         >>> from transformers import BertConfig, BertModel
         >>> from wn_surgery.huggingface import patch_model
-        >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-        ...                   intermediate_size=16, vocab_size=20)
-        >>> model = BertModel(tiny)
+        >>> model = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
         >>> len(patch_model(model).changed)
         6
         >>> model.config.quantization_config.sites[0]["name"]
@@ -59,47 +61,39 @@ def patch_model(model: PreTrainedModel, config: ConfigLike = None) -> wn.Report:
             f"expected a model of transformers, got {type(model).__name__}; for any other module "
             "there is wn_surgery.apply(model, rules)"
         )
-    config = as_config(config)
-    _refuse_quantized(model)
+    config = configs.as_config(config)
+    held = recorded(model.config)
+    _refuse_quantized(model, held)
     model_type = model.config.model_type
-    tied = embeddings.ties_of(model)
     if config.sites is not None and config.model_type not in (None, model_type):
         raise wn.UnmatchedRuleError(
             f"the config was made for a {config.model_type} model, this is a {model_type}; "
             "patch it with WeightNormConfig(rules=[...]) of its own"
         )
-    held = recorded(model.config)
-    # The config may be that of another model, and speak of what this one does not have.
+    # The note may be that of another model, with sites that this one does not have.
     there = {site["name"] for site in records.record(model)}
     before = [site for site in (held.sites if held else None) or () if site["name"] in there]
     noted = copy.deepcopy(config)
-    report = put(model, noted)
-    embeddings.follow(model, tied)
-    if (conversions := getattr(model, "_weight_conversions", None)) is not None:
-        # Left by a checkpoint or by unpatch_model(): saving would undo what has just been done.
-        kept: Any = [each for each in conversions if not is_ours(each)]
-        model._weight_conversions = kept
-    noted.sites = noting.joined(noted.sites, before)
-    noting.of_its_own(model)
-    noting.write(model.config, noted)
+    report = put(model, noted, optimizers=optimizers)
+    conversions.drop_ours(model)  # those left by a checkpoint or by unpatch_model()
+    noted.sites = fill_in(noted.sites, before)
+    configs.own_config(model)
+    configs.write(model.config, noted)
     return report
 
 
 def unpatch_model(model: nn.Module, *, optimizers: Any = ()) -> wn.Report:
-    """Take all weight norm off a model, bit for bit, and forget the config.
+    """Take all weight norm off a model, bit for bit, forget the config, and return what was done.
 
-    Also the weight norm that a model of transformers puts on itself, in whichever form of torch:
-    the vocoders and codecs whose own ``remove_weight_norm()`` raises (docs/huggingface.md). Where
-    the class puts it on when it is built, ``model.save_pretrained`` goes on writing g and v, so
-    that the checkpoint loads as ever; also for a model of diffusers or a ``PyTorchModelHubMixin``,
-    and for a model of which this is a part.
+    This includes the weight norm that a model of transformers puts on itself, in either layout of
+    torch: the vocoders and codecs whose own ``remove_weight_norm()`` raises (docs/huggingface.md).
+    Where the class puts it on when it is built, ``model.save_pretrained`` still writes g and v, so
+    that the checkpoint loads as before. This holds for a model of diffusers or a
+    ``PyTorchModelHubMixin`` too, and for a model of which this is a part.
 
     Args:
         model: any module.
         optimizers: optimizers that hold g and v, which get the weight in their place.
-
-    Returns:
-        What was done.
 
     Raises:
         WeightNormError: as :func:`wn_surgery.remove` does.
@@ -114,30 +108,25 @@ def unpatch_model(model: nn.Module, *, optimizers: Any = ()) -> wn.Report:
     """
     keys = keys_of(model)
     report = wn.remove(model, optimizers=optimizers)
-    foreign = any(not key.site.ours for key in keys)
-    # Ours reads plain weights, but diffusers reads key by key, past the hooks of modules.
+    foreign = not all(key.site.ours for key in keys)
+    # A model with our weight norm reads plain weights. But diffusers reads key by key, without
+    # calling the hooks of modules.
     if foreign or reloading.is_model_of(model) == "diffusers":
         reloading.save_as_built(model)
     if isinstance(model, PreTrainedModel):
-        save_as_built(model, [key.weight for key in keys])
+        conversions.save_as_built(model, [key.weight for key in keys])
         embeddings.unfollow(model)
         if recorded(model.config) is not None:
-            noting.of_its_own(model)
-            noting.forget(model.config)
+            configs.own_config(model)
+            configs.forget(model.config)
     return report
 
 
 def repair(model: nn.Module) -> nn.Module:
-    """Make the model's own ``remove_weight_norm()`` methods work, on this instance.
+    """Make the model's own ``remove_weight_norm()`` methods work on this instance, and return it.
 
-    Each module below that has such a method gets one that removes its weight norm in whichever
-    form it is. The classes are not changed, and copies of the model have it too.
-
-    Args:
-        model: any module.
-
-    Returns:
-        The model.
+    Each module in it that has such a method gets one that removes its weight norm in any layout.
+    The classes are not changed, and copies of the model have the new methods too.
 
     Raises:
         TypeError: no module has a ``remove_weight_norm`` method.
@@ -161,11 +150,9 @@ def _remove_weight_norm(module: nn.Module) -> None:
     wn.remove(module)
 
 
-def _refuse_quantized(model: PreTrainedModel) -> None:
+def _refuse_quantized(model: PreTrainedModel, ours: WeightNormConfig | None) -> None:
     held = getattr(model.config, "quantization_config", None)
-    if getattr(model, "hf_quantizer", None) is None and (
-        held is None or recorded(model.config) is not None
-    ):
+    if getattr(model, "hf_quantizer", None) is None and (held is None or ours is not None):
         return
     method = held.get("quant_method") if isinstance(held, dict) else type(held).__name__
     raise wn.ModelError(
@@ -173,3 +160,71 @@ def _refuse_quantized(model: PreTrainedModel) -> None:
         "train, unpatch_model(), and quantize then",
         kind="quantized",
     )
+
+
+def put(
+    model: PreTrainedModel, config: WeightNormConfig, *, replace: bool = False, optimizers: Any = ()
+) -> wn.Report:
+    """Put weight norm on a model by a config, and write into the config what was put where.
+
+    With ``replace``, sites are replayed over weight norm that the model's class has put on with
+    other options. If this raises, neither model nor config has changed.
+    """
+    if config.sites is not None:
+        rules, meant = tuple(_replayed(model, config, replace)), config.rules
+    else:
+        meant = configs.rules_for(model.config.model_type) if config.rules is None else config.rules
+        rules = without_adapters(model, meant)
+    tied = embeddings.ties_of(model)
+    of_g = [_of_g(step) for step in wn.plan(model, rules).steps]
+    report = wn.apply(model, rules, optimizers=optimizers)
+    embeddings.follow(model, tied)
+    config.rules, config.model_type = meant, model.config.model_type
+    config.sites = fill_in(records.record(model), of_g)
+    return report
+
+
+def _of_g(step: wn.Step) -> dict[str, Any]:
+    """Return what a rule says about the g of a site, where it is not just the weight's norm."""
+    said: dict[str, Any] = {"name": step.site.name}
+    if step.rule and step.rule.g_init is not None:
+        said["g_init"] = step.rule.g_init
+    if step.rule and not step.rule.train_g:
+        said["train_g"] = False
+    return said
+
+
+def freeze(model: PreTrainedModel, config: WeightNormConfig) -> None:
+    """Freeze each g that the config says is not trained: loading makes new Parameters."""
+    frozen = {site["name"] for site in config.sites or () if not site.get("train_g", True)}
+    for site in normed(model):
+        if site.name in frozen:
+            site.held.g.requires_grad_(False)
+
+
+def _replayed(model: PreTrainedModel, config: WeightNormConfig, replace: bool) -> list[Rule]:
+    """Return rules for the sites that a config names, and for no others.
+
+    A body loads the checkpoint of the whole model, and the other way round. Then the names differ
+    by the body's prefix, and the sites of a head may be absent.
+    """
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known |= {name for site in wn.sites(model) for name in site.names}
+    body = f"{model.base_model_prefix}."
+    found: list[dict[str, Any]] = []
+    lacking: list[str] = []
+    for site in config.sites or ():
+        name = site["name"]
+        here = [n for n in (name, name.removeprefix(body), f"{body}{name}") if n in known]
+        if here:
+            found.append({**site, "name": here[0]})
+        else:
+            lacking.append(name)
+    part = type(model).__name__ not in (getattr(model.config, "architectures", None) or ())
+    if lacking and not (part and found):
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise wn.UnmatchedRuleError(
+            f"the weight-norm config names {lacking[0]}{more}, which {type(model).__name__} does "
+            "not have; it is of another model, or of another release of transformers"
+        )
+    return records.replay(found, replace=replace)

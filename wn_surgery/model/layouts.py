@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, cast
 
@@ -25,6 +25,7 @@ from wn_surgery.norm.slots import note_change
 
 __all__ = ["Foreign", "Normed", "SiteLayout", "carried", "clear", "put_plain"]
 
+_Order: TypeAlias = Sequence[str]
 SiteLayout: TypeAlias = Layout | Literal["other"]
 
 
@@ -91,7 +92,7 @@ def carried(module: nn.Module) -> dict[str, Normed | Foreign]:
         for name, plist in children["parametrizations"].items():
             held[name] = _read_parametrized(plist)
     for entry in module.__dict__["_forward_pre_hooks"].values():
-        hook = getattr(entry, "folds", entry)  # what stands in for a hook inside folded()
+        hook = getattr(entry, "folds", entry)  # what replaces a hook inside folded()
         # Pruning keeps the name in _tensor_name; every other torch hook in name.
         owner: Any = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
         if not isinstance(owner, str):
@@ -115,11 +116,8 @@ def _read_parametrized(plist: Any) -> Normed | Foreign:
         if type(first).__name__.endswith("WeightNorm") and hasattr(first, "dim"):
             maker = "torch" if type(first) is TorchParametrization else _dotted(type(first))
             return Normed("parametrized", maker, g, v, _options(first.dim, v), plist)
-    return Foreign(" + ".join(_dotted(type(p)) for p in _parametrizations(plist)))
-
-
-def _parametrizations(plist: Any) -> Iterator[nn.Module]:
-    return (child for key, child in plist._modules.items() if key.isdigit())
+    stacked = (child for key, child in plist._modules.items() if key.isdigit())
+    return Foreign(" + ".join(_dotted(type(child)) for child in stacked))
 
 
 def _read_legacy(module: nn.Module, hook: Any, name: str) -> Normed | None:
@@ -151,9 +149,7 @@ def _dotted(cls: type) -> str:
 def clear(module: nn.Module, name: str) -> tuple[str, ...]:
     """Take parameter ``name`` out of the module, whatever its layout.
 
-    Returns:
-        The names of the module's parameters in the order they should come in once
-        ``name`` is a plain parameter again.
+    It returns the names of the module's parameters in their order once ``name`` is plain again.
     """
     if name in module._parameters:
         order = tuple(module._parameters)
@@ -213,19 +209,14 @@ def put_plain(module: nn.Module, name: str, weight: nn.Parameter, order: Iterabl
     """Register ``weight`` as a plain parameter, in its place in ``order``."""
     module.register_parameter(name, weight)
     rank = {key: i for i, key in enumerate(order)}
-    # Names unknown to the order were registered since; they stay behind, in their order.
+    # Names unknown to the order were registered since; they come last, in their order.
     entries = sorted(module._parameters.items(), key=lambda item: rank.get(item[0], len(rank)))
     module._parameters.clear()
     module._parameters.update(entries)
 
 
 def put_parametrized(
-    module: nn.Module,
-    name: str,
-    norm: NormOptions,
-    g: nn.Parameter,
-    v: nn.Parameter,
-    order: Sequence[str],
+    module: nn.Module, name: str, norm: NormOptions, g: nn.Parameter, v: nn.Parameter, order: _Order
 ) -> None:
     """Register g and v under ``parametrizations`` and give the module a class that reads them."""
     note_change()
@@ -233,8 +224,8 @@ def put_parametrized(
         module.add_module("parametrizations", nn.ModuleDict())
     lists = cast(nn.ModuleDict, module._modules["parametrizations"])
     # With several parameters, only the first to leave saw the whole order.
-    known: list[Sequence[str]] = [order, *(getattr(other, "order", ()) for other in lists.values())]
-    longest: Sequence[str] = max(known, key=len)
+    known: list[_Order] = [order, *(getattr(other, "order", ()) for other in lists.values())]
+    longest: _Order = max(known, key=len)
     lists[name] = WeightNormList(norm, g, v, longest)
     lists.train(module.training)
     cls = type(module)
@@ -247,12 +238,7 @@ def put_parametrized(
 
 
 def put_legacy(
-    module: nn.Module,
-    name: str,
-    norm: NormOptions,
-    g: nn.Parameter,
-    v: nn.Parameter,
-    order: Sequence[str],
+    module: nn.Module, name: str, norm: NormOptions, g: nn.Parameter, v: nn.Parameter, order: _Order
 ) -> None:
     """Register ``name_g``, ``name_v`` and the hook of ``torch.nn.utils.weight_norm``."""
     assert not isinstance(norm.dim, tuple)  # the plan has refused it
@@ -263,8 +249,8 @@ def put_legacy(
         hook = LegacyHook(name, -1 if norm.dim is None else norm.dim)
     hook.order = tuple(order)  # type: ignore[attr-defined]
     with torch.no_grad():
-        # As torch does: the attribute exists before the first forward. Without a graph,
-        # so that the module can be deep-copied.
+        # As in torch, the attribute exists before the first forward. It has no graph, so that
+        # the module can be deep-copied.
         module.__dict__[name] = hook.compute_weight(module)
     # Not by a number, as torch counts them anew in each process: a later hook would take the place
     # of one that was unpickled.
@@ -297,7 +283,7 @@ def _usual_order(module: nn.Module, name: str, registered: Iterable[str]) -> tup
 
 
 def _drop_compatibility_hooks(module: nn.Module, name: str) -> None:
-    """Remove the load hook that torch's weight_norm leaves behind for ``name``."""
+    """Remove the load hook that torch's weight_norm leaves for ``name``."""
     for key, wrapped in list(module._load_state_dict_pre_hooks.items()):
         hook = getattr(wrapped, "hook", wrapped)
         if (

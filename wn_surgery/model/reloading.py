@@ -43,16 +43,9 @@ def is_model_of(model: object) -> str | None:
 
 
 def built_keys(model: nn.Module) -> dict[str, Keys]:
-    """Where the class of a model puts weight norm itself when ``from_pretrained`` builds it.
+    """Where the class of a model puts weight norm itself: the keys in a new one, by weight.
 
-    Args:
-        model: of one of the libraries; it is not changed.
-
-    Returns:
-        The keys in the built model, by those of the weights.
-
-    Raises:
-        Exception: whatever the constructor raises, on the meta device and on the CPU.
+    It raises whatever the constructor raises, on the meta device and on the CPU.
     """
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         # Whoever built the model the first time has seen them.
@@ -70,11 +63,7 @@ def built_keys(model: nn.Module) -> dict[str, Keys]:
 
 @savers.decided_by
 def fitting(frame: FrameType) -> Layouts:
-    """The layouts in which a running ``save_pretrained`` has to write our g and v.
-
-    Raises:
-        CheckpointMismatchError: the class puts on weight norm that computes something else.
-    """
+    """The layouts in which a running ``save_pretrained`` has to write our g and v."""
     model = frame.f_locals["self"]
     library = is_model_of(model)
     ours = [key for key in keys_of(model) if key.site.ours]
@@ -82,8 +71,8 @@ def fitting(frame: FrameType) -> Layouts:
         return {}
     if library == "transformers":
         # Its config can say where weight norm is. Not imported above: that needs transformers.
-        noting = import_module("wn_surgery.huggingface.noting")
-        layouts: Layouts = noting.note(model, frame.f_locals, ours)
+        saving = import_module("wn_surgery.huggingface.saving")
+        layouts: Layouts = saving.note(model, frame.f_locals, ours)
         return layouts
     built = _asked(model, frame)
     if built is None:
@@ -103,11 +92,7 @@ def fitting(frame: FrameType) -> Layouts:
 
 
 def match(model: nn.Module, ours: Iterable[Keys], built: Mapping[str, Keys]) -> Layouts:
-    """The layouts of weight norm in what a model's class builds, where they differ from ours.
-
-    Raises:
-        CheckpointMismatchError: the two compute different weights.
-    """
+    """The layouts of weight norm in what a model's class builds, where they differ from ours."""
     layouts: dict[int, Literal["plain", "legacy"]] = {}
     for key in ours:
         there = built.get(key.weight)
@@ -133,11 +118,7 @@ class AsBuilt:
     """
 
     def __call__(
-        self,
-        module: nn.Module,
-        state: MutableMapping[str, Any],
-        prefix: str,
-        metadata: Mapping[str, Any],  # noqa: ARG002 - torch's signature
+        self, module: nn.Module, state: MutableMapping[str, Any], prefix: str, _metadata: Any
     ) -> None:
         """After the module and what is below it have been written into the state dict."""
         frame = savers.asking()

@@ -18,14 +18,13 @@ __all__ = ["Node", "NormedSite", "Site", "as_module", "normed", "sites", "sites_
 
 _T = TypeVar("_T")
 
-# Attribute under which a wrapper keeps what it wraps, by the wrapper's dotted name.
-# Compared as text along the MRO, so that nothing needs to be imported to know it.
+# The attribute under which a wrapper keeps what it wraps, by the wrapper's dotted name, which is
+# compared along the MRO: so nothing needs to be imported to know it.
+_FSDP = "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel"
 _TRANSPARENT = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
     "torch.nn.parallel.data_parallel.DataParallel": "module",
-    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": (
-        "_fsdp_wrapped_module"
-    ),
+    _FSDP: "_fsdp_wrapped_module",
     "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper": (
         "_checkpoint_wrapped_module"
@@ -34,7 +33,7 @@ _TRANSPARENT = {
 # Wrappers that hold references to the parameters they were given.
 _HOLDERS = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "DistributedDataParallel",
-    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "FSDP",
+    _FSDP: "FSDP",
     "torch.distributed.fsdp.FSDPModule": "fully_shard (FSDP2)",
 }
 # Modules that read the parameters of these children without calling them, so that no hook on the
@@ -42,12 +41,10 @@ _HOLDERS = {
 _READERS = {
     "torch.nn.modules.activation.MultiheadAttention": ("out_proj",),
     "torch.ao.nn.quantizable.modules.activation.MultiheadAttention": (),
-    "transformers.models.wavlm.modeling_wavlm.WavLMAttention": (
-        *("q_proj", "k_proj", "v_proj", "out_proj"),
+    "transformers.models.wavlm.modeling_wavlm.WavLMAttention": tuple(
+        f"{name}_proj" for name in ("q", "k", "v", "out")
     ),
-    "diffusers.models.embeddings.HunyuanDiTAttentionPool": (
-        *("q_proj", "k_proj", "v_proj", "c_proj"),
-    ),
+    "diffusers.models.embeddings.HunyuanDiTAttentionPool": tuple(f"{name}_proj" for name in "qkvc"),
 }
 
 
@@ -224,11 +221,7 @@ def sites_of(node: Node) -> Iterator[Site]:
 
 
 def as_module(model: object) -> nn.Module:
-    """The model, if it is one.
-
-    Raises:
-        TypeError: it is not, but for example a class, a list or ``None``.
-    """
+    """The model; a ``TypeError`` if it is not one, but for example a class, a list or ``None``."""
     if isinstance(model, nn.Module):
         return model
     got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"

@@ -18,14 +18,7 @@ __all__ = ["Keys", "keys_of", "plain_state_dict", "stripped"]
 
 @dataclass(frozen=True, eq=False)
 class Keys:
-    """One parameter under one of its names.
-
-    Attributes:
-        site: the parameter.
-        weight: its key without weight norm.
-        g: the key of the magnitude as it is stored now.
-        v: the key of the direction as it is stored now.
-    """
+    """One parameter under one of its names: the plain key, and those of g and v as stored now."""
 
     site: NormedSite
     weight: str
@@ -44,14 +37,9 @@ class Keys:
 
 
 def keys_of(model: nn.Module) -> list[Keys]:
-    """The keys of every weight-normed parameter, under all of its names.
+    """The keys of every weight-normed parameter, under all of its names, in the model's order.
 
-    Args:
-        model: any module tree. Wrapper segments such as ``_orig_mod`` are in the keys, as they
-            are in state dicts.
-
-    Returns:
-        In the order of the model; a shared module's parameter as often as it has names.
+    Wrapper segments such as ``_orig_mod`` are in the keys, as they are in state dicts.
 
     Example:
         >>> import torch, wn_surgery as wn
@@ -61,32 +49,20 @@ def keys_of(model: nn.Module) -> list[Keys]:
         >>> [(key.weight, key.g) for key in keys_of(model)]
         [('0.weight', '0.parametrizations.weight.original0')]
     """
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    found: list[Keys] = []
-    for site in normed(model):
-        ends = keys_for(site.param, site.held.layout)
-        for v in names.get(id(site.held.v), ()):
-            # Tied parameters have the names of both ends; those of this site end like it.
-            prefix = v.removesuffix(ends[1])
-            if prefix != v and f"{prefix}{ends[0]}" in names.get(id(site.held.g), ()):
-                key = Keys(site, prefix + site.param, prefix + ends[0], v)
-                if all(other.v != v for other in found[-8:]):
-                    found.append(key)
-    return found
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(f"{path}." if path else "")
+    return [
+        Keys(site, path + site.param, *keys_for(path + site.param, site.held.layout))
+        for site in normed(model)
+        for path in paths[id(site.module)]
+    ]
 
 
 def stripped(state: Mapping[str, Any], keys: Iterable[Keys]) -> dict[str, Any]:
-    """A state dict with the weights in the places of their g and v.
+    """A state dict with weights in the places of their g and v; keys that it lacks are left out.
 
-    Args:
-        state: tensors by key, not changed; those of ``keys`` that it lacks are left out.
-        keys: what to strip.
-
-    Returns:
-        The same order and the same other values. Each weight has the bits that
-        ``wn_surgery.remove`` gives, and shares no memory with the model.
+    Each weight has the bits that ``wn_surgery.remove`` gives, and shares no memory with the model.
     """
     by_g = {key.g: key for key in keys if key.g in state and key.v in state}
     gone = {key.v for key in by_g.values()}
@@ -102,24 +78,10 @@ def stripped(state: Mapping[str, Any], keys: Iterable[Keys]) -> dict[str, Any]:
 
 
 def plain_state_dict(model: nn.Module, *, maker: str | None = None) -> dict[str, Any]:
-    """``model.state_dict()`` as it would be without weight norm; the model is not changed.
+    """``model.state_dict()`` as it is after ``wn_surgery.remove``; the model is not changed.
 
-    Args:
-        model: any module tree, in any layout.
-        maker: strip only what ``wn_surgery`` or ``torch`` computes; by default all.
-
-    Returns:
-        The state dict that ``model.state_dict()`` gives after :func:`wn_surgery.remove`, bit for
-        bit. Tensors that have nothing to do with weight norm are the model's own.
-
-    Example:
-        >>> import torch, wn_surgery as wn
-        >>> from wn_surgery.model.state_keys import plain_state_dict
-        >>> model = torch.nn.Linear(2, 3)
-        >>> weight = model.weight.detach().clone()
-        >>> _ = wn.apply(model, "linears")
-        >>> torch.equal(plain_state_dict(model)["weight"], weight)
-        True
+    Tensors that have nothing to do with weight norm are the model's own. ``maker`` strips only
+    what ``"wn_surgery"`` or ``"torch"`` computes.
     """
     keys = keys_of(model)
     if maker is not None:

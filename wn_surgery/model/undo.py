@@ -15,35 +15,25 @@ class Snapshot:
 
     Surgery registers new Parameters and moves old ones; it writes into none. So a shallow
     copy restores everything, and costs no memory for weights.
-
-    Example:
-        >>> from torch import nn
-        >>> from wn_surgery.model.undo import Snapshot
-        >>> layer = nn.Linear(2, 2)
-        >>> before = Snapshot(layer)
-        >>> del layer.bias
-        >>> before.restore()
-        >>> [name for name, _ in layer.named_parameters()]
-        ['weight', 'bias']
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._class = type(module)
-        self._attributes = dict(module.__dict__)
-        self._contents: dict[str, Any] = {
+        self.cls = type(module)
+        self.attributes = dict(module.__dict__)
+        self.contents: dict[str, Any] = {
             key: value.copy()
-            for key, value in self._attributes.items()
+            for key, value in self.attributes.items()
             if type(value) in (dict, OrderedDict, list, set)
         }
 
     def restore(self) -> None:
         """Put the module back. Containers keep their identity."""
-        object.__setattr__(self._module, "__class__", self._class)
+        object.__setattr__(self._module, "__class__", self.cls)
         now = self._module.__dict__
         now.clear()
-        now.update(self._attributes)
-        for key, content in self._contents.items():
+        now.update(self.attributes)
+        for key, content in self.contents.items():
             container = now[key]
             container.clear()
             (container.extend if type(container) is list else container.update)(content)

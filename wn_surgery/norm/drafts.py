@@ -17,20 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from wn_surgery.errors import ZeroNormError
-from wn_surgery.norm.parametrization import WeightNorm, WeightNormList
+from wn_surgery.norm.parametrization import WeightNorm, WeightNormList, is_weight_norm
 from wn_surgery.norm.slots import NotCopied
 
 __all__ = ["Draft", "follow_initializer", "following"]
 
 
 class Draft(NotCopied):
-    """One weight, computed at its first read and compared with that when the context ends.
+    """One weight, computed at its first read and compared with that when the context ends."""
 
-    Attributes:
-        traced: what torch.compile sees: nothing, so it computes the weight.
-    """
-
-    traced: Tensor | None = None
+    traced: Tensor | None = None  # torch.compile computes the weight
 
     def __init__(self, plist: WeightNormList) -> None:
         self._plist = plist
@@ -53,11 +49,7 @@ class Draft(NotCopied):
         return self._value
 
     def written(self) -> tuple[Tensor, Tensor] | None:
-        """The g and v of what was written; ``None`` where nothing was.
-
-        Raises:
-            ZeroNormError: it has no direction.
-        """
+        """The g and v of what was written; ``None`` where nothing was."""
         # A later write to g and v themselves wins.
         if self._value is None or self._before is None or self._is_outdated():
             return None
@@ -78,32 +70,15 @@ class Draft(NotCopied):
 def following(module: nn.Module) -> Generator[None]:
     """Inside, g and v of ``module`` itself follow what this thread writes into its weights.
 
-    They do so when the context ends without an exception, all of them or none.
-
-    Raises:
-        ZeroNormError: on exit, a written weight has no direction and eps is 0.
-
-    Example:
-        >>> import torch, wn_surgery as wn
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8))
-        >>> _ = wn.apply(model, "linears")
-        >>> def init(module):
-        ...     if isinstance(module, torch.nn.Linear):
-        ...         torch.nn.init.ones_(module.weight)
-        >>> _ = model.apply(init)
-        >>> model[0].parametrizations.weight.original0.flatten()[:2].tolist()
-        [2.0, 2.0]
+    They do so when the context ends without an exception, all of them or none. A
+    ``ZeroNormError`` says that a written weight has no direction and eps is 0.
     """
     lists = module.__dict__["_modules"].get("parametrizations", {})
     drafts: dict[str, Draft] = {}
     try:
         for name, plist in lists.items():
             # Not where a draft or folded() is already at work.
-            if (
-                isinstance(plist, WeightNormList)
-                and len(plist) == 1
-                and getattr(plist, "hold", None) is None
-            ):
+            if is_weight_norm(plist) and getattr(plist, "hold", None) is None:
                 drafts[name] = plist.__dict__["hold"] = Draft(plist)
         yield
     finally:
@@ -126,7 +101,7 @@ def following(module: nn.Module) -> Generator[None]:
             plist.original1.copy_(v)
 
 
-# transformers calls `model._init_weights(layer)` for each layer: it has no way through the layer.
+# transformers calls `model._init_weights(layer)` for each layer, and asks nothing of the layer.
 _INITIALIZER = "_init_weights"
 _CALLER = "_initialize_weights"
 

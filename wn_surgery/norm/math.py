@@ -27,15 +27,7 @@ PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def g_shape(shape: torch.Size | tuple[int, ...], dim: Dim) -> tuple[int, ...]:
-    """The shape of the magnitude g of a weight: its size along ``dim``, 1 elsewhere.
-
-    Args:
-        shape: the weight's shape.
-        dim: the axes that keep a norm of their own; ``None`` for one norm of the whole
-            tensor, whose g is a scalar as in torch.
-
-    Returns:
-        The shape of g. It has the rank of the weight, or 0 for ``dim=None``.
+    """The shape of g for a weight: its size along ``dim`` and 1 elsewhere; a scalar for ``None``.
 
     Example:
         >>> from wn_surgery.norm.math import g_shape
@@ -48,21 +40,15 @@ def g_shape(shape: torch.Size | tuple[int, ...], dim: Dim) -> tuple[int, ...]:
     return tuple(size if axis in kept else 1 for axis, size in enumerate(shape))
 
 
-# It is asked at each access, of few different shapes.
+# Each access asks for it, with few different shapes.
 _expected = functools.lru_cache(maxsize=4096)(g_shape)
 
 
 def norm_except(v: Tensor, dim: Dim, eps: float = 0.0) -> Tensor:
     """The 2-norm of ``v`` over every axis except ``dim``, clamped below at ``eps``.
 
-    Args:
-        v: floating or complex, any shape.
-        dim: the axes that keep a norm of their own; ``None`` for the whole tensor.
-        eps: the smallest norm returned. The gradient is zero where it is reached, to
-            every order, so a zero slice gives no NaN.
-
-    Returns:
-        Real tensor of shape ``g_shape(v.shape, dim)``.
+    It is real, of shape ``g_shape(v.shape, dim)``. Where ``eps`` is reached the gradient is zero to
+    every order, so a zero slice gives no NaN.
 
     Example:
         >>> import torch
@@ -81,11 +67,7 @@ def norm_except(v: Tensor, dim: Dim, eps: float = 0.0) -> Tensor:
 
 
 def weight_norm(
-    v: Tensor,
-    g: Tensor,
-    dim: Dim = 0,
-    eps: float = 0.0,
-    norm_dtype: torch.dtype | None = None,
+    v: Tensor, g: Tensor, dim: Dim = 0, eps: float = 0.0, norm_dtype: torch.dtype | None = None
 ) -> Tensor:
     """The weight w = g · v / max(‖v‖, eps).
 
@@ -125,13 +107,13 @@ def weight_norm(
         and v.numel() > 0
         and not transformed()
     ):
-        # torch's kernel would read behind the end of a g that is too short.
+        # torch's kernel would read past the end of a g that is too short.
         if g.shape != _expected(v.shape, dim):
             _check_shape(v, g, dim)
         if torch.is_grad_enabled() and (v.requires_grad or g.requires_grad):
             if not torch.is_inference_mode_enabled():
                 return _node(v, g, dim, eps, norm_dtype)
-            with torch.no_grad():  # which inference mode does not imply
+            with torch.no_grad():  # inference mode does not imply it
                 return values(v, g, dim, eps, norm_dtype)[0]
         return values(v, g, dim, eps, norm_dtype)[0]
     else:
@@ -142,21 +124,12 @@ def weight_norm(
 def magnitude(
     v: Tensor, dim: Dim, eps: float = 0.0, norm_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The g for which ``weight_norm(v, g)`` gives back ``v``.
+    """The g for which ``weight_norm(v, g)`` gives back ``v``: real, detached, in v's precision.
 
     It is the norm as the forward itself computes it, so g / ‖v‖ is exactly 1 and the
     weight is ``v`` bit for bit; ``torch.norm_except_dim`` sums in another order and is
     off by an ulp or two. In bfloat16 and float16 g is rounded to 8 or 11 bits while the
     kernel's norm is not, and the weight may change in its last place, as in torch.
-
-    Args:
-        v: the weight, floating or complex, any shape.
-        dim: as in :func:`weight_norm`.
-        eps: as in :func:`weight_norm`.
-        norm_dtype: as in :func:`weight_norm`.
-
-    Returns:
-        Real, detached tensor of shape ``g_shape(v.shape, dim)`` in v's precision.
 
     Example:
         >>> import torch
@@ -180,7 +153,7 @@ def computed_norms(v: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | No
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a g and of norms, for weights of ``dtype``."""
+    """The dtype of g for weights of ``dtype``."""
     return dtype.to_real() if dtype.is_complex else dtype
 
 
@@ -191,10 +164,8 @@ def _norm(x: Tensor, dim: Dim) -> Tensor:
     # forward AD.
     if dim is None:
         return cast(Tensor, torch.linalg.vector_norm(x))
-    kept = kept_axes(dim)
-    reduced = tuple(axis for axis in range(x.ndim) if axis not in kept)
-    # vector_norm reads an empty tuple as "every axis".
-    if not reduced:
+    reduced = tuple(axis for axis in range(x.ndim) if axis not in kept_axes(dim))
+    if not reduced:  # which vector_norm reads as "every axis"
         return x.abs()
     return cast(Tensor, torch.linalg.vector_norm(x, 2, reduced, keepdim=True))
 
@@ -207,8 +178,7 @@ def in_dtype(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _check_shape(v: Tensor, g: Tensor, dim: Dim) -> None:
-    expected = g_shape(v.shape, dim)
-    if g.shape != expected:
+    if g.shape != (expected := g_shape(v.shape, dim)):
         raise ValueError(
             f"g has shape {tuple(g.shape)}; expected {expected} for a v of shape "
             f"{tuple(v.shape)} and dim={dim}"
@@ -280,19 +250,9 @@ def like(w: Tensor, v: Tensor) -> Tensor:
 def values(
     v: Tensor, g: Tensor, dim: Dim, eps: float = 0.0, norm_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The weight and the norms, for tensors of one of :data:`KERNEL_DTYPES`.
+    """The bits of :func:`weight_norm`, and the norms in the form that :func:`gradients` wants.
 
-    For callers that build no graph: without grad, or with a g and v that need none.
-
-    Args:
-        v: as in :func:`weight_norm`.
-        g: as in :func:`weight_norm`, in the dtype of ``v``.
-        dim: as in :func:`weight_norm`.
-        eps: as in :func:`weight_norm`.
-        norm_dtype: as in :func:`weight_norm`.
-
-    Returns:
-        The bits of :func:`weight_norm`, and the norms in whatever form :func:`gradients` wants.
+    For tensors of one of :data:`KERNEL_DTYPES`, and callers that build no graph.
     """
     if has_kernel(v, dim, eps, norm_dtype):
         contiguous = v.contiguous()
@@ -316,23 +276,12 @@ def gradients(
     eps: float = 0.0,
     norm_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of v and g, given that of the weight; no graph is built.
+    """The gradients of v and g in their dtypes, given that of the weight; no graph is built.
 
     The paper's eq. 3: grad_g = ⟨grad, v⟩/‖v‖, grad_v = g/‖v‖ · (grad - v ⟨grad, v⟩/‖v‖²). Where
     torch has no kernel, autograd would differentiate the formula step by step, which reads and
-    writes the weight some thirty times; this takes five passes.
-
-    Args:
-        grad: of the weight, in any memory layout.
-        v: as in :func:`values`, like the others.
-        g: the magnitude.
-        norms: what :func:`values` returned.
-        dim: the kept axes.
-        eps: the lower clamp.
-        norm_dtype: the dtype of the norm.
-
-    Returns:
-        The gradients in the shapes and dtypes of v and g.
+    writes the weight some thirty times; this takes five passes. ``norms`` is what :func:`values`
+    returned.
     """
     if has_kernel(v, dim, eps, norm_dtype):
         found: tuple[Tensor, Tensor] = _kernel_backward(
@@ -367,15 +316,7 @@ _kernel_backward: Any = torch.ops.aten._weight_norm_interface_backward.default
 
 
 class Axes(NamedTuple):
-    """A contiguous weight seen as (before, kept, after): one norm for each index of ``kept``.
-
-    Example:
-        >>> from wn_surgery.norm.math import Axes
-        >>> Axes.of((512, 256, 16), 1)
-        Axes(before=512, kept=256, after=16)
-        >>> Axes.of((64, 32), None)
-        Axes(before=1, kept=1, after=2048)
-    """
+    """A contiguous weight seen as (before, kept, after): one norm for each index of ``kept``."""
 
     before: int
     kept: int
@@ -387,21 +328,17 @@ class Axes(NamedTuple):
         if dim is None or dim == ():
             return cls(1, 1, math.prod(shape))
         kept = sorted(kept_axes(dim))
-        first, last = kept[0], kept[-1]
-        if kept != list(range(first, last + 1)):
+        first, end = kept[0], kept[-1] + 1
+        if kept != list(range(first, end)):
             return None
-        return cls(
-            math.prod(shape[:first]),
-            math.prod(shape[first : last + 1]),
-            math.prod(shape[last + 1 :]),
-        )
+        return cls(math.prod(shape[:first]), math.prod(shape[first:end]), math.prod(shape[end:]))
 
 
 def _sums(products: Tensor, axes: Axes | None, dim: Dim) -> Tensor:
     """The sums of the slices of a contiguous tensor."""
     if axes is None:
-        kept = kept_axes(dim)
-        return products.sum([a for a in range(products.ndim) if a not in kept], keepdim=True)
+        reduced = [axis for axis in range(products.ndim) if axis not in kept_axes(dim)]
+        return products.sum(reduced, keepdim=True)
     if axes.before > 1:
         # The leading axis by itself: torch is slow at reducing both sides of a kept axis.
         products = products.view(axes.before, -1).sum(0)
@@ -416,7 +353,7 @@ def _repeat(t: Tensor, times: int) -> Tensor:
 
 
 class _Node(torch.autograd.Function):
-    """One weight: torch's kernel or five passes backward, a differentiable formula beyond.
+    """One weight: torch's kernel or five passes backward, then a differentiable formula.
 
     torch's own derivative of ``_weight_norm_interface_backward`` is wrong with respect
     to v (tests/norm/test_math.py shows it), so it is never reached from here.
@@ -454,7 +391,7 @@ _node: Callable[[Tensor, Tensor, Dim, float, torch.dtype | None], Tensor] = _pas
 
 
 def versions(v: Tensor, g: Tensor) -> tuple[int, int]:
-    """What :func:`check_unwritten` compares."""
+    """The counts of in-place writes that :func:`check_unwritten` compares."""
     return v._version, g._version
 
 
@@ -474,10 +411,7 @@ def check_unwritten(v: Tensor, g: Tensor, before: tuple[int, int]) -> None:
 def differentiable_gradients(
     grad: Tensor, v: Tensor, g: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients as functions of g, v and ``grad``; ``None`` for what needs none.
-
-    The formula in operations that autograd knows, in float32 at least.
-    """
+    """The gradients as functions of g, v and ``grad``; ``None`` for what needs none."""
     wide = torch.promote_types(v.dtype, torch.float32)
     w = _composite(v.to(wide), g.to(wide), dim, eps, norm_dtype)
     inputs = [t for t in (v, g) if t.requires_grad]

@@ -8,9 +8,10 @@ modules of a base class that carry the same parameters, and never changes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from wn_surgery.errors import ModelError, ZeroNormError
 from wn_surgery.norm.drafts import following
 from wn_surgery.norm.naming import keys_for
-from wn_surgery.norm.parametrization import WeightNorm, WeightNormList
+from wn_surgery.norm.parametrization import WeightNorm, WeightNormList, is_weight_norm
 
 __all__ = ["FOLDED", "base_class", "class_for", "computed_names", "is_managed", "opener"]
 
@@ -30,11 +31,7 @@ FOLDED: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 
 
 class _Opener:
-    """How to make weights plain Parameters for a while.
-
-    Attributes:
-        open: ``wn_surgery.model.contexts.writable``, which is above this file and puts itself here.
-    """
+    """Holds ``wn_surgery.model.contexts.writable``, which puts itself here from above."""
 
     open: Callable[[nn.Module], AbstractContextManager[None]]
 
@@ -64,16 +61,9 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 def class_for(base: type[nn.Module], names: Iterable[str]) -> type[nn.Module]:
     """The class of modules of class ``base`` whose parameters ``names`` are computed.
 
-    One object for each (base, names), made at first use and kept while in use.
-
-    Args:
-        base: any module class; it stands first in the result's ``__bases__``, where
-            torch's ``type_before_parametrizations`` looks for it.
-        names: parameter names. Empty gives a class that computes nothing, which
-            ``folded`` uses.
-
-    Returns:
-        A subclass of ``base`` named like torch's, ``Parametrized<base>``.
+    One object for each (base, names), made at first use and kept while in use; named like torch's,
+    ``Parametrized<base>``. ``base`` is first in its ``__bases__``, where torch's
+    ``type_before_parametrizations`` looks for it. Without names it computes nothing.
     """
     key = (base, tuple(sorted(set(names))))
     cls = _CLASSES.get(key)
@@ -118,16 +108,17 @@ def _computed(name: str) -> _Computed:
         plist = None if lists is None else lists._modules.get(name)
         if plist is not None:
             # torch.compile must look neither at the slot nor at the thread.
+            weight: Tensor | None
             if (hold := getattr(plist, "hold", None)) is not None:
                 weight = hold.traced if _is_compiling() else hold.weight()
                 if weight is not None:
-                    return cast(Tensor, weight)
+                    return weight
             if not _is_compiling() and (slot := getattr(plist, "slot", None)) is not None:
                 weight = slot.weight()
                 if weight is not None:
-                    return cast(Tensor, weight)
+                    return weight
             return cast(Tensor, plist())
-        # Torch may have given the shared class this name for another of its modules: here it
+        # torch may have given the shared class this name for another of its modules: here it
         # is then a plain attribute or a Parameter. nn.Module.__getattr__ would find the latter as
         # well, but torch.compile does not ask it after a property has raised.
         for held in (self.__dict__, self.__dict__["_parameters"]):
@@ -157,7 +148,7 @@ def _make_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
 
     # Defined here and not in a mixin: the base must come first in __bases__ and would win.
     def __setattr__(self: nn.Module, name: str, value: Any) -> None:  # noqa: N807
-        # nn.Module refuses a Parameter where a property stands; tie_weights assigns one.
+        # nn.Module refuses a Parameter where a property is; tie_weights assigns one.
         if name in managed and isinstance(value, Tensor) and _carries(self, name):
             _refuse_if_held(self, name)
             cast(Any, self.parametrizations)[name].right_inverse(value)
@@ -178,20 +169,13 @@ def _make_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
         prefix: str,
         local_metadata: dict[str, Any],
         strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
     ) -> None:
-        _adopt_layouts(self, state_dict, prefix, local_metadata, error_msgs)
+        _adopt_layouts(self, state_dict, prefix, local_metadata, errors)
         base._load_from_state_dict(
-            self,
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
+            self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
         )
 
     # What writes into the weight that it reads from here takes effect, as on a plain layer.
@@ -220,12 +204,12 @@ def _make_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
 
 def _subclass(base: type[nn.Module], name: str, namespace: dict[str, Any]) -> type[nn.Module]:
     metaclass = _meta_for(type(base))
-    # In two steps, for ``__init_subclass__`` of the user's class is about classes that people
+    # In two steps, since ``__init_subclass__`` of the user's class is meant for classes that people
     # write: it may want arguments, or put the class into a registry.
     made = metaclass(name, (nn.Module,), namespace)
     try:
         made.__bases__ = (base,)
-    except TypeError:  # it has slots, or is otherwise laid out in another way than nn.Module
+    except TypeError:  # it has slots, or another layout in memory than nn.Module
         made = metaclass(name, (base,), namespace)
     return cast("type[nn.Module]", made)
 
@@ -252,16 +236,12 @@ def _refuse_if_held(module: nn.Module, name: str) -> None:
         )
 
 
+@functools.cache
 def _meta_for(metaclass: type) -> Callable[..., type]:
     """The metaclass, joined with the base's own where that is not plain ``type``."""
     if issubclass(_SharedMeta, metaclass):
         return _SharedMeta
-    if metaclass not in _METACLASSES:
-        _METACLASSES[metaclass] = type("_SharedMeta", (_SharedMeta, metaclass), {})
-    return _METACLASSES[metaclass]
-
-
-_METACLASSES: dict[type, type] = {}
+    return type("_SharedMeta", (_SharedMeta, metaclass), {})
 
 
 def _is_torch_parametrized(cls: type) -> bool:
@@ -289,17 +269,14 @@ def _reduce(module: nn.Module, base: type[nn.Module], protocol: int) -> tuple[An
                 w if w is None else w.detach() for w in state["_flat_weights"]
             ]
     names = tuple(module.__dict__["_modules"]["parametrizations"])
-    # The shared class cannot be pickled by name; the base stands in for it.
+    # The shared class cannot be pickled by name; the base takes its place.
     constructor = base if constructor is type(module) else constructor
     args = tuple(base if arg is type(module) else arg for arg in args)
     return (_rebuild, (base, names, constructor, args), state, *rest)
 
 
 def _rebuild(
-    base: type[nn.Module],
-    names: tuple[str, ...],
-    constructor: Callable[..., nn.Module],
-    args: tuple[Any, ...],
+    base: type[nn.Module], names: tuple[str, ...], constructor: Callable[..., nn.Module], args: Any
 ) -> nn.Module:
     module = constructor(*args)
     module.__class__ = class_for(base, names)
@@ -309,20 +286,12 @@ def _rebuild(
 # State dicts of other layouts ---------------------------------------------------------
 
 
-def _is_weight_norm(plist: Any) -> TypeGuard[WeightNormList]:
-    return isinstance(plist, WeightNormList) and len(plist) == 1
-
-
 def _adopt_layouts(
-    module: nn.Module,
-    state_dict: dict[str, Any],
-    prefix: str,
-    local_metadata: dict[str, Any],
-    error_msgs: list[str],
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any, errors: list[str]
 ) -> None:
     """Rewrite a plain ``weight`` or a legacy ``weight_g``, ``weight_v`` as g and v here."""
     for name, plist in module.__dict__["_modules"].get("parametrizations", {}).items():
-        if not _is_weight_norm(plist):
+        if not is_weight_norm(plist):
             continue
         plain = prefix + name
         g_key, v_key = keys_for(plain, "parametrized")
@@ -332,11 +301,11 @@ def _adopt_layouts(
             state_dict[v_key] = state_dict.pop(legacy[1])
         elif plain in state_dict and not {g_key, v_key} & state_dict.keys():
             weight = state_dict.pop(plain)
-            assign = bool(local_metadata.get("assign_to_params_buffers"))
+            assign = bool(metadata.get("assign_to_params_buffers"))
             g, v, error = _split(weight, plist, assign)
             state_dict[g_key], state_dict[v_key] = g, v
             if error:
-                error_msgs.append(f"{plain}: {error}")
+                errors.append(f"{plain}: {error}")
 
 
 def _split(weight: Any, plist: WeightNormList, assign: bool) -> tuple[Any, Any, str]:

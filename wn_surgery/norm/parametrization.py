@@ -7,7 +7,7 @@ From outside this is torch's layout: ``module.parametrizations.weight.original0`
 from __future__ import annotations
 
 from collections.abc import Iterable, MutableMapping
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,47 +21,24 @@ from wn_surgery.norm.math import magnitude, weight_norm
 from wn_surgery.norm.naming import keys_for
 from wn_surgery.norm.options import Dim, NormOptions, dtype_name
 
-__all__ = ["WeightNorm", "WeightNormList", "parts_of"]
+__all__ = ["WeightNorm", "WeightNormList", "is_weight_norm", "parts_of"]
 
 
 class WeightNorm(nn.Module):
-    """The parametrization (g, v) → g · v / max(‖v‖, eps).
-
-    Args:
-        dim: the axes of the weight that keep a norm of their own, ``None`` for the
-            whole tensor.
-        eps: lower clamp of the norm, in the units of the weight.
-        norm_dtype: the dtype the norm and product are computed in; ``None``: the weight's.
-
-    Example:
-        >>> import torch
-        >>> from wn_surgery.norm.parametrization import WeightNorm
-        >>> norm = WeightNorm(dim=0)
-        >>> g, v = norm.right_inverse(torch.randn(4, 3))
-        >>> g.shape, norm(g, v).shape
-        (torch.Size([4, 1]), torch.Size([4, 3]))
-    """
+    """The parametrization (g, v) → g · v / max(‖v‖, eps), with the fields of its options."""
 
     def __init__(
         self, dim: Dim = 0, eps: float = 0.0, norm_dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.dim = dim
-        self.eps = eps
-        self.norm_dtype = norm_dtype
+        self.dim, self.eps, self.norm_dtype = dim, eps, norm_dtype
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
         """The weight; see :func:`wn_surgery.norm.math.weight_norm`."""
         return weight_norm(v, g, self.dim, self.eps, self.norm_dtype)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The g and v that give ``weight``; v is a copy, never an alias.
-
-        Raises:
-            ModelError: ``weight`` is of another kind, or not dense.
-            ZeroNormError: a slice of ``weight`` has a norm that is zero (and ``eps`` is 0), not
-                finite, or too small or large for the dtype.
-        """
+        """The g and v that give ``weight``, as :func:`parts_of`."""
         return parts_of(weight, self.options)
 
     @property
@@ -75,7 +52,13 @@ class WeightNorm(nn.Module):
 
 
 def parts_of(weight: Tensor, norm: NormOptions) -> tuple[Tensor, Tensor]:
-    """The g and v that give ``weight``; v is a copy. Raises as :meth:`WeightNorm.right_inverse`."""
+    """The g and v that give ``weight``; v is a copy, never an alias.
+
+    Raises:
+        ModelError: ``weight`` is not floating-point, or not dense.
+        ZeroNormError: a slice has a norm that is zero (and ``eps`` is 0), not finite, or too small
+            or large for the dtype.
+    """
     if not (weight.is_floating_point() or weight.is_complex()) or weight.itemsize < 2:
         raise ModelError(
             f"the new weight has dtype {weight.dtype}; expected a floating-point tensor of 16 "
@@ -99,29 +82,22 @@ def parts_of(weight: Tensor, norm: NormOptions) -> tuple[Tensor, Tensor]:
     return g, weight.detach().clone(memory_format=torch.preserve_format)
 
 
+def is_weight_norm(plist: Any) -> TypeGuard[WeightNormList]:
+    """Whether a list holds g and v of this library, and no other parametrization is on them."""
+    return isinstance(plist, WeightNormList) and len(plist) == 1
+
+
 class WeightNormList(ParametrizationList):
-    """What stands at ``module.parametrizations.<name>``: g, v and the parametrization.
+    """The value of ``module.parametrizations.<name>``: g, v and the parametrization.
 
     Unlike its base it takes g and v as they are, so that Parameters keep their identity,
-    and it copies into them on assignment instead of aliasing the assigned tensor.
-
-    Args:
-        norm: the options.
-        g: the magnitude, registered as ``original0``.
-        v: the direction, registered as ``original1``.
-        order: the names in the module's ``_parameters`` before surgery, so that removal
-            can put the weight back in its place.
-
-    Attributes:
-        g_init: what a rule has filled g with, before it was trained; ``None`` for the norm, or
-            where that is not known.
-        hold: a :class:`wn_surgery.norm.slots.Hold`, while this weight is folded or an initializer
-            runs.
-        slot: a :class:`wn_surgery.norm.slots.Slot`, while its model is fused.
+    and it copies into them on assignment instead of aliasing the assigned tensor. ``order`` is
+    the names in the module's ``_parameters`` before surgery, so that removal can put the weight
+    back in its place. For ``hold`` and ``slot`` see :mod:`wn_surgery.norm.slots`.
     """
 
     # Not annotated: torch.jit.script would have to understand it.
-    g_init = None
+    g_init = None  # what a rule has filled g with, where that is known
     hold = None
     slot = None
 
@@ -133,8 +109,7 @@ class WeightNormList(ParametrizationList):
         self.is_tensor = False
         self.ntensors = 2
         self.order = tuple(order)
-        self.original0 = g
-        self.original1 = v
+        self.original0, self.original1 = g, v
 
     def forward(self) -> Tensor:
         """The weight; later parametrizations that torch stacked on it are applied too."""
@@ -148,12 +123,7 @@ class WeightNormList(ParametrizationList):
         return cast(Tensor, held["0"](g, v))
 
     def right_inverse(self, value: Tensor) -> None:
-        """Set g and v, in place, so that the weight becomes ``value``.
-
-        Raises:
-            ValueError: ``value`` has another shape than the weight, or is complex and that is not.
-            ZeroNormError: see :meth:`WeightNorm.right_inverse`.
-        """
+        """Set g and v, in place, so that the weight becomes ``value``."""
         if len(self) > 1:
             super().right_inverse(value)
             return

@@ -1,8 +1,8 @@
-"""Who asks for a state dict: a ``save_pretrained``, whose files have to be read back without us.
+"""Who asks for a state dict: a ``save_pretrained``, whose files are read back without this library.
 
 A training checkpoint goes back into the model that it came from. What ``save_pretrained`` writes is
 read by a model that its class builds anew, and finds no g and v where that has a plain weight. So
-g and v ask, before they go into a state dict, in which layout they will be looked for.
+the list of g and v asks, before it goes into a state dict, in which layout they will be looked for.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ __all__ = ["Layouts", "asking", "decided_by", "layout_for", "warn"]
 Layouts: TypeAlias = Mapping[int, Literal["plain", "legacy"]]
 """How to save what is parametrized here, by the ``id`` of the list that holds g and v."""
 
-_METHOD = "save_pretrained"
-
 
 def asking() -> FrameType | None:
     """The innermost call of a module's own ``save_pretrained`` that is running in this thread."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == _METHOD and isinstance(frame.f_locals.get("self"), nn.Module):
+        named = frame.f_code.co_name == "save_pretrained"
+        if named and isinstance(frame.f_locals.get("self"), nn.Module):
             return frame
         frame = frame.f_back
     return None
@@ -43,15 +42,7 @@ def decided_by(decide: Callable[[FrameType], Layouts]) -> Callable[[FrameType], 
 def layout_for(
     destination: MutableMapping[str, Any], parts: nn.Module
 ) -> Literal["plain", "legacy"] | None:
-    """The layout in which the one who asks for a state dict will look for a weight.
-
-    Args:
-        destination: the state dict that is being filled.
-        parts: the list that holds its g and v.
-
-    Returns:
-        The layout; None for the one that it has.
-    """
+    """The layout that is asked of a list of g and v, in a state dict; None for the one it has."""
     seen, layouts = _state.last
     if seen is None or seen() is not destination:
         frame = asking()

@@ -1,17 +1,19 @@
 """What may hand out a weight in place of the computation: a slot, or a hold.
 
-Both stand in the list that holds the weight's g and v: a slot while its model is fused, a hold
-while the weight is folded or an initializer runs. They belong to that one list: their copies and
-pickles are ``None``.
+Both are attributes of the list that holds the weight's g and v: a slot while its model is fused, a
+hold, which is asked first, while the weight is folded or an initializer runs. Each has a method
+``weight()`` that returns the weight, or ``None`` where it must be computed; a hold also has
+``traced``, which is what torch.compile gets. They belong to that one list: their copies and pickles
+are ``None``.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-__all__ = ["Hold", "NotCopied", "RootHook", "Slot", "changes", "note_change", "settle"]
+__all__ = ["NotCopied", "RootHook", "changes", "note_change", "settle"]
 
 
 class NotCopied:
@@ -21,28 +23,6 @@ class NotCopied:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
-
-
-class Slot(Protocol):
-    """What stands in the list's ``__dict__`` as ``slot``; made by :mod:`wn_surgery.fused`."""
-
-    def weight(self) -> Tensor | None:
-        """The weight, or ``None`` where it must be computed as if nothing were fused."""
-        ...
-
-
-class Hold(Protocol):
-    """What stands in the list's ``__dict__`` as ``hold``, and goes before the slot.
-
-    Attributes:
-        traced: the weight for torch.compile; ``None`` where it is to be computed.
-    """
-
-    traced: Tensor | None
-
-    def weight(self) -> Tensor | None:
-        """The weight for this thread, or ``None`` where it must be computed."""
-        ...
 
 
 class RootHook:

@@ -7,22 +7,64 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, cast
 
 from wn_surgery.errors import RuleError
 from wn_surgery.rules.fields import did_you_mean
 from wn_surgery.rules.presets import PRESETS, preset
-from wn_surgery.rules.rule import Rule
+from wn_surgery.rules.rule import Rule, RuleAction, Tied
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
 
+    import torch
     import yaml
+    from torch import nn
 
-__all__ = ["Rule", "RulesLike", "as_rules", "dump_rules", "load_rules"]
+__all__ = ["Rule", "RulesLike", "RuleFields", "as_rules", "dump_rules", "given_rules", "load_rules"]
 
-RulesLike: TypeAlias = Rule | Mapping[str, Any] | str | os.PathLike[str] | Iterable[Any]
-"""A Rule, a mapping, a preset's name, a file, or an iterable of Rules, mappings and names."""
+RulesLike: TypeAlias = Rule | Mapping[str, Any] | str | os.PathLike[str] | Iterable[Any] | type[Any]
+"""A Rule, a mapping, a preset's name, a file, an iterable of these, a class, or several."""
+
+
+class RuleFields(TypedDict, total=False):
+    """The fields of one rule as keyword arguments: see :class:`wn_surgery.Rule`."""
+
+    action: RuleAction
+    names: str | Iterable[str] | None
+    types: str | type | Iterable[str | type] | None
+    params: str | Iterable[str]
+    where: Callable[[str, nn.Module], bool] | None
+    exclude_names: str | Iterable[str]
+    exclude_types: str | type | Iterable[str | type]
+    dim: int | tuple[int, ...] | list[int] | Literal["out"] | None
+    eps: float
+    norm_dtype: torch.dtype | str | None
+    g_init: float | None
+    train_g: bool
+    tied: Tied
+    replace: bool
+    label: str | None
+
+
+def given_rules(call: str, rules: RulesLike | None, fields: RuleFields) -> tuple[Rule, ...]:
+    """The rules that a public function was given: as rules, or as the fields of one rule."""
+    for name in fields:
+        if name not in RuleFields.__annotations__:
+            known = [*RuleFields.__annotations__, "optimizers", "on_unmatched"]
+            raise TypeError(f"{call}() has no argument {name!r}{did_you_mean(name, known)}")
+    if rules is not None and fields:
+        raise TypeError(
+            f"{call}() got rules and also {', '.join(f'{name}=' for name in fields)}, which is "
+            "a rule of its own; give either, or put it into the list of rules"
+        )
+    if rules is None and not fields:
+        raise TypeError(
+            f"{call}() needs rules, as in {call}(model, nn.Linear) or {call}(model, names='*')"
+        )
+    return as_rules(rules) if rules is not None else (Rule(**fields),)
+
 
 _YAML = (".yaml", ".yml")
 _SUFFIXES = (*_YAML, ".json")
@@ -33,7 +75,8 @@ def as_rules(rules: RulesLike) -> tuple[Rule, ...]:
 
     Args:
         rules: A Rule; a dict of a rule's fields, or of ``rules``, as a file holds it; a preset's
-            name; the path of a YAML or JSON file; or an iterable of these.
+            name; the path of a YAML or JSON file; an iterable of these; or a class, or a list
+            or tuple of classes, for one rule with these ``types``.
 
     Returns:
         The rules in order, presets replaced by theirs.
@@ -51,6 +94,10 @@ def as_rules(rules: RulesLike) -> tuple[Rule, ...]:
     """
     if isinstance(rules, Rule):
         return (rules,)
+    if isinstance(rules, type) or (
+        isinstance(rules, list | tuple) and rules and all(isinstance(each, type) for each in rules)
+    ):
+        return (Rule(types=rules),)
     if isinstance(rules, str):
         return _from_text(rules)
     if isinstance(rules, os.PathLike):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+
+from torch import nn
 
 from wn_surgery.model.sites import Node, sites_of
 from wn_surgery.rules.rule import Rule, matches_module, matches_param
@@ -16,42 +19,40 @@ __all__ = ["Unmatched", "explain"]
 
 @dataclass(frozen=True)
 class Unmatched:
-    """A rule that decides nothing.
-
-    Attributes:
-        number: the rule's number, from 1.
-        reason: which part of it failed, and near misses.
-        kind: of the error that it calls for.
-    """
+    """A rule that decides nothing: its number from 1, which part of it failed, and near misses."""
 
     number: int
     reason: str
-    kind: str = "unmatched"
+    kind: str = "unmatched"  # of the error that it calls for
 
 
 def explain(index: int, rules: Sequence[Rule], nodes: Sequence[Node]) -> Unmatched:
     """Find the first part of rule ``index`` that leaves nothing over."""
     rule = rules[index]
-    number = index + 1
-    named = replace(rule, types=None, exclude_names=(), exclude_types=())
-    by_name = _matching(named, nodes)
-    if not by_name:
-        return Unmatched(number, _no_such_name(rule, nodes))
-    typed = _matching(replace(rule, exclude_names=(), exclude_types=()), nodes)
-    if not typed:
-        return Unmatched(number, _wrong_type(rule, [node for node, _ in by_name], nodes))
     included = _matching(rule, nodes)
-    if not included:
-        return Unmatched(
-            number, f"excluded: all {len(typed)} modules it matches are excluded by itself"
-        )
     for node, _ in included:
-        if callable(getattr(node.base, "weight", None)) and checks.quantizer(node, None):
+        if callable(getattr(node.base, "weight", None)) and (maker := checks.quantizer(node, None)):
             reason = (
-                f"{node.paths[0]} is quantized ({node.base.__module__}.{node.base.__name__}) and "
-                "has no floating-point weight; change weight norm before quantization"
+                f"{node.paths[0]} is quantized ({maker}) and has no floating-point weight; change "
+                "weight norm before quantization"
             )
-            return Unmatched(number, reason, "quantized")
+            return Unmatched(index + 1, reason, "quantized")
+    if included:
+        return Unmatched(index + 1, _why_no_site(index, rules, included))
+    typed = _matching(replace(rule, exclude_names=(), exclude_types=()), nodes)
+    named = _matching(replace(rule, types=None, exclude_names=(), exclude_types=()), nodes)
+    if typed:
+        reason = f"excluded: all {len(typed)} modules it matches are excluded by itself"
+    elif named:
+        reason = _wrong_type(rule, [node for node, _ in named], nodes)
+    else:
+        reason = _no_such_name(rule, nodes)
+    return Unmatched(index + 1, reason)
+
+
+def _why_no_site(index: int, rules: Sequence[Rule], included: list[tuple[Node, str]]) -> str:
+    """Why a rule that matches modules decides about none of their parameters."""
+    rule = rules[index]
     sites = [
         (site, path)
         for node, path in included
@@ -59,20 +60,19 @@ def explain(index: int, rules: Sequence[Rule], nodes: Sequence[Node]) -> Unmatch
         if matches_param(rule, site.param)
     ]
     if not sites:
-        return Unmatched(number, _no_such_parameter(rule, [node for node, _ in included]))
+        return _no_such_parameter(rule, [node for node, _ in included])
     if not any(eligible(site, replace(rule, where=None), path) for site, path in sites):
-        return Unmatched(number, _not_eligible([site.name for site, _ in sites]))
+        return _not_eligible([site.name for site, _ in sites])
     if not any(eligible(site, rule, path) for site, path in sites):
-        return Unmatched(number, "its `where` predicate is false for every parameter it matches")
+        return "its `where` predicate is false for every parameter it matches"
     later = [
         str(i)
-        for i, other in enumerate(rules[index + 1 :], number + 1)
+        for i, other in enumerate(rules[index + 1 :], index + 2)
         if any(matches_module(other, path, node.base) for node, path in included)
     ]
-    return Unmatched(
-        number,
+    return (
         f"shadowed: every parameter it matches is decided by a later rule ({', '.join(later)}); "
-        "the last matching rule wins, so put special rules after general ones",
+        "the last matching rule wins, so put special rules after general ones"
     )
 
 
@@ -87,27 +87,20 @@ def _matching(rule: Rule, nodes: Iterable[Node]) -> list[tuple[Node, str]]:
 
 def _no_such_name(rule: Rule, nodes: Sequence[Node]) -> str:
     paths = [path for node in nodes for path in node.paths]
-    known = set(paths)
     patterns = rule.names or ()
-    parts = [f"no module is named {' or '.join(repr(pattern) for pattern in patterns)}"]
-    for pattern in patterns:
-        hint = _hint(pattern, rule, nodes, paths, known)
-        if hint:
-            parts.append(hint)
-    return "; ".join(parts)
+    hints = [_hint(pattern, rule, nodes, paths) for pattern in patterns]
+    reason = f"no module is named {' or '.join(map(repr, patterns))}"
+    return "; ".join([reason, *filter(None, hints)])
 
 
-def _hint(
-    pattern: str, rule: Rule, nodes: Sequence[Node], paths: Sequence[str], known: set[str]
-) -> str:
+def _hint(pattern: str, rule: Rule, nodes: Sequence[Node], paths: Sequence[str]) -> str:
     if not pattern.startswith(("re:", "**")):
         anywhere = replace(rule, names=(f"**.{pattern}",), types=None)
         if found := _matching(anywhere, nodes):
             return f"did you mean '**.{pattern}' ({_some(path for _, path in found)})?"
     parent, _, last = pattern.rpartition(".")
     if parent and not pattern.startswith("re:"):
-        owner = replace(rule, names=(parent,), types=None)
-        found = _matching(owner, nodes)
+        found = _matching(replace(rule, names=(parent,), types=None), nodes)
         if any(last in node.module._parameters for node, _ in found):
             return f"{last!r} is a parameter: did you mean names='{parent}', params='{last}'?"
     folded = pattern.lower()
@@ -115,32 +108,17 @@ def _hint(
         return f"names are case-sensitive: did you mean {same[0]!r}?"
     if near := difflib.get_close_matches(pattern, paths[:20_000], n=3, cutoff=0.75):
         return f"did you mean {_some(near)}?"
-    deepest = _deepest(pattern, known)
-    if deepest is None:
-        return ""
-    children = sorted(
-        {
-            path[len(deepest) + 1 if deepest else 0 :].split(".")[0]
-            for path in paths
-            if path != deepest and (path.startswith(f"{deepest}.") or not deepest)
-        }
-    )
-    holder = f"{deepest!r} exists and" if deepest else "the model"
-    return f"{holder} holds {_some(children, 6)}" if children else f"{deepest!r} has no children"
-
-
-def _deepest(pattern: str, known: set[str]) -> str | None:
-    """The longest wildcard-free start of the pattern that is a module."""
     if pattern.startswith("re:"):
-        return None
-    literal: list[str] = []
-    for segment in pattern.split("."):
-        if any(char in segment for char in "*?[{"):
-            break
-        literal.append(segment)
-    while literal and ".".join(literal) not in known:
-        literal.pop()
-    return ".".join(literal)
+        return ""
+    # The longest start of the pattern without wildcards that is a module; the root at least.
+    start = re.split(r"[*?\[{]", f"{pattern}.")[0].rpartition(".")[0]
+    while start and start not in paths:
+        start = start.rpartition(".")[0]
+    prefix = f"{start}." if start else ""
+    inside = (path.removeprefix(prefix) for path in paths if path.startswith(prefix) and path)
+    children = sorted({path.split(".")[0] for path in inside})
+    holder = f"{start!r} exists and" if start else "the model"
+    return f"{holder} holds {_some(children, 6)}" if children else f"{start!r} has no children"
 
 
 def _wrong_type(rule: Rule, by_name: Sequence[Node], nodes: Sequence[Node]) -> str:
@@ -168,7 +146,7 @@ def _no_such_parameter(rule: Rule, nodes: Sequence[Node]) -> str:
         site.param
         for node in nodes
         for site in sites_of(node)
-        if site.tensor is not None and (checks.lazy(site.tensor) or site.tensor.ndim >= 2)
+        if site.tensor is not None and (nn.parameter.is_lazy(site.tensor) or site.tensor.ndim >= 2)
     ]
     suggestion = list(dict.fromkeys(matrices or held))
     return (

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack, cast
 
 import torch
 from torch import nn
@@ -16,15 +16,10 @@ from wn_surgery.norm.drafts import follow_initializer
 from wn_surgery.norm.math import g_shape, magnitude
 from wn_surgery.norm.options import NormOptions
 from wn_surgery.norm.slots import settle
-from wn_surgery.rules.sources import Rule, RulesLike, as_rules
+from wn_surgery.rules.sources import Rule, RuleFields, RulesLike, given_rules
 from wn_surgery.surgery.optimizers import OptimizerChange, OptimizerEdit, Replacement
 from wn_surgery.surgery.plan import Plan, Step
-from wn_surgery.surgery.planning import (
-    OnUnmatched,
-    build,
-    build_migration,
-    build_removal,
-)
+from wn_surgery.surgery.planning import OnUnmatched, build, build_migration, build_removal
 
 __all__ = ["Report", "apply", "execute", "migrate", "remove"]
 
@@ -45,14 +40,14 @@ class Report:
         >>> import wn_surgery as wn
         >>> from torch import nn
         >>> report = wn.apply(nn.Sequential(nn.Linear(2, 3)), "linears")
-        >>> report.changed
-        ('0.weight',)
+        >>> report, report.changed
+        (<Report: 1 parameter changed>, ('0.weight',))
     """
 
     changed: tuple[str, ...]
-    steps: tuple[dict[str, Any], ...] = field(repr=False)
+    steps: tuple[dict[str, Any], ...]
     optimizers: tuple[OptimizerChange, ...]
-    table: str = field(repr=False)
+    table: str
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON data."""
@@ -62,56 +57,68 @@ class Report:
             "optimizers": [change.to_dict() for change in self.optimizers],
         }
 
+    def __repr__(self) -> str:
+        count, others = len(self.changed), len(self.optimizers)
+        optimizers = f", {others} optimizer{'' if others == 1 else 's'}" if others else ""
+        return f"<Report: {count} parameter{'' if count == 1 else 's'} changed{optimizers}>"
+
     def __str__(self) -> str:
         return "\n".join([self.table, *map(str, self.optimizers)])
 
+    if not TYPE_CHECKING:  # a type checker reports these itself
 
-def _report(plan: Plan, optimizers: Iterable[OptimizerChange]) -> Report:
-    return Report(
-        tuple(step.site.name for step in plan.changes),
-        tuple(step.to_dict() for step in plan.steps),
-        tuple(optimizers),
-        str(plan).replace(" parameters change;", " parameters changed;"),
-    )
+        def __call__(self, *_: object, **__: object) -> NoReturn:
+            """Raise a TypeError that says how to use the model."""
+            raise TypeError(f"a Report cannot be called{_IN_PLACE}")
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(f"a Report has no {name!r}{_IN_PLACE}", name=name, obj=self)
+
+
+_IN_PLACE = (
+    ": apply, remove and migrate change the model in place and return what they did; "
+    "write `wn.apply(model, rules)` in place of `model = wn.apply(model, rules)`"
+)
 
 
 def apply(
     model: nn.Module,
-    rules: RulesLike,
+    rules: RulesLike | None = None,
     *,
     optimizers: Optimizer | Iterable[Any] = (),
     on_unmatched: OnUnmatched = "error",
+    **fields: Unpack[RuleFields],
 ) -> Report:
-    """Put weight norm on the parameters that the rules match, in place.
+    """Put weight norm on the parameters that the rules match, in place; report what was done.
 
     The model's outputs stay as they are, bit for bit in float32 and float64, unless a rule
     gives ``g_init``. Applying the same rules again changes nothing.
 
     Args:
         model: any module tree.
-        rules: a Rule, a list of rules or dicts, a path to YAML or JSON, or a preset's name.
+        rules: a Rule, a list of rules or dicts, a path to YAML or JSON, or a preset's name; a
+            class, or several, stands for one rule with these ``types``.
         optimizers: optimizers that hold the model's parameters; g and v take the weight's
             place in their groups. A single one need not be in a list.
         on_unmatched: ``error``, ``warn`` or ``ignore`` a rule that decides nothing.
-
-    Returns:
-        What was done.
+        fields: the fields of one :class:`Rule`, in place of ``rules``.
 
     Raises:
         WeightNormError: see :mod:`wn_surgery.errors`; the model and the optimizers are
             then as they were.
+        TypeError: both ``rules`` and fields of a rule are given, or neither.
 
     Example:
         >>> import torch, wn_surgery as wn
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> print(wn.apply(model, {"names": "0"}, optimizers=[optimizer]).optimizers[0])
+        >>> print(wn.apply(model, names="0", optimizers=[optimizer]).optimizers[0])
         SGD: 1 parameter -> 2 in group 0; nothing to reset
         >>> sorted(model.state_dict())[:3]  # doctest: +NORMALIZE_WHITESPACE
         ['0.bias', '0.parametrizations.weight.original0',
          '0.parametrizations.weight.original1']
     """
-    return execute(build(model, as_rules(rules), on_unmatched), optimizers)
+    return execute(build(model, given_rules("apply", rules, fields), on_unmatched), optimizers)
 
 
 def remove(
@@ -120,8 +127,9 @@ def remove(
     *,
     optimizers: Optimizer | Iterable[Any] = (),
     on_unmatched: OnUnmatched = "error",
+    **fields: Unpack[RuleFields],
 ) -> Report:
-    """Make weight-normed parameters plain again, in place and bit for bit.
+    """Make weight-normed parameters plain again, in place, bit for bit; report what was done.
 
     Every layout is removed, whoever applied it: this library, both of torch's functions,
     or a model's own method.
@@ -132,9 +140,7 @@ def remove(
             ``remove``, so that the rules that were applied can be given again.
         optimizers: optimizers that hold g and v; the weight takes v's place.
         on_unmatched: ``error``, ``warn`` or ``ignore`` a rule that decides nothing.
-
-    Returns:
-        What was done.
+        fields: the fields of one :class:`Rule`, in place of ``rules``.
 
     Raises:
         WeightNormError: see :mod:`wn_surgery.errors`; the model and the optimizers are
@@ -148,13 +154,21 @@ def remove(
         >>> type(layer) is torch.nn.Linear, torch.equal(layer.weight, weight)
         (True, True)
     """
-    if rules is None:
+    if rules is None and not fields:
         return execute(build_removal(model), optimizers)
-    return execute(build(model, tuple(map(_removing, as_rules(rules))), on_unmatched), optimizers)
+    wanted = tuple(map(_removing, given_rules("remove", rules, fields)))
+    return execute(build(model, wanted, on_unmatched), optimizers)
+
+
+def _removing(rule: Rule) -> Rule:
+    if rule.action != "apply":
+        return rule
+    kept = ("names", "types", "params", "where", "exclude_names", "exclude_types", "label")
+    return Rule(action="remove", **{name: getattr(rule, name) for name in kept})
 
 
 def migrate(model: nn.Module, *, to: Literal["parametrized", "legacy"] = "parametrized") -> Report:
-    """Move every weight-normed parameter to another layout, in place.
+    """Move every weight-normed parameter to another layout, in place; report what was done.
 
     g and v stay the same Parameter objects: outputs, gradients (to rounding, along axes that
     torch has no kernel for), ``requires_grad`` and optimizers are not affected. torch's own
@@ -164,9 +178,6 @@ def migrate(model: nn.Module, *, to: Literal["parametrized", "legacy"] = "parame
         model: any module tree.
         to: ``parametrized`` (``parametrizations.weight.original0/1``) or ``legacy``
             (``weight_g``, ``weight_v`` and torch's forward pre-hook).
-
-    Returns:
-        What was done.
 
     Raises:
         ValueError: ``to`` is something else.
@@ -190,19 +201,7 @@ def migrate(model: nn.Module, *, to: Literal["parametrized", "legacy"] = "parame
 
 
 def execute(plan: Plan, optimizers: Optimizer | Iterable[Any] = ()) -> Report:
-    """Carry out a plan on the model it was made for.
-
-    Args:
-        plan: what to do, just made: nothing is decided here.
-        optimizers: see :func:`apply`.
-
-    Returns:
-        What was done.
-
-    Raises:
-        WeightNormError: the plan has problems. Whatever is raised, from wherever, the
-            model and the optimizers are as they were.
-    """
+    """Carry out a plan that was just made; if anything is raised, nothing has changed."""
     edit = OptimizerEdit(optimizers)
     plan.check()
     log = UndoLog()
@@ -220,7 +219,12 @@ def execute(plan: Plan, optimizers: Optimizer | Iterable[Any] = ()) -> Report:
     if plan.changes:
         settle(plan.model)
         follow_initializer(plan.model)
-    return _report(plan, changes)
+    return Report(
+        tuple(step.site.name for step in plan.changes),
+        tuple(step.to_dict() for step in plan.steps),
+        tuple(changes),
+        plan._table("changed"),
+    )
 
 
 class _Work:
@@ -239,7 +243,10 @@ class _Work:
             assert isinstance(held, layouts.Normed)
             self._put(step, layouts.clear(module, param), held.g, held.v)
             return
-        old = self._old(step)
+        if isinstance(held, layouts.Normed):
+            old: tuple[nn.Parameter, ...] = (held.g, held.v)
+        else:
+            old = (cast(nn.Parameter, module._parameters[param]),)
         # A tie that goes on gets its new tensors once, at its first end.
         key: Hashable = (step.action, *map(id, old))
         if step.group is not None:
@@ -266,14 +273,6 @@ class _Work:
             plist.g_init = step.rule.g_init
 
     @staticmethod
-    def _old(step: Step) -> tuple[nn.Parameter, ...]:
-        held = step.site.held
-        if held is None:
-            return (step.site.module._parameters[step.site.param],)  # type: ignore[return-value]
-        assert isinstance(held, layouts.Normed)
-        return held.g, held.v
-
-    @staticmethod
     def _new(step: Step) -> tuple[nn.Parameter, ...]:
         held = step.site.held
         weight = held.weight() if isinstance(held, layouts.Normed) else step.site.tensor
@@ -284,39 +283,19 @@ class _Work:
         g_init = step.rule.g_init
         if isinstance(held, layouts.Normed) and (held.g_init, held.norm) == (g_init, step.norm):
             g_init = None  # it is thawed, and has been filled before
-        return split(weight, step.norm, g_init, step.rule.train_g, step.copies)
+        return _split(weight, step.norm, g_init, step.rule.train_g, step.copies)
 
 
-def split(
-    weight: nn.Parameter,
-    norm: NormOptions,
-    g_init: float | None = None,
-    train_g: bool = True,
-    copies: bool = False,
+def _split(
+    weight: nn.Parameter, norm: NormOptions, g_init: float | None, train_g: bool, copies: bool
 ) -> tuple[nn.Parameter, nn.Parameter]:
     """The g and v for a weight; v shares its memory unless ``copies``."""
-    direction = weight.detach().clone() if copies else weight.detach()
     if g_init is None:
         g = magnitude(weight, *norm)
     else:
         real = weight.dtype.to_real() if weight.dtype.is_complex else weight.dtype
         shape = g_shape(weight.shape, norm.dim)
         g = torch.full(shape, g_init, dtype=real, device=weight.device)
-    v = nn.Parameter(direction, weight.requires_grad)
+    v = nn.Parameter(weight.detach().clone() if copies else weight.detach(), weight.requires_grad)
     layouts.hand_over(weight, v)
     return nn.Parameter(g, weight.requires_grad and train_g), v
-
-
-def _removing(rule: Rule) -> Rule:
-    if rule.action != "apply":
-        return rule
-    return Rule(
-        action="remove",
-        names=rule.names,
-        types=rule.types,
-        params=rule.params,
-        where=rule.where,
-        exclude_names=rule.exclude_names,
-        exclude_types=rule.exclude_types,
-        label=rule.label,
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from wn_surgery.errors import RuleError
 from wn_surgery.model.sites import Node, Site, sites_of
@@ -24,19 +24,12 @@ __all__ = ["Match", "eligible", "match"]
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Match:
-    """The rules that match one site.
-
-    Attributes:
-        site: the site.
-        winners: for each of the module's paths that a rule matches, the last such rule.
-        winner: the last rule that matches under any path.
-        shadowed: the other rules that match, in order.
-    """
+    """The rules that match one site, by index."""
 
     site: Site
-    winners: dict[str, int]
-    winner: int
-    shadowed: tuple[int, ...]
+    winners: dict[str, int]  # for each path that a rule matches, the last such rule
+    winner: int  # the last rule that matches under any path
+    shadowed: tuple[int, ...]  # the other rules that match, in order
 
 
 def match(nodes: Sequence[Node], rules: Sequence[Rule]) -> Iterator[Match]:
@@ -44,45 +37,31 @@ def match(nodes: Sequence[Node], rules: Sequence[Rule]) -> Iterator[Match]:
     # Models have many modules, but few classes and few parameter names.
     by_class: dict[type, list[tuple[int, Rule]]] = {}
     by_param: dict[str, set[int]] = {}
+    numbered = list(enumerate(rules))
     for node in nodes:
-        if node.base not in by_class:
-            by_class[node.base] = [
-                (i, rule) for i, rule in enumerate(rules) if matches_class(rule, node.base)
-            ]
-        candidates = by_class[node.base]
-        if not candidates:
-            continue
-        by_path: dict[str, list[int]] = {}
-        for path in node.paths:
-            if hits := [i for i, rule in candidates if matches_path(rule, path)]:
-                by_path[path] = hits
-        if not by_path:
-            continue
-        for site in sites_of(node):
-            if site.param not in by_param:
-                by_param[site.param] = {
-                    i for i, rule in enumerate(rules) if matches_param(rule, site.param)
-                }
-            wanted = by_param[site.param]
-            if wanted and (found := _match_site(site, by_path, wanted, rules)):
-                yield found
-
-
-def _match_site(
-    site: Site, by_path: dict[str, list[int]], by_param: set[int], rules: Sequence[Rule]
-) -> Match | None:
-    winners: dict[str, int] = {}
-    matching: set[int] = set()
-    for path, candidates in by_path.items():
-        hits = [i for i in candidates if i in by_param and eligible(site, rules[i], path)]
-        if hits:
-            winners[path] = hits[-1]
-            matching.update(hits)
-    if not winners:
-        return None
-    winner = max(winners.values())
-    matching.discard(winner)
-    return Match(site, winners, winner, tuple(sorted(matching)))
+        base = node.base
+        if base not in by_class:
+            by_class[base] = [(i, rule) for i, rule in numbered if matches_class(rule, base)]
+        by_path = {
+            path: hits
+            for path in node.paths
+            if (hits := [i for i, rule in by_class[base] if matches_path(rule, path)])
+        }
+        for site in sites_of(node) if by_path else ():
+            param = site.param
+            if param not in by_param:
+                by_param[param] = {i for i, rule in numbered if matches_param(rule, param)}
+            wanted = by_param[param]
+            found = {
+                path: hits
+                for path, named in by_path.items()
+                if (hits := [i for i in named if i in wanted and eligible(site, rules[i], path)])
+            }
+            if found:
+                winners = {path: hits[-1] for path, hits in found.items()}
+                winner = max(winners.values())
+                others = set[int]().union(*found.values()) - {winner}
+                yield Match(site, winners, winner, tuple(sorted(others)))
 
 
 def eligible(site: Site, rule: Rule, path: str) -> bool:
@@ -97,12 +76,13 @@ def eligible(site: Site, rule: Rule, path: str) -> bool:
         if not wanted:
             return False
     tensor = site.tensor
-    if site.held is not None or tensor is None or checks.lazy(tensor):
+    if site.held is not None or tensor is None or nn.parameter.is_lazy(tensor):
         return True
     if not takes_rank(rule, site.param, tensor.ndim):
         return False
     # A rule that is about everything means everything it can mean; one that names
     # modules or types means these, and the plan says why they cannot be.
     return not is_universal(rule) or (
-        checks.floating(tensor) and checks.quantizer(site.node, tensor) is None
+        (tensor.is_floating_point() or tensor.is_complex())
+        and checks.quantizer(site.node, tensor) is None
     )

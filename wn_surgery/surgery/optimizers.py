@@ -15,15 +15,12 @@ __all__ = ["OptimizerChange", "OptimizerEdit", "Replacement", "all_unwrapped", "
 
 
 class Replacement(NamedTuple):
-    """Parameters ``old`` of the site ``name`` are replaced by ``new``.
-
-    ``stays`` where another site goes on using ``old``, as at the end of a tie.
-    """
+    """Parameters ``old`` of the site ``name`` are replaced by ``new``."""
 
     name: str
     old: tuple[nn.Parameter, ...]
     new: tuple[nn.Parameter, ...]
-    stays: bool = False
+    stays: bool = False  # another site goes on using `old`, as when a tie ends
 
 
 @dataclass
@@ -45,6 +42,10 @@ class OptimizerChange:
         groups = [{"group": i, "out": out, "in": came} for i, (out, came) in self.groups.items()]
         return {"optimizer": self.optimizer, "groups": groups, "reset": list(self.reset)}
 
+    def __repr__(self) -> str:
+        moved = ", ".join(f"{out} -> {came} in group {i}" for i, (out, came) in self.groups.items())
+        return f"<OptimizerChange {self.optimizer}: {moved or 'nothing'}; {len(self.reset)} reset>"
+
     def __str__(self) -> str:
         moved = ", ".join(
             f"{out} parameter{'' if out == 1 else 's'} -> {came} in group {i}"
@@ -55,15 +56,7 @@ class OptimizerChange:
 
 
 class OptimizerEdit:
-    """One all-or-nothing change of several optimizers.
-
-    Args:
-        optimizers: ``torch.optim.Optimizer`` objects, or wrappers that keep one under
-            ``.optimizer`` (Lightning's and accelerate's do); or a single one.
-
-    Raises:
-        TypeError: one of them is something else.
-    """
+    """One all-or-nothing change of several optimizers; see :func:`all_unwrapped`."""
 
     def __init__(self, optimizers: Any) -> None:
         self._optimizers = all_unwrapped(optimizers)
@@ -94,11 +87,7 @@ class OptimizerEdit:
 
 
 def all_unwrapped(optimizers: Any) -> list[Any]:
-    """The torch optimizers inside one optimizer, or several.
-
-    Raises:
-        TypeError: one of them is something else.
-    """
+    """The torch optimizers inside one optimizer, or several; a TypeError for anything else."""
     if hasattr(optimizers, "param_groups") or hasattr(optimizers, "optimizer"):
         optimizers = [optimizers]
     if isinstance(optimizers, str | Mapping) or not isinstance(optimizers, Iterable):
@@ -110,11 +99,7 @@ def all_unwrapped(optimizers: Any) -> list[Any]:
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The torch optimizer inside wrappers that keep one under ``.optimizer``.
-
-    Raises:
-        TypeError: there is none.
-    """
+    """The torch optimizer inside wrappers that keep one under ``.optimizer`` (Lightning's do)."""
     if isinstance(optimizer, LRScheduler):
         raise TypeError(
             f"optimizers holds a {type(optimizer).__name__}, which is a learning-rate scheduler; "
@@ -133,24 +118,23 @@ def unwrapped(optimizer: Any) -> Any:
 def _replace(optimizer: Any, replacements: Sequence[Replacement]) -> OptimizerChange:
     change = OptimizerChange(type(optimizer).__name__)
     home = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    # What comes behind an old parameter, or in its place.
-    incoming: dict[int, list[Replacement]] = {}
-    leaving: set[int] = set()
+    leaving: set[int] = set()  # old parameters, by id
+    incoming: dict[int, list[Replacement]] = {}  # what comes after an old one, or in its place
     for replacement in replacements:
         held = [parameter for parameter in replacement.old if id(parameter) in home]
         if not held or id(held[0]) in leaving:
             continue  # not in this optimizer, or the other end of a tie
         # The last is v (or the weight itself), whose hyperparameters the weight inherits.
         incoming.setdefault(id(held[-1]), []).append(replacement)
-        if replacement.stays:
-            continue
-        leaving.update(map(id, held))
-        if any(parameter in optimizer.state for parameter in held):
-            change.reset.append(replacement.name)
+        if not replacement.stays:
+            leaving.update(map(id, held))
+            if any(parameter in optimizer.state for parameter in held):
+                change.reset.append(replacement.name)
     if not incoming:
         return change
     for number, group in enumerate(optimizer.param_groups):
-        _replace_in_group(group, number, leaving, incoming, change)
+        if moved := _replace_in_group(group, leaving, incoming):
+            change.groups[number] = moved
     if hasattr(optimizer, "_numel_cache"):
         # L-BFGS keeps one flat state for all of its parameters, under the first.
         optimizer.state.clear()
@@ -162,32 +146,27 @@ def _replace(optimizer: Any, replacements: Sequence[Replacement]) -> OptimizerCh
 
 
 def _replace_in_group(
-    group: dict[str, Any],
-    number: int,
-    leaving: set[int],
-    incoming: dict[int, list[Replacement]],
-    change: OptimizerChange,
-) -> None:
+    group: dict[str, Any], leaving: set[int], incoming: dict[int, list[Replacement]]
+) -> tuple[int, int] | None:
+    """How many parameters left the group and how many came, if any did."""
+    old: list[nn.Parameter] = group["params"]
     params: list[nn.Parameter] = []
     names: list[str] = []
-    old_names: Sequence[str] = group.get("param_names") or [""] * len(group["params"])
-    out = came = 0
-    for parameter, name in zip(group["params"], old_names, strict=True):
-        if id(parameter) in leaving:
-            out += 1
-        else:
+    for parameter, name in zip(old, group.get("param_names") or [""] * len(old), strict=True):
+        if id(parameter) not in leaving:
             params.append(parameter)
             names.append(name)
         for replacement in incoming.get(id(parameter), ()):
             params += replacement.new
             names += _names(replacement)
-            came += len(replacement.new)
-    if out or came:
-        # In place: L-BFGS and closures hold on to the list itself.
-        group["params"][:] = params
-        if group.get("param_names"):
-            group["param_names"] = names
-        change.groups[number] = (out, came)
+    out = sum(id(parameter) in leaving for parameter in old)
+    came = len(params) - (len(old) - out)
+    if not (out or came):
+        return None
+    old[:] = params  # in place: L-BFGS and closures hold on to the list itself
+    if group.get("param_names"):
+        group["param_names"] = names
+    return out, came
 
 
 def _names(replacement: Replacement) -> list[str]:

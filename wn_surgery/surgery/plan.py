@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -20,7 +21,7 @@ from wn_surgery.tables import render
 
 __all__ = ["Plan", "Step"]
 
-Action: TypeAlias = Literal["apply", "replace", "remove", "migrate", "keep", "skip"]
+StepAction: TypeAlias = Literal["apply", "replace", "remove", "migrate", "keep", "skip"]
 
 
 @dataclass(eq=False, slots=True)
@@ -34,14 +35,14 @@ class Step:
         after: the layout it has afterwards.
         norm: the options it has afterwards; ``None`` for a plain parameter.
         rule: the rule that decided; ``None`` for a whole-model remove or migrate.
-        shadowed: earlier rules that matched too, as their numbers from 1.
+        shadowed: the numbers (from 1) of earlier rules that matched too.
         why: one line for the table.
         group: a key shared by the steps of tied parameters that stay tied.
         copies: whether a tied parameter is copied first, so that the tie ends.
     """
 
     site: Site
-    action: Action
+    action: StepAction
     after: SiteLayout
     norm: NormOptions | None
     rule: Rule | None
@@ -54,6 +55,11 @@ class Step:
     def changes(self) -> bool:
         """Whether the step changes the model."""
         return self.action not in ("keep", "skip")
+
+    def __repr__(self) -> str:
+        moved = f", {self.site.layout} -> {self.after}" if self.changes else ""
+        norm = "" if self.norm is None else f", {self.norm}"
+        return f"<Step {self.site.name}: {self.action}{moved}{norm}>"
 
     def to_dict(self) -> dict[str, Any]:
         """The step as plain JSON data."""
@@ -117,7 +123,7 @@ class Plan:
                 continue
             seen.add(key)
             if step.norm is not None:
-                total += _numel(g_shape(step.site.shape, step.norm.dim))
+                total += math.prod(g_shape(step.site.shape, step.norm.dim))
             if step.copies:  # and the other end of the tie keeps what there was
                 total += tensor.numel()
             elif isinstance(held, Normed):
@@ -125,16 +131,19 @@ class Plan:
         return total
 
     def check(self) -> None:
-        """Raise the first kind of problem, with every site that has it."""
+        """Raise the first problem, and name every site that has one of its kind.
+
+        Raises:
+            WeightNormError: the plan has problems.
+        """
         if not self.problems:
             return
         first = self.problems[0]
-        alike = [problem for problem in self.problems if problem.kind == first.kind]
+        places = [str(problem.site) for problem in self.problems if problem.kind == first.kind]
         message = str(first)
-        if len(alike) > 1:
-            others = ", ".join(str(problem.site) for problem in alike[1:6])
-            more = f" and {len(alike) - 6} more" if len(alike) > 6 else ""
-            message += f"\nThe same holds for {others}{more}."
+        if len(places) > 1:
+            more = f" and {len(places) - 6} more" if len(places) > 6 else ""
+            message += f"\nThe same holds for {', '.join(places[1:6])}{more}."
         raise type(first)(message, site=first.site)
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,10 +151,7 @@ class Plan:
         return {
             "rules": [rule.describe() for rule in self.rules],
             "steps": [step.to_dict() for step in self.steps],
-            "unmatched": [
-                {"rule": unmatched.number, "reason": unmatched.reason}
-                for unmatched in self.unmatched
-            ],
+            "unmatched": [{"rule": each.number, "reason": each.reason} for each in self.unmatched],
             "problems": [
                 {"error": type(p).__name__, "kind": p.kind, "site": p.site, "message": str(p)}
                 for p in self.problems
@@ -158,14 +164,23 @@ class Plan:
         """:meth:`to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=indent)
 
+    def __repr__(self) -> str:
+        return (
+            f"<Plan: {len(self.changes)} of {len(self.steps)} matched parameters change; "
+            f"rules={len(self.rules)}, problems={len(self.problems)}>"
+        )
+
     def __str__(self) -> str:
+        return self._table("change")
+
+    def _table(self, verb: str) -> str:
         lines = [render(_HEADERS, [_row(step) for step in self.steps])] if self.steps else []
-        changing = len(self.changes)
         added = self.added
+        gives = f"adds {added:,}" if added > 0 else f"gives back {-added:,}"
         lines.append(
-            f"{changing} of {len(self.steps)} matched parameters change; "
+            f"{len(self.changes)} of {len(self.steps)} matched parameters {verb}; "
             f"{self.parameters:,} parameters"
-            + (f" -> {self.parameters + added:,} (g {_signed(added)})" if added else "")
+            + (f" -> {self.parameters + added:,} (g {gives})" if added else "")
         )
         lines += [_legend(number, rule) for number, rule in enumerate(self.rules, 1)]
         lines += [f"rule {u.number} decides nothing: {u.reason}" for u in self.unmatched]
@@ -177,13 +192,10 @@ _HEADERS = ("site", "layout", "dim", "shape", "g", "why", "shadowed")
 
 
 def _row(step: Step) -> tuple[str, ...]:
-    names = step.site.names
-    layout = step.site.layout
-    moved = f"{layout} -> {step.after}" if step.changes else f"{layout} ({step.action})"
-    norm = step.norm
+    layout, norm = step.site.layout, step.norm
     return (
-        " = ".join(names),
-        moved,
+        " = ".join(step.site.names),
+        f"{layout} -> {step.after}" if step.changes else f"{layout} ({step.action})",
         "" if norm is None else str(norm.dim),
         str(step.site.shape),
         "" if norm is None else str(g_shape(step.site.shape, norm.dim)),
@@ -196,14 +208,3 @@ def _legend(number: int, rule: Rule) -> str:
     origin = f" ({rule.label})" if rule.label else ""
     everything = ", which is everything that may be matched" if is_universal(rule) else ""
     return f"rule {number}: {rule.describe()}{everything}{origin}"
-
-
-def _signed(count: int) -> str:
-    return f"adds {count:,}" if count > 0 else f"gives back {-count:,}"
-
-
-def _numel(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

@@ -4,38 +4,26 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, Unpack, get_args
 
 import torch
 from torch import nn
 
 from wn_surgery.errors import ModelError, WeightNormError
-from wn_surgery.model.layouts import Normed, SiteLayout
-from wn_surgery.model.sites import (
-    Node,
-    Site,
-    sites_of,
-    walk,
-)
+from wn_surgery.model.layouts import Foreign, Normed, SiteLayout
+from wn_surgery.model.sites import Node, Site, sites_of, walk
 from wn_surgery.norm.module_class import FOLDED
 from wn_surgery.norm.options import NormOptions
-from wn_surgery.rules.sources import Rule, RulesLike, as_rules
+from wn_surgery.rules.sources import Rule, RuleFields, RulesLike, given_rules
 from wn_surgery.surgery import checks
 from wn_surgery.surgery.diagnosis import explain
 from wn_surgery.surgery.matching import Match, match
 from wn_surgery.surgery.plan import Plan, Step
 from wn_surgery.surgery.ties import Index, resolve_ties
 
-__all__ = [
-    "OnUnmatched",
-    "UnmatchedRuleWarning",
-    "build",
-    "build_migration",
-    "build_removal",
-    "plan",
-]
+__all__ = ["OnUnmatched", "UnmatchedRuleWarning", "build", "build_migration", "plan"]
 
 OnUnmatched: TypeAlias = Literal["error", "warn", "ignore"]
 
@@ -46,22 +34,21 @@ class UnmatchedRuleWarning(UserWarning):
 
 def plan(
     model: nn.Module,
-    rules: RulesLike,
+    rules: RulesLike | None = None,
     *,
     on_unmatched: OnUnmatched = "error",
     check: bool = True,
+    **fields: Unpack[RuleFields],
 ) -> Plan:
-    """What ``apply(model, rules)`` would do, without doing it.
+    """What ``apply`` with the same arguments would do, without doing it.
 
     Args:
         model: any module tree. It is only read.
-        rules: a Rule, a list of rules or dicts, a path to YAML or JSON, or a preset's name.
-        on_unmatched: what to do about a rule that decides nothing.
+        rules: see :func:`wn_surgery.apply`.
+        on_unmatched: ``error``, ``warn`` or ``ignore`` a rule that decides nothing.
         check: raise when the plan cannot be carried out; ``False`` returns it with its
             problems, for printing.
-
-    Returns:
-        The plan.
+        fields: the fields of one rule, in place of ``rules``.
 
     Raises:
         UnmatchedRuleError: a rule matches nothing; the message says which part of it
@@ -71,30 +58,21 @@ def plan(
     Example:
         >>> import wn_surgery as wn
         >>> from torch import nn
-        >>> plan = wn.plan(nn.Sequential(nn.Linear(2, 3)), {"types": "Linear"})
-        >>> [(step.site.name, step.action) for step in plan.steps]
-        [('0.weight', 'apply')]
+        >>> plan = wn.plan(nn.Sequential(nn.Linear(2, 3)), types=nn.Linear)
+        >>> plan.steps
+        [<Step 0.weight: apply, plain -> parametrized, dim=0>]
     """
-    made = build(model, as_rules(rules), on_unmatched=on_unmatched)
+    made = build(model, given_rules("plan", rules, fields), on_unmatched)
     if check:
         made.check()
     return made
 
 
-def build(model: nn.Module, rules: tuple[Rule, ...], on_unmatched: OnUnmatched = "error") -> Plan:
-    """The plan with its problems, whether or not it can be carried out."""
-    if on_unmatched not in ("error", "warn", "ignore"):
-        raise ValueError(f"on_unmatched={on_unmatched!r}; expected 'error', 'warn' or 'ignore'")
-    with _uncollected():
-        return _build(model, rules, on_unmatched)
-
-
 @contextmanager
 def _uncollected() -> Generator[None]:
-    """Keep the cycle collector out of the way: a plan makes many objects and no cycles.
+    """Keep the cycle collector from slowing down large plans, which make no cycles.
 
-    Each of its passes looks at everything made so far, so that large models would take more
-    than their share of time (benchmarks/bench_plan.py).
+    Each of its passes looks at everything made so far (benchmarks/plan.py).
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -105,7 +83,11 @@ def _uncollected() -> Generator[None]:
             gc.enable()
 
 
-def _build(model: nn.Module, rules: tuple[Rule, ...], on_unmatched: OnUnmatched) -> Plan:
+@_uncollected()
+def build(model: nn.Module, rules: tuple[Rule, ...], on_unmatched: OnUnmatched = "error") -> Plan:
+    """The plan with its problems, whether or not it can be carried out."""
+    if on_unmatched not in get_args(OnUnmatched):
+        raise ValueError(f"on_unmatched={on_unmatched!r}; expected 'error', 'warn' or 'ignore'")
     nodes = _nodes(model)
     index = Index(nodes)
     made = Plan(model, rules, [], parameters=index.count)
@@ -113,17 +95,15 @@ def _build(model: nn.Module, rules: tuple[Rule, ...], on_unmatched: OnUnmatched)
     for found in match(nodes, rules):
         winning.update(found.winners.values())
         if len(found.winners) > 1:
-            made.problems.extend(_conflicts(found, rules))
+            made.problems += _conflicts(found, rules)
         _decide(made, found)
     resolve_ties(made, index)
-    # Behind the ties, for what they skip is divided by nothing: BERT's decoder is tied to
-    # embeddings whose padding is zero.
-    made.problems.extend(
-        checks.before_division(
-            (step.site, step.norm, None if step.rule is None else step.rule.g_init)
-            for step in made.changes
-            if step.norm is not None
-        )
+    # Checked after ties are resolved: a tied site that is skipped is never divided by its norm.
+    # BERT's decoder is tied to embeddings whose padding is zero.
+    made.problems += checks.before_division(
+        (step.site, step.norm, None if step.rule is None else step.rule.g_init)
+        for step in made.changes
+        if step.norm is not None
     )
     _report_unmatched(made, nodes, winning, on_unmatched)
     return made
@@ -144,7 +124,8 @@ def build_removal(model: nn.Module) -> Plan:
     made = build(model, (rule,), "ignore")
     made.rules, made.steps = (), made.changes
     for step in made.steps:
-        step.why = f"by {step.site.held.maker}" if step.site.held is not None else ""
+        held = step.site.held
+        step.why = "" if held is None else f"by {held.maker}"
     return made
 
 
@@ -157,7 +138,7 @@ def build_migration(
     for node in nodes:
         for site in sites_of(node):
             if _is_open(site):
-                made.problems.extend(checks.before_any_change(site))
+                made.problems += checks.before_any_change(site)
                 continue
             held = site.held
             if not isinstance(held, Normed) or held.layout not in of:
@@ -167,8 +148,8 @@ def build_migration(
             step.why = f"already {to}" if there else f"by {held.maker}"
             made.steps.append(step)
             if step.changes:
-                made.problems.extend(checks.before_any_change(site))
-                made.problems.extend(checks.before_migration(site, to))
+                made.problems += checks.before_any_change(site)
+                made.problems += checks.before_migration(site, to)
     return made
 
 
@@ -182,13 +163,13 @@ def _decide(made: Plan, found: Match) -> None:
     if rule.action == "skip":
         step.action = "skip"
     elif rule.action == "remove":
-        made.problems.extend(_plan_removal(step))
-    elif site.normed:
-        made.problems.extend(_plan_replacement(step, rule))
-    elif site.held is not None:
-        made.problems.append(_stacked(site))
+        made.problems += _plan_removal(step)
+    elif isinstance(site.held, Normed):
+        made.problems += _plan_replacement(step, rule, site.held)
+    elif isinstance(site.held, Foreign):
+        made.problems.append(_stacked(site, site.held))
     else:
-        made.problems.extend(_plan_application(step, rule))
+        made.problems += _plan_application(step, rule)
 
 
 def _plan_removal(step: Step) -> Iterator[WeightNormError]:
@@ -196,8 +177,8 @@ def _plan_removal(step: Step) -> Iterator[WeightNormError]:
     if site.normed:
         step.action, step.after, step.norm = "remove", "plain", None
         yield from checks.before_any_change(site)
-    elif site.held is not None and "WeightNorm" in site.held.maker:
-        yield _stacked(site)
+    elif isinstance(site.held, Foreign) and "WeightNorm" in site.held.maker:
+        yield _stacked(site, site.held)
     elif _is_open(site):  # it only looks plain
         yield from checks.before_any_change(site)
     else:
@@ -209,58 +190,46 @@ def _is_open(site: Site) -> bool:
     return site.param in FOLDED.get(site.module, ())
 
 
-def _plan_application(step: Step, rule: Rule) -> Iterator[WeightNormError]:
+def _plan_application(step: Step, rule: Rule) -> Iterable[WeightNormError]:
     step.action, step.after = "apply", "parametrized"
-    problem = None
-    for problem in checks.before_apply(step.site):
-        yield problem
-    if problem is not None:
-        return
+    if problems := list(checks.before_apply(step.site)):
+        return problems
     dim = checks.resolve_dim(step.site, rule)
-    if isinstance(dim, ModelError):
-        yield dim
-        return
+    if isinstance(dim, WeightNormError):
+        return [dim]
     step.norm = NormOptions(dim, rule.eps, rule.norm_dtype)
-    yield from checks.before_norm(step.site, step.norm, rule.g_init)
+    return checks.before_norm(step.site, step.norm, rule.g_init)
 
 
-def _plan_replacement(step: Step, rule: Rule) -> Iterator[WeightNormError]:
+def _plan_replacement(step: Step, rule: Rule, held: Normed) -> list[WeightNormError]:
     site = step.site
-    held = site.held
-    assert isinstance(held, Normed)
     dim = checks.resolve_dim(site, rule)
-    if isinstance(dim, ModelError):
-        yield dim
-        return
+    if isinstance(dim, WeightNormError):
+        return [dim]
     wanted = NormOptions(dim, rule.eps, rule.norm_dtype)
     if wanted == held.norm and not _differs(rule, held):
         fills = rule.g_init is not None and rule.g_init != held.g_init
         step.why += ", already there" + (" (replace=True fills g)" if fills else "")
-        return
+        return []
     if not rule.replace:
         frozen = "" if rule.train_g else ", train_g=False"
-        yield ModelError(
+        message = (
             f"{site.name} already carries weight norm with {held.norm}; the rule asks "
-            f"for {wanted}{frozen}; give the rule replace=True, or remove first",
-            kind="existing",
-            site=site.name,
+            f"for {wanted}{frozen}; give the rule replace=True, or remove first"
         )
-        return
-    problems = [
-        *checks.before_any_change(site),
-        *checks.before_norm(site, wanted, rule.g_init),
-    ]
+        return [checks.error_at(site, "existing", message)]
+    problems = [*checks.before_any_change(site), *checks.before_norm(site, wanted, rule.g_init)]
     if not problems:
         step.action, step.after, step.norm = "replace", "parametrized", wanted
-    yield from problems
+    return problems
 
 
 def _differs(rule: Rule, held: Normed) -> bool:
     """Whether a g that is there is not as the rule wants it.
 
-    Without ``replace`` only a g that trains, and should not, is another one: ``g_init`` is where
-    it began, and whoever froze it may have done so since. With ``replace``, g is thawed; and it
-    is filled, but once, for to give the same rules again must not undo a training.
+    Without ``replace``, only a g that trains and should not: ``g_init`` is only where g began,
+    and a frozen g may have been frozen since. With ``replace``, g is thawed and filled; but filled
+    only once, so that the same rules given again do not undo a training.
     """
     if not rule.train_g and held.g.requires_grad:
         return True
@@ -269,33 +238,29 @@ def _differs(rule: Rule, held: Normed) -> bool:
     return rule.replace and (thaws or fills)
 
 
-def _stacked(site: Site) -> ModelError:
-    maker = site.held.maker if site.held is not None else ""
-    return ModelError(
-        f"{site.name} is computed by {maker}; weight norm cannot be put on it or taken out of it "
-        "alone; remove the other parametrization first",
-        kind="stacked",
-        site=site.name,
+def _stacked(site: Site, held: Foreign) -> WeightNormError:
+    return checks.error_at(
+        site,
+        "stacked",
+        f"{site.name} is computed by {held.maker}; weight norm cannot be put on it or taken out "
+        "of it alone; remove the other parametrization first",
     )
 
 
 def _conflicts(found: Match, rules: tuple[Rule, ...]) -> Iterator[WeightNormError]:
-    instructions = {
-        path: (rules[i].action, tuple(rules[i].options().items()))
-        for path, i in found.winners.items()
-    }
-    if len(set(instructions.values())) > 1:
+    site, winners = found.site, found.winners
+    deciding = [rules[i] for i in winners.values()]
+    if len({(rule.action, *rule.options().values()) for rule in deciding}) > 1:
         told = "; ".join(
             f"{path or '(root)'} by rule {i + 1} ({rules[i].describe()})"
-            for path, i in found.winners.items()
+            for path, i in winners.items()
         )
-        yield ModelError(
-            f"{found.site.name} is one shared module with several names, told different things: "
+        message = (
+            f"{site.name} is one shared module that has conflicting rules under its names: "
             f"{told}; let the last rule match all of its names, e.g. with "
-            f"{{{','.join(found.site.node.paths)}}}",
-            kind="names",
-            site=found.site.name,
+            f"{{{','.join(site.node.paths)}}}"
         )
+        yield checks.error_at(site, "names", message)
 
 
 def _report_unmatched(
@@ -306,10 +271,9 @@ def _report_unmatched(
             continue
         unmatched = explain(index, made.rules, nodes)
         made.unmatched.append(unmatched)
-        message = f"rule {unmatched.number} ({rule.describe()}) decides nothing: {unmatched.reason}"
+        site = f"rule {unmatched.number}"
+        message = f"{site} ({rule.describe()}) decides nothing: {unmatched.reason}"
         if on_unmatched == "error":
-            made.problems.append(
-                WeightNormError(message, kind=unmatched.kind, site=f"rule {index + 1}")
-            )
+            made.problems.append(WeightNormError(message, kind=unmatched.kind, site=site))
         elif on_unmatched == "warn":
             warnings.warn(message, UnmatchedRuleWarning, stacklevel=5)

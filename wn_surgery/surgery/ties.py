@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace as changed
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from wn_surgery.errors import ModelError
 from wn_surgery.model.layouts import Normed, carried
 from wn_surgery.model.sites import Node, Site, sites_of
-from wn_surgery.surgery.checks import before_apply
+from wn_surgery.surgery.checks import before_apply, error_at
 from wn_surgery.surgery.plan import Plan, Step
 
 __all__ = ["Index", "resolve_ties", "tie_key"]
@@ -42,11 +41,7 @@ def _has_address(tensor: Tensor) -> bool:
 
 
 class Index:
-    """Every parameter of a model: how many there are, and which are one tensor.
-
-    Args:
-        nodes: the model's modules.
-    """
+    """Every parameter of a model: how many there are, and which are one tensor."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         self.nodes = nodes
@@ -60,8 +55,8 @@ class Index:
                 shared.add(key)
             seen.add(key)
         for node in nodes:
-            if "parametrizations" in node.module._modules:
-                sizes.update((id(p), p.numel()) for p in _inner(node.module))
+            if (lists := node.module._modules.get("parametrizations")) is not None:
+                sizes.update((id(p), p.numel()) for p in lists.parameters())
         self.count = sum(sizes.values())
         self.ties: dict[Hashable, list[_End]] = {}
         # Models are large, ties are few: what no other tensor shares is not kept.
@@ -93,97 +88,83 @@ def _tensors(nodes: Sequence[Node]) -> Iterator[tuple[int, Node, str, Tensor, bo
                     yield id(held.v), node, name, held.v, True
 
 
-def _inner(module: nn.Module) -> Iterator[nn.Parameter]:
-    lists = module._modules.get("parametrizations")
-    return iter(()) if lists is None else lists.parameters()
+_Steps: TypeAlias = "dict[tuple[int, str], Step]"  # by module and parameter
 
 
 def resolve_ties(plan: Plan, index: Index) -> None:
     """Make the plan treat every end of a tie as the rules say; add problems where they cannot."""
     if not index.ties:
         return
-    steps = {_where(step.site): step for step in plan.steps}
+    steps: _Steps = {_where(step.site): step for step in plan.steps}
     for step in plan.changes:
         tensor = step.site.tensor
-        if tensor is None or nn.parameter.is_lazy(tensor) or not step.changes:
+        # An earlier end of the tie may have decided for this one, or a rule skips it.
+        decided = step.group is not None or not step.changes
+        if tensor is None or nn.parameter.is_lazy(tensor) or decided:
             continue
         key = tie_key(tensor, step.site.normed)
         ends = index.ties.get(key, ())
-        if len(ends) > 1 and step.group is None:
-            _resolve(plan, step, key, ends, steps)
+        if len(ends) > 1:
+            others = [end for end in ends if (id(end.node.module), end.param) != _where(step.site)]
+            _resolve(plan, step, key, others, steps)
     rank = {id(node): i for i, node in enumerate(index.nodes)}
     plan.steps.sort(key=lambda step: rank[id(step.site.node)])
 
 
-def _resolve(
-    plan: Plan,
-    step: Step,
-    key: Hashable,
-    ends: Sequence[_End],
-    steps: dict[tuple[int, str], Step],
-) -> None:
-    others = [end for end in ends if (id(end.node.module), end.param) != _where(step.site)]
+def _resolve(plan: Plan, step: Step, key: Hashable, others: list[_End], steps: _Steps) -> None:
+    """Decide what becomes of one end of a tie, and of the others with it."""
     present = [steps.get((id(end.node.module), end.param)) for end in others]
-    mode = step.rule.tied if step.rule is not None else "together"
+    mode = "together" if step.rule is None else step.rule.tied
     if step.action in ("remove", "replace") and all(_alike(step, other) for other in present):
         mode = "together"
-    tied_to = ", ".join(_name(end) for end in others)
+    names = [f"{path}.{end.param}" if (path := end.node.paths[0]) else end.param for end in others]
+    tied_to = ", ".join(names)
     if mode == "error":
-        plan.problems.append(_tied(step, tied_to))
+        message = (
+            f"{step.site.name} is tied to {tied_to}: they are one tensor, and changing one end "
+            "would end the tie in silence; give the rule tied='together' (one g and one v under "
+            "both), tied='untie' (a copy), or tied='skip'"
+        )
+        plan.problems.append(error_at(step.site, "tied", message))
     elif mode == "skip":
         step.action, step.after, step.norm = "skip", step.site.layout, step.site.norm
         step.why += f", tied to {tied_to}"
     elif mode == "untie":
         # The last end to leave may keep the tensor: nobody shares it any more.
-        leaving = [
-            other
-            for other in present
-            if other is not None and other.action == step.action and other.copies
-        ]
+        leaving = [each for each in present if each and each.action == step.action and each.copies]
         step.copies = len(leaving) < len(others)
         step.why += f", untied from {tied_to}"
     else:
         _join(plan, step, key, others, steps)
 
 
-def _join(
-    plan: Plan,
-    step: Step,
-    key: Hashable,
-    others: Sequence[_End],
-    steps: dict[tuple[int, str], Step],
-) -> None:
+def _join(plan: Plan, step: Step, key: Hashable, others: list[_End], steps: _Steps) -> None:
+    """Give the other ends of a tie the same step, under one group."""
     step.group = key
     for end in others:
         other = steps.get((id(end.node.module), end.param))
-        if other is not None and not _alike(step, other):
-            plan.problems.append(
-                ModelError(
-                    f"{step.site.name} and {other.site.name} are one tied parameter, but "
-                    f"{step.why} says {_told(step)} and {other.why} says {_told(other)}; "
-                    "give both the same options, or use tied='untie'",
-                    kind="names",
-                    site=step.site.name,
-                )
-            )
-        elif other is not None:
-            other.group = key
-        else:
-            site = _site(end)
-            why = f"tied to {step.site.name}"
-            joined = changed(step, site=site, why=why, shadowed=())
+        if other is None:
+            site = next(site for site in sites_of(end.node) if site.param == end.param)
+            joined = changed(step, site=site, why=f"tied to {step.site.name}", shadowed=())
             if step.action == "apply":
-                plan.problems.extend(before_apply(site))
+                plan.problems += before_apply(site)
             plan.steps.append(joined)
             steps[_where(site)] = joined
+        elif _alike(step, other):
+            other.group = key
+        else:
+            message = (
+                f"{step.site.name} and {other.site.name} are one tied parameter, but "
+                f"{step.why} says {_told(step)} and {other.why} says {_told(other)}; "
+                "give both the same options, or use tied='untie'"
+            )
+            plan.problems.append(error_at(step.site, "names", message))
 
 
 def _alike(step: Step, other: Step | None) -> bool:
-    if other is None or step.action != other.action:
+    if other is None or (step.action, step.norm) != (other.action, other.norm):
         return False
-    if step.norm is None or other.norm is None:
-        return step.norm is other.norm
-    return step.norm == other.norm and _of_g(step) == _of_g(other)
+    return step.norm is None or _of_g(step) == _of_g(other)
 
 
 def _of_g(step: Step) -> str:
@@ -195,30 +176,8 @@ def _of_g(step: Step) -> str:
 
 
 def _told(step: Step) -> str:
-    if step.norm is None:
-        return step.action
-    return f"{step.action} {step.norm}{_of_g(step)}"
-
-
-def _tied(step: Step, tied_to: str) -> ModelError:
-    name = step.site.name
-    return ModelError(
-        f"{name} is tied to {tied_to}: they are one tensor, and changing one end would end the "
-        "tie in silence; give the rule tied='together' (one g and one v under both), "
-        "tied='untie' (a copy), or tied='skip'",
-        kind="tied",
-        site=name,
-    )
-
-
-def _site(end: _End) -> Site:
-    return next(site for site in sites_of(end.node) if site.param == end.param)
+    return step.action if step.norm is None else f"{step.action} {step.norm}{_of_g(step)}"
 
 
 def _where(site: Site) -> tuple[int, str]:
     return id(site.module), site.param
-
-
-def _name(end: _End) -> str:
-    path = end.node.paths[0]
-    return f"{path}.{end.param}" if path else end.param

@@ -1,14 +1,14 @@
 """What a group's kernels have to do, as tables of integers on the device.
 
-The layout and the items follow from the shapes, so they are made once. Addresses do not:
-they may change at any time, and a stale one is memory corruption.
+The work follows from the shapes, so it is laid out once. Addresses do not: they may change at
+any time, and a stale one is memory corruption.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,18 +18,9 @@ from wn_surgery.fused.evaluator import Spec
 from wn_surgery.norm.math import g_shape
 
 __all__ = [
-    "ALIGNMENT",
-    "COLUMNS",
-    "FIELDS",
-    "FINISH_KEPT",
-    "FINISH_PARTS",
-    "HEIGHT",
-    "TILE",
-    "WIDTHS",
-    "Layout",
-    "Tables",
-    "is_capturing",
-]
+    "ALIGNMENT", "COLUMNS", "FIELDS", "FINISH_KEPT", "FINISH_PARTS", "HEIGHT", "TILE", "WIDTHS",
+    "Tables", "Work",
+]  # fmt: skip
 
 # Elements that one program holds in registers: 16 for each thread of 8 warps.
 TILE = 4096
@@ -43,7 +34,7 @@ HEIGHT, COLUMNS = 32, 128
 FINISH_KEPT, FINISH_PARTS = 8, 256
 # Each tensor starts at a multiple of this many elements: a cache line, if they are 2 bytes wide.
 ALIGNMENT = 64
-# Integers for each member: see Layout._add().
+# Integers for each member: see Work._add().
 FIELDS = 9
 # How many times one CUDA graph's capture may send addresses through a group's tables.
 _SPARES = 8
@@ -61,52 +52,23 @@ class _Place:
         return flat.as_strided(self.shape, self.strides, self.offset)
 
 
-@dataclass
-class Layout:
-    """The places of all members, and the items of work.
+class Work:
+    """The places of all members in the flat buffers, and the items of work of each kernel."""
 
-    Attributes:
-        weights: the places of the weights, and of the gradients of v.
-        norms: the places of the norms, and of the gradients of g.
-        weights_size: elements of the flat buffer of weights.
-        norms_size: elements of the flat buffer of norms.
-        parts_size: elements of the workspace that holds the parts of sums.
-        fields: ``FIELDS`` integers for each member.
-        rows: (member, first row, width) of each item of the rows kernels.
-        split: (member, row or block of rows, chunk or block of columns), likewise.
-        finish: (member, first norm), likewise.
-
-    Example:
-        >>> from wn_surgery.fused.evaluator import Spec
-        >>> from wn_surgery.fused.triton.tables import Layout
-        >>> layout = Layout.of([Spec((4, 6)), Spec((50, 2), dim=1)])
-        >>> layout.rows, layout.split, layout.finish
-        ([(0, 0, 32)], [(1, 0, 0), (1, 1, 0)], [(1, 0)])
-        >>> layout.weights_size, layout.norms_size, layout.parts_size
-        (192, 128, 4)
-    """
-
-    weights: list[_Place] = field(default_factory=list)
-    norms: list[_Place] = field(default_factory=list)
-    weights_size: int = 0
-    norms_size: int = 0
-    parts_size: int = 0
-    fields: list[int] = field(default_factory=list)
-    rows: list[tuple[int, int, int]] = field(default_factory=list)
-    split: list[tuple[int, int, int]] = field(default_factory=list)
-    finish: list[tuple[int, int]] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, specs: Sequence[Spec]) -> Layout:
-        """The layout of a group.
-
-        Args:
-            specs: what each weight is; ``axes`` of none is ``None``.
-        """
-        layout = cls()
+    def __init__(self, specs: Sequence[Spec]) -> None:
+        # The places of the weights and the gradients of v; of the norms and the gradients of g.
+        self.weights: list[_Place] = []
+        self.norms: list[_Place] = []
+        # Elements of the flat buffers, and of the workspace for the parts of sums.
+        self.weights_size = self.norms_size = self.parts_size = 0
+        self.fields: list[int] = []
+        # (member, first row, width); (member, row or block of rows, chunk or block of columns);
+        # (member, first norm).
+        self.rows: list[tuple[int, int, int]] = []
+        self.split: list[tuple[int, int, int]] = []
+        self.finish: list[tuple[int, int]] = []
         for member, spec in enumerate(specs):
-            layout._add(member, spec)
-        return layout
+            self._add(member, spec)
 
     def _add(self, member: int, spec: Spec) -> None:
         assert spec.axes is not None  # why_not() has checked it
@@ -124,32 +86,19 @@ class Layout:
             self.rows += [(member, first, width) for first in range(0, kept, max(1, TILE // width))]
         if split_before:
             self.finish += [(member, first) for first in range(0, kept, FINISH_KEPT)]
-        places = (
-            _place(spec.shape, self.weights_size),
-            _place(g_shape(spec.shape, spec.dim), self.norms_size),
-        )
-        self.weights.append(places[0])
-        self.norms.append(places[1])
-        self.fields += [
-            self.weights_size,
-            self.norms_size,
-            before,
-            kept,
-            after,
-            # As bits. No norm is negative, so none is clamped where eps is 0: not even a zero.
-            struct.unpack("<i", struct.pack("<f", spec.eps or -1.0))[0],
-            self.parts_size,
-            split_before,
-            split_after,
-        ]
+        self.weights.append(_place(spec.shape, self.weights_size))
+        self.norms.append(_place(g_shape(spec.shape, spec.norm.dim), self.norms_size))
+        # As bits. No norm is negative, so none is clamped where eps is 0: not even a zero.
+        eps = struct.unpack("<i", struct.pack("<f", spec.norm.eps or -1.0))[0]
+        self.fields += [self.weights_size, self.norms_size, before, kept, after, eps]
+        self.fields += [self.parts_size, split_before, split_after]
         self.weights_size += _aligned(before * kept * after)
         self.norms_size += _aligned(kept)
         self.parts_size += split_before * kept * split_after
 
 
 def _place(shape: tuple[int, ...], offset: int) -> _Place:
-    strides = torch.empty(shape, device="meta").stride()
-    return _Place(tuple(shape), strides, offset)
+    return _Place(tuple(shape), torch.empty(shape, device="meta").stride(), offset)
 
 
 def _aligned(size: int) -> int:
@@ -157,59 +106,37 @@ def _aligned(size: int) -> int:
 
 
 class Tables:
-    """A layout and the addresses of v and g, on the device.
+    """The work of a group and the addresses of its v and g, on the device.
 
-    Attributes:
-        fields: int64, ``FIELDS`` for each member.
-        rows: int32 of shape (items, 3), or ``None`` for no items; see :class:`Layout`.
-        split: likewise.
-        finish: int32 of shape (items, 2), likewise.
-
-    Args:
-        layout: of the group.
-        device: where the weights are.
-
-    Raises:
-        ModelError: a CUDA graph is being captured.
+    ``fields`` is int64, ``FIELDS`` for each member; ``rows``, ``split`` and ``finish`` are int32,
+    a row for each item, or ``None`` for no items.
     """
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
+    def __init__(self, work: Work, device: torch.device) -> None:
         self._device = device
         self._refuse_capture("its tables have to be made")
         # These copies block, so that any stream may read what they wrote.
-        self.fields = torch.tensor(layout.fields, dtype=torch.int64, device=device)
-        self.rows = self._items(layout.rows)
-        self.split = self._items(layout.split)
-        self.finish = self._items(layout.finish)
+        self.fields = torch.tensor(work.fields, dtype=torch.int64, device=device)
+        self.rows = self._items(work.rows)
+        self.split = self._items(work.split)
+        self.finish = self._items(work.finish)
         self._addresses: list[int] = []
         self._pointers: Tensor | None = None
         self._captured: list[Tensor] = []
-        self._count = len(layout.fields) // FIELDS * 3
+        self._count = len(work.fields) // FIELDS * 3
         self._spares: list[Tensor] = []
         self._top_up()
         self._streams: set[int] = set()
 
     def pointers(self, v: Sequence[Tensor], g: Sequence[Tensor]) -> Tensor:
-        """The addresses of tensors that stay where they are from call to call.
-
-        Args:
-            v: contiguous, on the device.
-            g: likewise.
-
-        Returns:
-            int64, 3 for each member: v, g, 0. The same tensor as before, while no address
-            has changed.
-
-        Raises:
-            ModelError: an address has changed while a CUDA graph is being captured.
-        """
+        """The addresses of v and g (3 for each member: v, g, 0), sent when one has changed."""
         addresses = _addresses(v, g, None)
         if self._pointers is None or addresses != self._addresses:
             self._refuse_capture("a parameter has moved, or no forward has come before")
             self._pointers = torch.tensor(addresses, dtype=torch.int64, device=self._device)
             self._addresses = addresses
             self._streams.clear()
-        if is_capturing(self._device):
+        if self._is_capturing():
             # The graph goes on reading this one when another has taken its place.
             self._keep(self._pointers)
         return self._pointers
@@ -217,23 +144,14 @@ class Tables:
     def fresh_pointers(
         self, v: Sequence[Tensor], g: Sequence[Tensor], grads: Sequence[Tensor | None] | None
     ) -> Tensor:
-        """The addresses of tensors of this call only, sent without waiting.
+        """The addresses of tensors of this call only, sent on the current stream without waiting.
 
-        Args:
-            v: contiguous, on the device.
-            g: likewise.
-            grads: likewise; ``None``: no gradient.
-
-        Returns:
-            int64, 3 for each member, good on the current stream.
-
-        Raises:
-            ModelError: a CUDA graph is being captured, for which nothing is left to send from.
+        There are 3 for each member: v, g and the gradient of w, which is 0 where there is none.
         """
         addresses = _addresses(v, g, grads)
         if self._device.type != "cuda":
             return torch.tensor(addresses, dtype=torch.int64)
-        if is_capturing(self._device):
+        if self._is_capturing():
             # Memory cannot be pinned now. A replay copies from it again, so it is kept.
             if not self._spares:
                 self._refuse_capture(f"it has more than {_SPARES} forwards or backwards of a group")
@@ -247,8 +165,11 @@ class Tables:
             host = torch.tensor(addresses, dtype=torch.int64, pin_memory=True)
         return host.to(self._device, non_blocking=True)
 
-    def use_on(self, stream: torch.cuda.Stream) -> None:
-        """Keep the memory of the tables from being given away while ``stream`` reads it."""
+    def use(self) -> None:
+        """Keep the tables' memory from being given away while the current stream reads it."""
+        if self._device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self._device)
         if stream.cuda_stream in self._streams:
             return
         self._streams.add(stream.cuda_stream)
@@ -267,18 +188,16 @@ class Tables:
         if not any(tensor is kept for kept in self._captured):
             self._captured.append(tensor)
 
+    def _is_capturing(self) -> bool:
+        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
     def _refuse_capture(self, why: str) -> None:
-        if is_capturing(self._device):
+        if self._is_capturing():
             raise ModelError(
                 f"a CUDA graph is being captured, and {why}; run a forward and a backward before "
                 "each capture, and move no parameter in between",
                 kind="fusion",
             )
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether the current stream records a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _addresses(

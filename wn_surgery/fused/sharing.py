@@ -1,40 +1,109 @@
-"""Groups of weights that are computed together, and the slots that hand them out."""
+"""When values may be shared, and the groups of weights that are computed together and hold them."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from types import FrameType
 from typing import TypeAlias, cast
 from weakref import ReferenceType, ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules import module as module_hooks
 
-from wn_surgery.fused.cpu import CpuEvaluator
-from wn_surgery.fused.evaluator import Evaluator, Spec
-from wn_surgery.fused.node import evaluate
-from wn_surgery.fused.scope import Scope
-from wn_surgery.norm.math import (
-    builds_graph,
-    g_shape,
-    traced,
-    transformed,
-)
+from wn_surgery.fused.evaluator import Evaluator, Spec, evaluate
+from wn_surgery.norm.math import PLAIN_TYPES, builds_graph, g_shape, traced, transformed
 from wn_surgery.norm.parametrization import WeightNorm, WeightNormList
 from wn_surgery.norm.slots import NotCopied
 
-__all__ = ["CudaSlot", "Group", "Slot", "gradient_hooks", "infrastructure_mode", "module_hooks_of"]
+__all__ = [
+    "CudaSlot", "Group", "Scope", "Slot", "gradient_hooks", "infrastructure_mode",
+    "module_hooks_of",
+]  # fmt: skip
 
-_PLAIN_TYPES = frozenset({torch.Tensor, nn.Parameter})
-_INFRASTRUCTURE = (
-    torch._C._TorchDispatchModeKey.FAKE,
-    torch._C._TorchDispatchModeKey.PROXY,
-    torch._C._TorchDispatchModeKey.FUNCTIONAL,
-)
+_Mode = torch._C._TorchDispatchModeKey
+_INFRASTRUCTURE = (_Mode.FAKE, _Mode.PROXY, _Mode.FUNCTIONAL)
 
+_get_ident = threading.get_ident
+_graph_task = torch._C._current_graph_task_id
 _is_grad_enabled = torch.is_grad_enabled
 _is_inference = torch.is_inference_mode_enabled
 _modes = torch._C._len_torch_dispatch_stack
+
+
+class Scope:
+    """The call of a fused root that is under way, if any; one at a time."""
+
+    __slots__ = ("_clear", "_lock", "_owner", "_thread", "calls", "filled", "last", "stale")
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.filled: list[Group] = []  # with values that were computed since forget()
+        self.last: Group | None = None  # of them, the last to compute without a graph
+        self.stale = False  # whether the groups no longer fit the model
+        self._thread: int | None = None
+        self._owner: object = None
+        self._clear: Callable[[], None] = _is_running
+        self._lock = threading.Lock()
+
+    def enter(self, owner: object) -> bool:
+        """Begin a call; ``False`` inside another call, of this thread or another one.
+
+        ``owner`` is the frame that the call runs in, or any object that certainly leaves.
+        """
+        with self._lock:
+            if self._thread is not None and self._runs():
+                return False
+            self._thread, self._owner = _get_ident(), owner
+            self._clear = owner.clear if isinstance(owner, FrameType) else _is_running
+            self.calls += 1
+            self.forget()
+            return True
+
+    def leave(self, owner: object) -> None:
+        """End the call of ``owner``, if it is the outermost one."""
+        with self._lock:
+            if self._thread is None or (self._owner is not owner and self._runs()):
+                return
+            self._thread, self._owner, self._clear = None, None, _is_running
+            self.forget()
+
+    def forget(self) -> None:
+        """Drop every value: a graph holds what its backward needs, and frees it."""
+        filled, self.filled, self.last = self.filled, [], None
+        for group in filled:
+            for slot in group.slots:
+                slot.forget()
+
+    def here(self) -> Hashable:
+        """What a value that is computed here and now may be shared within; ``None``: nothing.
+
+        It differs for each call of the root, and for each backward outside of one (which runs
+        checkpointed parts of a call again), in this thread.
+        """
+        if self._thread == _get_ident():
+            # As in _runs(), without the call: this is asked thousands of times a second.
+            try:
+                self._clear()
+            except RuntimeError:
+                return self.calls
+        task = _graph_task()
+        return None if task == -1 else ("backward", task)
+
+    def _runs(self) -> bool:
+        # torch calls no hook after a KeyboardInterrupt, so a call may end without `leave`. But
+        # Python knows: it does not clear a frame that is being executed, and says so.
+        try:
+            self._clear()
+        except RuntimeError:
+            return True
+        return False
+
+
+def _is_running() -> None:
+    """Stands in for the ``clear`` of a frame, for an owner that certainly calls ``leave``."""
+    raise RuntimeError
 
 
 # A weight, its version, within what it may be shared, all that it was computed from, and g and v,
@@ -45,15 +114,12 @@ Entry: TypeAlias = "tuple[Tensor, int, Hashable, tuple[object, ...], Tensor, Ten
 class Slot(NotCopied):
     """The weight of one parameter of one module, while it may be shared.
 
-    Attributes:
-        spec: what the weight is.
-        grad: what a read that builds a graph sees.
-        plain: what another one sees; it has no graph, and must not stand in for ``grad``.
+    ``grad`` is for reads that build a graph. ``plain`` is for the others: it has no graph.
     """
 
     __slots__ = (
-        "_alone", "_g_shape", "_group", "_hooks", "_norm", "_parameters", "_parametrizations",
-        "_scope", "_seen", "grad", "plain", "spec",
+        "_alone", "_g_shape", "_group", "_hooks", "_norm", "_options", "_parameters",
+        "_parametrizations", "_scope", "_seen", "grad", "plain", "spec",
     )  # fmt: skip
 
     def __init__(self, group: Group, plist: WeightNormList, spec: Spec) -> None:
@@ -66,8 +132,9 @@ class Slot(NotCopied):
         self._hooks = module_hooks_of(plist)
         self._alone: Evaluator | None = None
         self._seen: tuple[Tensor, Tensor, tuple[object, ...]] | None = None
-        self._g_shape = g_shape(spec.shape, spec.dim)
+        self._g_shape = g_shape(spec.shape, spec.norm.dim)
         self._norm = cast(WeightNorm, plist[0])
+        self._options = tuple(spec.norm)
         self.spec = spec
         self.forget()
 
@@ -79,13 +146,12 @@ class Slot(NotCopied):
     def weight(self) -> Tensor | None:
         """The weight, computed with its whole group where it is not there yet.
 
-        Returns:
-            The weight; ``None`` where it must be computed as if nothing were fused.
+        ``None`` where it must be computed as if nothing were fused.
         """
         extent = self.extent()
         if extent is None:
             return None
-        # Nor is it asked whether a transform is active: one of g or v has other objects.
+        # No need to ask for an active transform: a transformed g or v is another object.
         entry = self.grad if _is_grad_enabled() and not _is_inference() else self.plain
         if entry is None or entry[2] != extent:
             return self._compute(extent, alone=False)
@@ -105,8 +171,7 @@ class Slot(NotCopied):
     def state(self) -> tuple[object, ...] | None:
         """All that the weight depends on; equal twice if it is the same weight.
 
-        Returns:
-            ``None`` if g and v are missing, or are not all that computes it.
+        ``None`` if g and v are missing, or are not all that computes it.
         """
         parameters, parametrizations, norm = self._parameters, self._parametrizations, self._norm
         g, v = parameters.get("original0"), parameters.get("original1")
@@ -136,15 +201,8 @@ class Slot(NotCopied):
     def tensors(
         self, state: tuple[object, ...] | None, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor] | None:
-        """The g and v of now; ``None`` if they are not what the group was made for.
-
-        Args:
-            state: what :meth:`state` has just returned.
-            dtype: that of the group.
-            device: that of the group.
-        """
-        spec = self.spec
-        if state is None or state[8:] != (spec.dim, spec.eps, spec.norm_dtype):
+        """The g and v of ``state``, the current one; ``None`` if the group does not fit them."""
+        if state is None or state[8:] != self._options:
             return None
         g = cast(Tensor, self._parameters["original0"])
         v = cast(Tensor, self._parameters["original1"])
@@ -154,14 +212,14 @@ class Slot(NotCopied):
             if any(
                 tensor.dtype is not dtype
                 or tensor.device != device
-                or type(tensor) not in _PLAIN_TYPES
+                or type(tensor) not in PLAIN_TYPES
                 or tensor.is_inference()
                 for tensor in (g, v)
             ):
                 return None
             self._seen = g, v, state[6:8]
         # Apart from what has been seen: a new shape may come at the old address.
-        return (g, v) if g.shape == self._g_shape and v.shape == spec.shape else None
+        return (g, v) if g.shape == self._g_shape and v.shape == self.spec.shape else None
 
     def _compute(self, extent: Hashable, alone: bool) -> Tensor | None:
         group = self._group()
@@ -176,9 +234,9 @@ class Slot(NotCopied):
         if state is None or pair is None:
             return None
         if self._alone is None:
-            self._alone = CpuEvaluator([self.spec])
+            self._alone = Evaluator([self.spec])
         g, v = pair
-        (weight,) = evaluate(self._alone, (self.spec,), (v,), (g,), self.out_dtype())
+        (weight,) = evaluate(self._alone, (v,), (g,), self.out_dtype())
         self.put(weight, extent, state, g, v)
         return weight
 
@@ -188,11 +246,9 @@ class CudaSlot(Slot):
 
     __slots__ = ("_castable", "_index")
 
-    def __init__(
-        self, group: Group, plist: WeightNormList, spec: Spec, index: int, castable: bool
-    ) -> None:
+    def __init__(self, group: Group, plist: WeightNormList, spec: Spec, castable: bool) -> None:
         super().__init__(group, plist, spec)
-        self._index = index
+        self._index = group.device.index or 0
         self._castable = castable
 
     def extent(self) -> Hashable:
@@ -210,52 +266,31 @@ class CudaSlot(Slot):
 
 
 class Group:
-    """Weights that one call computes, behind one autograd node.
-
-    Attributes:
-        slots: the members', in the order of the evaluator's specs.
-
-    Args:
-        scope: tells what a value may be shared within.
-        dtype: of every g and v.
-        device: of every g and v.
-        evaluator: computes the weights.
-        stays: whether values without a graph stay to the end of the forward, or only until
-            another group is computed.
-    """
+    """Weights of one dtype and device that one call computes; ``slots`` are in specs' order."""
 
     def __init__(
-        self,
-        scope: Scope,
-        dtype: torch.dtype,
-        device: torch.device,
-        evaluator: Evaluator,
-        stays: bool = False,
+        self, scope: Scope, dtype: torch.dtype, device: torch.device, evaluator: Evaluator
     ) -> None:
         self.scope = scope
         self.dtype = dtype
         self.device = device
         self.slots: list[Slot] = []
-        self._specs: tuple[Spec, ...] | None = None
-        self._stays = stays
-        self._dropped = -1
         self._evaluator = evaluator
+        # Whether values without a graph stay to the end of the forward, or only until another
+        # group is computed. On CUDA the allocator keeps their memory at hand.
+        self._stays = device.type != "cpu"
+        self._dropped = -1
 
-    def forget(self) -> None:
-        """Drop every value: the graph holds what its backward needs, and frees it."""
-        for slot in self.slots:
-            slot.forget()
+    def add(self, plist: WeightNormList, spec: Spec, castable: bool) -> Slot:
+        """Put a slot into the list that holds the weight's g and v."""
+        cuda = self.device.type == "cuda"
+        slot = CudaSlot(self, plist, spec, castable) if cuda else Slot(self, plist, spec)
+        self.slots.append(slot)
+        plist.__dict__["slot"] = slot
+        return slot
 
     def fill(self, wanted: Slot, extent: Hashable) -> Tensor | None:
-        """Compute all weights.
-
-        Args:
-            wanted: the slot that was asked.
-            extent: what the values may be shared within.
-
-        Returns:
-            The weight of ``wanted``; ``None`` if the group does not fit the model any more.
-        """
+        """Compute all weights; that of ``wanted``, or ``None`` if the group no longer fits."""
         if self.scope.stale:
             return None
         builds = builds_graph()
@@ -279,12 +314,10 @@ class Group:
             self._make_room()
         if self not in self.scope.filled:
             self.scope.filled.append(self)
-        if self._specs is None:
-            self._specs = tuple(slot.spec for slot in self.slots)
-        weights = evaluate(self._evaluator, self._specs, v, g, wanted.out_dtype())
+        weights = evaluate(self._evaluator, v, g, wanted.out_dtype())
         for slot, weight, now, m, x in zip(self.slots, weights, states, g, v, strict=True):
             slot.put(weight, extent, now, m, x)
-        return next(w for slot, w in zip(self.slots, weights, strict=True) if slot is wanted)
+        return weights[self.slots.index(wanted)]
 
     def _make_room(self) -> None:
         """Before computing without a graph, drop what the last group to do so has computed.
@@ -296,52 +329,35 @@ class Group:
         if self._dropped == self.scope.calls:
             self._stays = True
         last = self.scope.last
-        if last is not None and last is not self:
-            last.drop()
-        self.scope.last = self
-
-    def drop(self) -> None:
-        """Drop what was computed without a graph, unless that was wrong before."""
-        if not self._stays:
-            self._dropped = self.scope.calls
-            for slot in self.slots:
+        if last is not None and last is not self and not last._stays:
+            last._dropped = self.scope.calls
+            for slot in last.slots:
                 slot.plain = None
+        self.scope.last = self
 
 
 def gradient_hooks(tensors: Sequence[Tensor]) -> bool:
     """Whether hooks wait for the gradients of a g and v.
 
     A node's backward calls the hooks of all its inputs, with ``None`` for those without a
-    gradient. So whoever has hooks must not be behind one node with what a forward may skip.
+    gradient. So a weight with hooks must not share a node with weights that a forward may skip.
     """
-    return any(
-        bool(tensor._backward_hooks) or bool(tensor._post_accumulate_grad_hooks)
-        for tensor in tensors
-    )
+    return any(t._backward_hooks or t._post_accumulate_grad_hooks for t in tensors)
 
 
 def module_hooks_of(plist: WeightNormList) -> tuple[object, ...]:
     """Whatever may hold hooks that run when the weight is computed: empty where there are none."""
+    first, every = plist[0], module_hooks
     return (
-        module_hooks._global_forward_hooks,
-        module_hooks._global_forward_pre_hooks,
-        module_hooks._global_backward_hooks,
-        module_hooks._global_backward_pre_hooks,
-        *(
-            hooks
-            for module in (plist, plist[0])
-            for hooks in (
-                module._forward_hooks,
-                module._forward_pre_hooks,
-                module._backward_hooks,
-                module._backward_pre_hooks,
-            )
-        ),
-    )
+        every._global_forward_hooks, every._global_forward_pre_hooks,
+        every._global_backward_hooks, every._global_backward_pre_hooks,
+        plist._forward_hooks, plist._forward_pre_hooks,
+        plist._backward_hooks, plist._backward_pre_hooks,
+        first._forward_hooks, first._forward_pre_hooks,
+        first._backward_hooks, first._backward_pre_hooks,
+    )  # fmt: skip
 
 
 def infrastructure_mode() -> bool:
     """Whether tensors are fake, proxies or functional: their values must not be kept."""
-    return _modes() > 0 and any(
-        torch._C._get_dispatch_mode(key) is not None for key in _INFRASTRUCTURE
-    )
+    return _modes() > 0 and any(map(torch._C._get_dispatch_mode, _INFRASTRUCTURE))

@@ -5,22 +5,17 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from wn_surgery.checkpoints.header import (
-    TORCH,
-    Entry,
-    Header,
-    read_header,
-)
+from wn_surgery.checkpoints.io.header import TORCH, read_header
 from wn_surgery.errors import CheckpointError, CheckpointFileError
 
-__all__ = ["File", "Sink", "unreadable"]
+__all__ = ["File", "Sink", "owners_of", "unreadable"]
 
 CHUNK = 1 << 24
 
@@ -41,17 +36,8 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
 class File:
     """An open file whose header has been checked.
 
-    Not mapped into memory: a file that becomes shorter meanwhile would then end the process.
-
-    Args:
-        path: a safetensors file, from anywhere.
-
-    Attributes:
-        path: where it is.
-        header: its header.
-
-    Raises:
-        CheckpointError: it cannot be read, or its header is not what the format allows.
+    It is not mapped into memory: a file that becomes shorter meanwhile would then end the process.
+    Raises :class:`CheckpointError` if its header, or what is read, is not what the format allows.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,28 +47,21 @@ class File:
         except OSError as error:
             raise unreadable(path, error) from error
         try:
-            self.header: Header = read_header(self._file)
+            header = read_header(self._file)
         except CheckpointError as error:
             self.close()
-            raise CheckpointError(f"{str(path)!r} is no sound safetensors file: {error}") from None
+            said = f"{str(path)!r} is not a sound safetensors file: {error}"
+            raise CheckpointError(said) from None
         except OSError as error:
             self.close()
             raise unreadable(path, error) from error
-
-    @property
-    def entries(self) -> dict[str, Entry]:
-        """The tensors, in the order of their bytes."""
-        return self.header.entries
+        self.entries, self.metadata = header.entries, header.metadata
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor ``name``, in memory of its own, with the dtype and shape of the header.
-
-        Raises:
-            CheckpointError: it cannot be read, or torch does not have its dtype.
-        """
+        """A tensor, in memory of its own."""
         entry = self.entries[name]
         if entry.dtype not in TORCH:
-            raise CheckpointError(f"{name!r} is {entry.dtype}, with which torch does not compute")
+            raise CheckpointError(f"{name!r} is {entry.dtype}, which torch does not compute with")
         dtype = TORCH[entry.dtype]
         if not entry.size:
             return torch.empty(entry.shape, dtype=dtype)
@@ -91,11 +70,7 @@ class File:
         return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).reshape(entry.shape)
 
     def read_into(self, view: memoryview, place: int) -> None:
-        """Fill a buffer with the bytes from ``place`` on.
-
-        Raises:
-            CheckpointError: they cannot be read, or the file has become shorter.
-        """
+        """Fill a buffer with the bytes from ``place`` on."""
         try:
             self._file.seek(place)
             while view:
@@ -107,12 +82,7 @@ class File:
             raise unreadable(self.path, error) from error
 
     def copy(self, name: str, out: Sink) -> None:
-        """Write the bytes of the tensor ``name`` to an unbuffered file, or whatever takes them.
-
-        Raises:
-            CheckpointError: the file has become shorter.
-            OSError: they cannot be read or written.
-        """
+        """Write the bytes of a tensor to an unbuffered file, or whatever takes them."""
         entry = self.entries[name]
         place = entry.start
         while place < entry.end:
@@ -128,16 +98,23 @@ class File:
             place += count
 
     def close(self) -> None:
-        """Close the file; again is nothing."""
+        """Close the file; safe to call twice."""
         self._file.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def owners_of(files: Iterable[File]) -> dict[str, File]:
+    """The file that each tensor of several shards is in; it must be in one only."""
+    owners: dict[str, File] = {}
+    for file in files:
+        for name in file.entries:
+            if name in owners:
+                both = f"{str(owners[name].path)!r} and in {str(file.path)!r}"
+                raise CheckpointError(f"{name!r} is in {both}; delete the one that is stale")
+            owners[name] = file
+    return owners

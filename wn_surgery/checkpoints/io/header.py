@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 
-from wn_surgery.checkpoints.pairs import Shape
 from wn_surgery.errors import CheckpointError
 
-__all__ = ["BITS", "TORCH", "Entry", "Header", "name_of", "read_header", "written"]
+__all__ = ["BITS", "NAMES", "TORCH", "Entry", "Header", "read_header", "written"]
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library itself."""
@@ -44,6 +43,7 @@ TORCH: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+NAMES = {dtype: name for name, dtype in TORCH.items()}
 # Those that only some releases of torch have are copied, never computed with.
 BITS = {name: 8 * dtype.itemsize for name, dtype in TORCH.items()} | {
     "F8_E8M0": 8,
@@ -55,17 +55,10 @@ BITS = {name: 8 * dtype.itemsize for name, dtype in TORCH.items()} | {
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor's line in a header.
-
-    Attributes:
-        dtype: as the format spells it, such as ``"F32"``.
-        shape: its shape.
-        start: where its bytes begin, from the start of the file.
-        end: where they end.
-    """
+    """One tensor's line in a header; its places count from the start of the file."""
 
     dtype: str
-    shape: Shape
+    shape: tuple[int, ...]
     start: int
     end: int
 
@@ -74,44 +67,28 @@ class Entry:
         """Bytes."""
         return self.end - self.start
 
+    @property
+    def kind(self) -> torch.dtype | str:
+        """The dtype of torch, or where torch has none the name that the format gives it."""
+        return TORCH.get(self.dtype, self.dtype)
+
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header.
-
-    Attributes:
-        entries: the tensors, in the order of their bytes.
-        metadata: ``__metadata__``; None where there is none.
-    """
+    """A checked header: the tensors in the order of their bytes, and ``__metadata__`` if any."""
 
     entries: dict[str, Entry]
     metadata: dict[str, str] | None
 
 
-def name_of(dtype: torch.dtype) -> str:
-    """A torch dtype as the format spells it."""
-    return next(name for name, each in TORCH.items() if each == dtype)
-
-
 def read_header(file: io.FileIO) -> Header:
-    """Read a header, and believe nothing in it.
-
-    Args:
-        file: open for reading, unbuffered.
-
-    Returns:
-        The header. Its tensors fill the file to its end, without gaps or overlaps.
-
-    Raises:
-        CheckpointError: it is not what the format allows.
-        OSError: the file cannot be read.
-    """
+    """Read a header without trusting it: its tensors fill the file, without gaps or overlaps."""
     size = file.seek(0, os.SEEK_END)
     first = _read(file, 8, 0)
     length = int.from_bytes(first, "little")
     if len(first) < 8 or length > size - 8:
         raise CheckpointError(
-            f"it is cut off, or no such file: a header of {length} bytes in {size}"
+            f"it is cut off, or of another kind: a header of {length} bytes in {size}"
         )
     if length > MAX_HEADER:
         raise CheckpointError(f"its header of {length} bytes is over the limit of {MAX_HEADER}")
@@ -120,30 +97,27 @@ def read_header(file: io.FileIO) -> Header:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"its header is not JSON: {str(error)[:200]}") from None
     if not isinstance(header, dict):
-        raise CheckpointError("its header is no JSON object")
-    metadata = _metadata(header.pop("__metadata__", None))
-    _refuse_surrogates(header, metadata)
+        raise CheckpointError("its header is not a JSON object")
+    metadata = header.pop("__metadata__", None)
+    _check_texts(header, metadata)
     lines = {name: _entry(name, line, 8 + length) for name, line in header.items()}
     entries = dict(sorted(lines.items(), key=lambda item: (item[1].start, item[1].end)))
     place = 8 + length
     for name, entry in entries.items():
         if entry.start != place:
-            raise CheckpointError(f"{name!r} begins at {entry.start}, where {place} was expected")
+            raise CheckpointError(f"{name!r} begins at {entry.start}: expected {place}")
         place = entry.end
     if place != size:
         raise CheckpointError(f"its tensors end at byte {place}, and the file at {size}")
     return Header(entries, metadata)
 
 
-def written(lines: Mapping[str, tuple[str, Shape, int]], metadata: dict[str, str] | None) -> bytes:
-    """The first bytes of a file: the length and the header.
+def written(
+    lines: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: dict[str, str] | None
+) -> bytes:
+    """The first bytes of a file, for the dtype, shape and bytes of each tensor in their order.
 
-    Args:
-        lines: dtype, shape and size in bytes of each tensor, in the order of their bytes.
-        metadata: text by text, or None.
-
-    Returns:
-        The bytes; their count is a multiple of 8, so that the tensors behind are aligned.
+    Their count is a multiple of 8, so that the tensors after them are aligned.
     """
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     place = 0
@@ -172,19 +146,15 @@ def _no_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _metadata(value: Any) -> dict[str, str] | None:
-    if value is not None and not (
-        isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
+def _check_texts(header: dict[str, Any], metadata: Any) -> None:
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(each, str) for each in metadata.values())
     ):
-        raise CheckpointError("__metadata__ has to be text by text")
-    return value
-
-
-def _refuse_surrogates(header: dict[str, Any], metadata: dict[str, str] | None) -> None:
-    try:
+        raise CheckpointError("__metadata__ must map text to text")
+    try:  # JSON can spell half a surrogate pair
         json.dumps([list(header), metadata], ensure_ascii=False).encode()
     except UnicodeError:
-        raise CheckpointError("a name in its header is no Unicode text") from None
+        raise CheckpointError("a name in its header is not Unicode text") from None
 
 
 def _entry(name: str, line: Any, base: int) -> Entry:
@@ -197,12 +167,12 @@ def _entry(name: str, line: Any, base: int) -> Entry:
         if not isinstance(numbers, list) or not all(
             type(number) is int and 0 <= number < 1 << 62 for number in numbers
         ):
-            raise CheckpointError(f"{name!r} has a shape or offsets that are no sizes")
+            raise CheckpointError(f"{name!r} has a shape or offsets that are not sizes")
     if len(offsets) != 2 or len(shape) > 64:
         raise CheckpointError(f"{name!r} needs two offsets and at most 64 axes")
     start, end = offsets
     if math.prod(size for size in shape if size) >= 1 << 62:
-        raise CheckpointError(f"{name!r} has a shape that no memory holds")
+        raise CheckpointError(f"{name!r} has a shape too large for any memory")
     if 8 * (end - start) != math.prod(shape) * BITS[dtype]:
         raise CheckpointError(
             f"{name!r} has {end - start} bytes, which is not what {shape} of {dtype} take"

@@ -37,21 +37,14 @@ class Output(io.FileIO):
     """An unbuffered file whose ``write`` writes all that it is given, or raises.
 
     A system may write a part: Linux never writes more than 0x7ffff000 bytes at once, and less
-    where a disk gets full. Whoever ignores what ``write`` returns, as ``torch.save`` does, would
-    then leave a hole.
-
-    Attributes:
-        failed: the error of the first write that failed, which a caller may have swallowed.
+    where a disk gets full. ``torch.save`` ignores what ``write`` returns, and would leave a hole.
+    ``failed`` is the error of the first write that failed, which a caller may have swallowed.
     """
 
     failed: OSError | None = None
 
     def write(self, data: Any, /) -> int:
-        """Write all of ``data``; how many bytes that were.
-
-        Raises:
-            OSError: the system does not take them.
-        """
+        """Write all of ``data``, and return its count of bytes."""
         view = memoryview(data).cast("B")
         rest = view
         try:
@@ -74,8 +67,7 @@ class Output(io.FileIO):
 def writing(path: Path) -> Iterator[Output]:
     """A new file that only its owner may read, and that is on the disk when the context ends.
 
-    Raises:
-        OSError: a write failed, also one whose error did not get through.
+    Raises the error of a write that failed, even if it was swallowed.
     """
     with Output(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         try:
@@ -92,26 +84,9 @@ def atomic(
 ) -> Iterator[Output]:
     """Write a file beside ``path`` and rename it to ``path`` if nothing raises.
 
-    Args:
-        path: what to write; an earlier file of that name stays whole until the rename.
-        like: a file whose permissions the new one gets.
-        check: looks at what was written before it takes its name, and raises if that is not whole.
-
-    Yields:
-        A file open for writing, unbuffered, closed afterwards.
-
-    Raises:
-        CheckpointFileError: the system refuses (no space, no permission); nothing is left behind.
-
-    Example:
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> from wn_surgery.checkpoints.atomic import atomic
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with atomic(Path(folder) / "a") as file:
-        ...         _ = file.write(b"whole")
-        ...     (Path(folder) / "a").read_text()
-        'whole'
+    An earlier file of that name stays whole until the rename. The new one gets the permissions of
+    ``like``; ``check`` raises if what was written is not whole. If the system refuses, a
+    :class:`CheckpointFileError` says so and nothing is left over.
     """
     made = _hidden(path)
     with _refusing(path):
@@ -137,19 +112,7 @@ def _hidden(path: Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path, *, like: Path | None = None) -> Iterator[Path]:
-    """Fill a folder beside ``path`` and rename it to ``path`` if nothing raises.
-
-    Args:
-        path: the folder to make: not there yet, or empty.
-        like: a folder whose permissions the new one gets.
-
-    Yields:
-        The folder to fill.
-
-    Raises:
-        CheckpointFileError: it is there and not empty, or the system refuses; nothing is left
-            behind.
-    """
+    """Fill a folder beside ``path``, new or empty, and rename it to ``path`` if nothing raises."""
     with _refusing(path):
         if path.exists() and (not path.is_dir() or list(path.iterdir())):
             raise CheckpointFileError(f"{str(path)!r} is there already; name a new folder")
@@ -189,10 +152,7 @@ def _sync(path: Path) -> None:
 
 
 def start_writeback(file: io.FileIO) -> None:
-    """Have the disk begin with what was written, so that there is less to wait for at the end.
-
-    A hint: where the system has no call for it, nothing happens.
-    """
+    """Have the disk begin with what was written, where the system has a call for it."""
     if _sync_file_range is not None:
         begin, write = 0, 2  # SYNC_FILE_RANGE_WRITE: start, do not wait
         _sync_file_range(file.fileno(), ctypes.c_int64(begin), ctypes.c_int64(0), write)
@@ -204,15 +164,10 @@ def is_same(one: Path, other: Path) -> bool:
 
 
 def refuse_overwriting_input(source: Path, target: Path, in_place: bool) -> None:
-    """Raise if the output is the input, under any name, and that was not asked for.
-
-    Raises:
-        CheckpointError: they are one file, or the target is a folder.
-    """
+    """Raise if the output is a folder, or is the input and that was not asked for."""
     if target.is_dir():
         raise CheckpointFileError(f"{str(target)!r} is a folder; name a file in it")
     if not in_place and is_same(source, target):
         raise CheckpointError(
-            f"{str(target)!r} is the input itself; write elsewhere, or pass in_place=True "
-            "(--in-place)"
+            f"{str(target)!r} is the input itself; write elsewhere, or pass in_place=True"
         )

@@ -1,4 +1,4 @@
-"""What is in a container of state dicts."""
+"""Containers of state dicts: what is in them, by names and shapes alone."""
 
 from __future__ import annotations
 
@@ -7,17 +7,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from wn_surgery.checkpoints.pairs import (
-    Axes,
-    Options,
-    Pair,
-    Shape,
-    find_pairs,
-)
-from wn_surgery.checkpoints.recorded import KEY, is_record, options_of
-from wn_surgery.errors import CheckpointError
+from wn_surgery.checkpoints.pairs import Axes, Pair, Shape, find_pairs
+from wn_surgery.errors import CheckpointError, RuleError
+from wn_surgery.model.records import KEY, is_record, options_of, with_exact
+from wn_surgery.norm.options import NormOptions
 
-__all__ = ["bound", "layout_of", "pairs_of", "shapes_of", "walk"]
+__all__ = ["bound", "converted_record", "layout_of", "pairs_of", "recorded", "shapes_of", "walk"]
 
 MAX_DEPTH = 64
 
@@ -46,11 +41,11 @@ def pairs_of(
         >>> pairs_of({"generator": state})["generator/weight"].layout
         'legacy'
     """
-    found: dict[str, Pair] = {}
-    for path, mapping, known in walk(state):
-        for pair in find_pairs(shapes_of(mapping), dim=dim, known=known, orphans=orphans):
-            found[path + pair.weight] = pair
-    return found
+    return {
+        path + pair.weight: pair
+        for path, mapping, known in walk(state)
+        for pair in find_pairs(shapes_of(mapping), dim=dim, known=known, orphans=orphans)
+    }
 
 
 def layout_of(state: Mapping[str, Any], *, dim: Axes = "auto") -> str:
@@ -78,14 +73,14 @@ def layout_of(state: Mapping[str, Any], *, dim: Axes = "auto") -> str:
 
 
 def walk(
-    state: Any, path: str = "", known: Mapping[str, Options] | None = None, depth: int = 0
-) -> Iterator[tuple[str, Mapping[Any, Any], Mapping[str, Options]]]:
+    state: Any, path: str = "", known: Mapping[str, NormOptions] | None = None, depth: int = 0
+) -> Iterator[tuple[str, Mapping[Any, Any], Mapping[str, NormOptions]]]:
     """Each mapping in a container: its path, itself, and the options recorded for its keys."""
     bound(depth)
     if isinstance(state, Mapping):
         yield path, state, known or {}
         record = state.get(KEY)
-        inner = options_of(record["sites"], repr(KEY)) if is_record(record) else known
+        inner = recorded(record["sites"], repr(KEY)) if is_record(record) else known
         for key, child in state.items():
             if not (key == KEY and is_record(child)):
                 yield from walk(child, f"{path}{key}/", inner, depth + 1)
@@ -111,3 +106,32 @@ def shapes_of(state: Mapping[Any, Any]) -> dict[str, Shape]:
         # A nested tensor has no shape; nothing is weight-normed by one.
         if isinstance(key, str) and isinstance(value, Tensor) and not value.is_nested
     }
+
+
+def recorded(sites: Any, where: str) -> dict[str, NormOptions]:
+    """The options of each site of a record, perhaps of a hostile file, by its plain key."""
+    try:
+        return {str(site["name"]): options_of(site) for site in sites}
+    except (TypeError, KeyError, RuleError) as error:
+        raise CheckpointError(
+            f"{where} has a record of weight norm that this release cannot read: {error}; update "
+            "wn-surgery, or delete the record if nothing has an eps"
+        ) from error
+
+
+def converted_record(checkpoint: Mapping[str, Any], to: str) -> Mapping[str, Any]:
+    """A Lightning checkpoint whose record fits the layout that its state dict will have.
+
+    Plain ones have no record. Otherwise the record names the new layout, and where the callback
+    wrote plain weights and the exact g and v beside them, these take the place of the weights.
+    """
+    record = checkpoint[KEY]
+    if to == "plain":
+        return {key: value for key, value in checkpoint.items() if key != KEY}
+    result = dict(checkpoint)
+    exact = record.get("exact")
+    for name, parts in exact.items() if isinstance(exact, Mapping) else ():
+        if isinstance(state := result.get(name), Mapping) and isinstance(parts, Mapping):
+            result[name] = with_exact(state, parts)
+    result[KEY] = {key: value for key, value in record.items() if key != "exact"} | {"layout": to}
+    return result

@@ -1,0 +1,1 @@
+"""Files of tensors: read without trusting them, written whole or not at all."""
