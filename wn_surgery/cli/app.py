@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -141,10 +140,10 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
         groups: dict[str, Any] = {}
         hints = get_type_hints(function, include_extras=True)
         for name, parameter in inspect.signature(function).parameters.items():
-            if dataclasses.is_dataclass(hints[name]):
+            if is_dataclass(hints[name]):
                 groups[name] = hints[name]
                 within = get_type_hints(hints[name], include_extras=True)
-                options += [(f.name, f.default, within[f.name]) for f in _fields(groups[name])]
+                options += [(f.name, f.default, within[f.name]) for f in fields(groups[name])]
             else:
                 options.append((name, parameter.default, hints[name]))
 
@@ -152,7 +151,7 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
         def run(**given: Any) -> None:
             as_json = bool(given.get("as_json"))
             for name, group in groups.items():
-                given[name] = group(**{f.name: given.pop(f.name) for f in _fields(group)})
+                given[name] = group(**{f.name: given.pop(f.name) for f in fields(group)})
             try:
                 function(**given)
             except (WeightNormError, ModuleNotFoundError) as error:
@@ -171,19 +170,15 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
     return made
 
 
-def _fields(group: Any) -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(group)
-
-
 _FLAGS = {
     r"\bin_place=True": "--in-place",
     r"\bfull_pickle=True": "--full-pickle",
     r"\borphans='keep'": "--keep-orphans",
     r"\bnon_finite='keep'": "--keep-non-finite",
     r"\bkeep=\(\)": "--all",
-    r"\bdim=(?=\d+ or \d)": "--dim ",
+    r"(?<=pass )dim=(?=\d)|(?<=which it is, )dim=(?=\d)": "--dim ",
 }
-"""What the library's errors call the options."""
+"""The options by what the library's errors call them."""
 
 
 def _refused(error: Exception, as_json: bool) -> int:

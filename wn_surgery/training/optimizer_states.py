@@ -32,19 +32,13 @@ def names_in(optimizer: Any, model: nn.Module) -> list[list[str]]:
 def names_in_layout(
     held: Names, model: nn.Module, legacy: Collection[str] = (), parametrized: Collection[str] = ()
 ) -> list[list[str]]:
-    """What :func:`names_in` would give for the same model in another layout.
+    """The names if ``model``'s sites were ``legacy``, ``parametrized`` as now, or else plain.
 
-    Assumes that the optimizer was built in the same way: each group in the order of the model's
-    ``parameters()``, and a weight in the group of its v. Only names are read: no weight is computed
-    or copied.
-
-    Args:
-        held: the names in the optimizer of ``model``.
-        model: weight-normed.
-        legacy: names of the sites that had ``weight_g`` and ``weight_v`` then.
-        parametrized: names of the sites that had what they have now. Others were plain.
+    Assumes that the optimizer is built in the same way: each group in the order of the model's
+    ``parameters()``, and a weight in the group of its v. No weight is computed or copied.
     """
-    parts, order = _parts(model), _order(model, set(legacy), set(parametrized))
+    parts = _parts(model)
+    order = _order(model, parts, set(legacy), set(parametrized))
     whose = {part: site for site, both in parts.items() for part in both}
     whose |= {part: site for site in legacy for part in keys_for(site, "legacy")}
     magnitudes = {g for g, _ in parts.values()} | {keys_for(site, "legacy")[0] for site in legacy}
@@ -67,24 +61,12 @@ def names_in_layout(
 def remap(
     state: Mapping[str, Any], old: Names, new: Names, model: nn.Module
 ) -> tuple[dict[str, Any], list[str]]:
-    """An optimizer's saved state, renumbered by name for an optimizer with other parameters.
+    """An optimizer's saved state, renumbered from ``old`` to ``new`` names, and the sites without.
 
     The states of ``weight_g`` and ``weight_v`` go to ``parametrizations.weight.original0`` and
     ``original1``. The state of a plain weight has no exact counterpart for g and v (Adam's second
     moment of a projection is not known from that of the whole), so they start without a state, as
-    new parameters do.
-
-    Args:
-        state: an ``optimizer.state_dict()``, not changed.
-        old: names of its parameters, group by group.
-        new: names of the parameters of the optimizer that is to load it.
-        model: the weight-normed model, whose shapes the state has to fit.
-
-    Returns:
-        The state dict to load, and the names of the sites whose g and v start without state.
-
-    Raises:
-        CheckpointMismatchError: the sizes of groups, or the shapes of states, do not fit the names.
+    new parameters do. Raises CheckpointMismatchError where sizes or shapes do not fit the names.
     """
     groups = state["param_groups"]
     sizes, expected = [len(group["params"]) for group in groups], [len(group) for group in old]
@@ -121,9 +103,14 @@ def remap(
     return result, [site for site in parts if site in set(listed)]
 
 
-def _order(model: nn.Module, legacy: set[str], parametrized: set[str]) -> list[str]:
+def _order(
+    model: nn.Module,
+    parts: Mapping[str, tuple[str, str]],
+    legacy: set[str],
+    parametrized: set[str],
+) -> list[str]:
     """All parameter names in the order of ``parameters()``, where those sites are so stored."""
-    parts = {part: site for site, both in _parts(model).items() for part in both}
+    whose = {part: site for site, both in parts.items() for part in both}
     sites: dict[int, list[NormedSite]] = {}
     for site in normed(model):
         sites.setdefault(id(site.module), []).append(site)
@@ -132,8 +119,8 @@ def _order(model: nn.Module, legacy: set[str], parametrized: set[str]) -> list[s
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         own = [prefix + key for key in module._parameters]
-        if ".parametrizations." in f".{path}." and any(name in parts for name in own):
-            order += [name for name in own if parts.get(name) in parametrized]
+        if ".parametrizations." in f".{path}." and any(name in whose for name in own):
+            order += [name for name in own if whose.get(name) in parametrized]
             continue
         members: list[str] = []
         for key, parameter in _plain_parameters(module, sites.get(id(module), [])):
