@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import wn_surgery as wn
+from tests.makers import llama
 from wn_surgery.callbacks.transformers import WeightNormCallback, WeightNormTrainer
 from wn_surgery.huggingface import WeightNormConfig, patch_model
 
@@ -33,20 +34,6 @@ class Tokens(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
-
-
-def llama() -> Any:
-    torch.manual_seed(0)
-    return hf.LlamaForCausalLM(
-        hf.LlamaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-        )
-    )
 
 
 def trainer(folder: Path, *callbacks: Any, kind: Any = hf.Trainer, **options: Any) -> Any:
