@@ -39,7 +39,6 @@ ELSEWHERE = """
 import json, sys
 import transformers as hf
 
-from tests.makers import llama
 patched, plain, unguarded = sys.argv[1:]
 
 def tried(load, *args, **options):
