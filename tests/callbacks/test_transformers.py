@@ -159,7 +159,7 @@ def test_runs_in_which_g_and_v_would_not_train_are_refused(tmp_path: Path) -> No
         wn.CallbackError, match=r"no optimizer holds g and v of model\.layers\.0.* 7 more"
     ):
         patched.train()
-    again = trainer(tmp_path, callback(), model_init=lambda: llama())
+    again = trainer(tmp_path, callback(), model_init=lambda: llama().train())
     with pytest.raises(wn.CallbackError, match=r"model_init=.*call patch_model"):
         again.train()
     model = llama()

@@ -78,7 +78,11 @@ def test_without_the_import(tmp_path: Path) -> None:
         save_pretrained(model, folder, layout=layout)
     unguarded(tmp_path / "unguarded")
     done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, *folders], capture_output=True, text=True, check=False
+        [sys.executable, "-c", ELSEWHERE, *folders],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     refusal = f"ValueError: Unknown fusion type: {METHOD}"

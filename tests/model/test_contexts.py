@@ -144,12 +144,14 @@ def test_a_thread_that_validates_takes_no_gradient_from_one_that_trains() -> Non
     thread = threading.Thread(target=validate)
     thread.start()
     without = 0
-    for _ in range(200):
-        model.zero_grad()
-        model(X).sum().backward()
-        without += sum(parameter.grad is None for parameter in model.parameters())
-    stop.set()
-    thread.join()
+    try:
+        for _ in range(200):
+            model.zero_grad()
+            model(X).sum().backward()
+            without += sum(parameter.grad is None for parameter in model.parameters())
+    finally:  # or an error here would leave the thread running, and the process with it
+        stop.set()
+        thread.join()
     assert without == 0
 
 
