@@ -16,7 +16,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo hifigan minilm test test-long fuzz attack flaky lint format bench gpu clean
+.PHONY: help install demo hifigan minilm test test-long fuzz attack flaky coverage lint format bench gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,12 @@ attack: $(STAMP) ## random sequences of operations against a twin in float64, 10
 flaky: $(STAMP) ## the tests with processes, threads and kills, ROUNDS times beside two busy processes
 	$(ONE_THREAD) $(BIN)/python tests/project/flaky.py $(ROUNDS) -n $(WORKERS) --dist loadgroup $(TEST_ARGS)
 
+coverage: $(STAMP) ## the tests again, then every line that none of them runs
+	$(BIN)/coverage erase
+	$(ONE_THREAD) $(BIN)/coverage run -m pytest $(TEST_ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --show-missing --skip-covered
+
 lint: $(STAMP) ## ruff, mypy --strict, pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -76,5 +82,5 @@ gpu: $(STAMP) ## on a CUDA device: its tests, then the benchmark; commit what it
 	$(BIN)/python -m benchmarks --gpu $(BENCH_ARGS)
 
 clean: ## remove .venv and whatever was built
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

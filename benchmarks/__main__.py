@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from . import gpu, plan, report
-from .cases import CASES, Case, Table
-from .measure import Timer, clocked, compare
-from .peers import Alternative, DisagreementError, agree
-from .targets import GPU_TARGETS, TARGETS, Verdict, judge
+from benchmarks import gpu, plan, report
+from benchmarks.cases import CASES, Case, Table
+from benchmarks.measure import Timer, clocked, compare
+from benchmarks.peers import Alternative, DisagreementError, agree
+from benchmarks.targets import GPU_TARGETS, TARGETS, Verdict, judge
 
 PLAN = "plan"
 RESULTS = Path(__file__).parent / "results"

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import operators
-from .models import GAN, RNN, TCN, WaveNet, gan_step
-from .peers import (
+from benchmarks import operators
+from benchmarks.models import GAN, RNN, TCN, WaveNet, gan_step
+from benchmarks.peers import (  # fmt: skip
     BASE,
     FORWARD,
     MODES,
@@ -23,7 +23,7 @@ from .peers import (
     Mode,
     Workload,
     alternatives,
-)  # fmt: skip
+)
 
 __all__ = ["CASES", "Case", "Table", "vocoder"]
 

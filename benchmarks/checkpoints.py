@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.report import ROOT, environment, write
 from wn_surgery.checkpoints import convert_file
-
-from .report import ROOT, environment, write
 
 RESULTS = ROOT / "benchmarks" / "results" / "checkpoints.json"
 TIMES = {"strip": ("naive", 1.1), "strip, sharded": ("strip", 1.2)}

@@ -24,10 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.models import TCN, WaveNet
+from benchmarks.report import environment, write
 from wn_surgery.callbacks.lightning import WeightNorm
-
-from .models import TCN, WaveNet
-from .report import environment, write
 
 RESULTS = Path(__file__).parent / "results" / "evaluation.json"
 TARGET = 1.05  # of the plain model's time, beyond what the A/A row is off by

@@ -19,10 +19,20 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from .measure import Call
-from .models import TCN, Block, ReadWeights, WaveNet
-from .peers import NO_GRAD, PEERS, STEP, Alternative, Mode, Peer, Workload, agree, alternatives
-from .targets import Verdict, judge_parts
+from benchmarks.measure import Call
+from benchmarks.models import TCN, Block, ReadWeights, WaveNet
+from benchmarks.peers import (
+    NO_GRAD,
+    PEERS,
+    STEP,
+    Alternative,
+    Mode,
+    Peer,
+    Workload,
+    agree,
+    alternatives,
+)
+from benchmarks.targets import Verdict, judge_parts
 
 __all__ = [
     "Kernels", "Part", "copy_bandwidth", "kernels_of", "numbers", "parts", "profiled",
@@ -173,7 +183,7 @@ class Part:
 
 def parts(quick: bool) -> Iterator[Part]:
     """Every part, on the device; each is made when it is asked for."""
-    from .cases import vocoder
+    from benchmarks.cases import vocoder
 
     def convolutions(model: nn.Module) -> list[nn.Module]:
         kinds = nn.Conv1d | nn.ConvTranspose1d

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .models import Block, ReadWeights
-from .peers import PEERS, STEP, Alternative, Mode, Workload, alternatives
+from benchmarks.models import Block, ReadWeights
+from benchmarks.peers import PEERS, STEP, Alternative, Mode, Workload, alternatives
 
 __all__ = ["COPY", "KINDS", "Operator", "beside_copies", "copies", "middle_dim", "small"]
 

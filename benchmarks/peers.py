@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import wn_surgery as wn
+from benchmarks.measure import Call
+from benchmarks.models import Block
 from wn_surgery.model.layouts import Normed
 from wn_surgery.norm.math import norm_except
-
-from .measure import Call
-from .models import Block
 
 __all__ = [
     "BASE", "FORWARD", "MODES", "NO_GRAD", "PEERS", "STEP", "Alternative", "DisagreementError",

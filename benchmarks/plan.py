@@ -24,8 +24,7 @@ import torch
 from torch import nn
 
 import wn_surgery as wn
-
-from .report import environment, write
+from benchmarks.report import environment, write
 
 RESULTS = Path(__file__).parent / "results" / "plan.json"
 SIZES = (1_000, 10_000, 100_000)

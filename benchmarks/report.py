@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from .measure import Comparison
-from .targets import Verdict
+from benchmarks.measure import Comparison
+from benchmarks.targets import Verdict
 
 __all__ = [
     "as_data",

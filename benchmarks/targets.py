@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from .cases import MODELS
-from .measure import Comparison
-from .peers import FORWARD, NO_GRAD, STEP, Mode
+from benchmarks.cases import MODELS
+from benchmarks.measure import Comparison
+from benchmarks.peers import FORWARD, NO_GRAD, STEP, Mode
 
 __all__ = [
     "GPU_TARGETS",

@@ -18,7 +18,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from torch.utils.data import DataLoader
-from wn_surgery.training.history import History
 
 import wn_surgery as wn
 from wn_surgery.callbacks.lightning import WeightNorm

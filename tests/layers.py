@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LAYERS", "Block", "Double", "Gated", "Registered", "Scaled", "noted"]
+__all__ = ["LAYERS", "Block", "Gated", "Registered", "Scaled", "noted"]
 
 
 class Scaled(nn.Linear):
@@ -58,13 +58,6 @@ class Block(nn.Module):
         self.register_buffer("seen", torch.zeros(()), persistent=False)
         for name, child in zip(("inner", "fc", "proj"), children, strict=False):
             setattr(self, name, child)
-
-
-class Double(nn.Module):
-    """A parametrization that is not weight norm."""
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight * 2
 
 
 def noted(module: nn.Module, inputs: Any) -> None:

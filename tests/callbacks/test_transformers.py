@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import wn_surgery as wn
+from tests.makers import llama
 from wn_surgery.callbacks.transformers import WeightNormCallback, WeightNormTrainer
 from wn_surgery.huggingface import WeightNormConfig, patch_model
 
@@ -33,20 +34,6 @@ class Tokens(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
-
-
-def llama() -> Any:
-    torch.manual_seed(0)
-    return hf.LlamaForCausalLM(
-        hf.LlamaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-        )
-    )
 
 
 def trainer(folder: Path, *callbacks: Any, kind: Any = hf.Trainer, **options: Any) -> Any:
@@ -172,7 +159,7 @@ def test_runs_in_which_g_and_v_would_not_train_are_refused(tmp_path: Path) -> No
         wn.CallbackError, match=r"no optimizer holds g and v of model\.layers\.0.* 7 more"
     ):
         patched.train()
-    again = trainer(tmp_path, callback(), model_init=llama)
+    again = trainer(tmp_path, callback(), model_init=lambda: llama().train())
     with pytest.raises(wn.CallbackError, match=r"model_init=.*call patch_model"):
         again.train()
     model = llama()

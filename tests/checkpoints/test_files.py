@@ -430,6 +430,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
             capture_output=True,
             text=True,
             check=True,
+            timeout=900,
         )
         assert int(run.stdout) < 40, ending
 

@@ -13,6 +13,7 @@ import transformers as hf
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tests.makers import llama
 from wn_surgery.callbacks.transformers import WeightNormCallback, WeightNormTrainer
 from wn_surgery.huggingface import WeightNormConfig
 
@@ -31,17 +32,7 @@ class Tokens(Dataset[dict[str, Tensor]]):
 
 
 def run(folder: Path, processes: int, **options: Any) -> dict[str, Any]:
-    torch.manual_seed(0)
-    model = hf.LlamaForCausalLM(
-        hf.LlamaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-        )
-    )
+    model = llama(num_hidden_layers=1)
     settings: dict[str, Any] = {
         "output_dir": str(folder / "out"),
         "per_device_train_batch_size": 8 // processes,

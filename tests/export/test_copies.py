@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import wn_surgery as wn
+from tests import makers
 from tests.fingerprints import Fingerprint, assert_same, of_model
+from tests.makers import normed
 from wn_surgery.export import stripped_copy
 from wn_surgery.fused import is_fused
 
@@ -53,10 +55,8 @@ RULES = [{"names": path, "params": param} for path, param in NORMED]
 
 
 def legacy(model: nn.Module) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        for path, param in NORMED:
-            nn.utils.weight_norm(model.get_submodule(path), param)
+    for path, param in NORMED:
+        makers.legacy(model.get_submodule(path), param)
 
 
 def parametrized(model: nn.Module) -> None:
@@ -99,10 +99,6 @@ def seen(model: nn.Module) -> Fingerprint:
     for module in model.modules():
         copyreg._slotnames(type(module))  # type: ignore[attr-defined]
     return of_model(model, identity=True)
-
-
-def normed(model: nn.Module) -> list[str]:
-    return [site.name for site in wn.sites(model) if site.normed]
 
 
 @pytest.mark.parametrize("state", ["as built", "after a forward", "folded", "folded in grad mode"])

@@ -95,7 +95,7 @@ def resources(binary: bytes, folder: Path) -> dict[str, int]:
     file = folder / "kernel.cubin"
     file.write_bytes(binary)
     command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(file)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=900).stdout
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
 
 

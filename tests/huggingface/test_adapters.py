@@ -12,6 +12,7 @@ import transformers as hf
 from torch import nn
 
 import wn_surgery as wn
+from tests.makers import llama
 from wn_surgery.huggingface import (
     WeightNormConfig,
     merge_adapter,
@@ -23,20 +24,9 @@ TOKENS = torch.arange(8)[None]
 RULES = [{"names": "**.{q,k,v,o}_proj"}]
 
 
-def llama(patched: bool = True) -> Any:
-    torch.manual_seed(0)
-    model = hf.LlamaForCausalLM(
-        hf.LlamaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-        )
-    )
-    if patched:
-        patch_model(model, WeightNormConfig(RULES))
+def patched() -> Any:
+    model = llama()
+    patch_model(model, WeightNormConfig(RULES))
     return model
 
 
@@ -59,7 +49,7 @@ def tuned(model: Any, **options: Any) -> Any:
 @torch.no_grad()
 def test_merging_is_right(dora: bool, tmp_path: Path) -> None:
     with torch.enable_grad():
-        made = tuned(llama(), use_dora=dora)
+        made = tuned(patched(), use_dora=dora)
     expected = made(TOKENS).logits
     g = made.base_model.model.model.layers[0].self_attn.q_proj.base_layer.parametrizations
     before = g.weight.original0.clone()
@@ -76,12 +66,12 @@ def test_merging_is_right(dora: bool, tmp_path: Path) -> None:
 def test_why_there_is_a_function_for_it() -> None:
     """PEFT's own merge writes into a tensor that was only just computed."""
     with torch.enable_grad():
-        made = tuned(llama())
+        made = tuned(patched())
     expected = made(TOKENS).logits
     lost = made.merge_and_unload()
     assert (lost(TOKENS).logits - expected).abs().max() > 1e-2
     with torch.enable_grad():
-        plain = tuned(llama(patched=False))
+        plain = tuned(llama())
     expected = plain(TOKENS).logits
     torch.testing.assert_close(plain.merge_and_unload()(TOKENS).logits, expected, rtol=0, atol=1e-5)
 
@@ -89,7 +79,7 @@ def test_why_there_is_a_function_for_it() -> None:
 @torch.no_grad()
 def test_merging_in_place_and_back() -> None:
     with torch.enable_grad():
-        made = tuned(llama())
+        made = tuned(patched())
     expected = made(TOKENS).logits
     merge_adapter(made)
     torch.testing.assert_close(made(TOKENS).logits, expected, rtol=0, atol=1e-5)
@@ -100,7 +90,7 @@ def test_merging_in_place_and_back() -> None:
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_weight_norm_under_adapters_that_are_there_already(dora: bool) -> None:
-    made = tuned(llama(patched=False), use_dora=dora)
+    made = tuned(llama(), use_dora=dora)
     expected = made(TOKENS).logits.detach()
     # A broad rule: nothing that belongs to an adapter is touched.
     report = patch_model(made.base_model.model, WeightNormConfig({"types": "Linear"}))
@@ -114,7 +104,7 @@ def test_weight_norm_under_adapters_that_are_there_already(dora: bool) -> None:
 
 
 def test_adapters_may_be_named() -> None:
-    made = tuned(llama(patched=False))
+    made = tuned(llama())
     rules = WeightNormConfig({"names": "**.lora_A.default"})
     report = patch_model(made.base_model.model, rules)
     assert len(report.changed) == 4 and all("lora_A" in name for name in report.changed)

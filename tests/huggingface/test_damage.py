@@ -15,27 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import wn_surgery as wn
+from tests.makers import DECODER, llama
 from wn_surgery.huggingface import WeightNormConfig, patch_model
 
 TOKENS = torch.arange(8)[None]
 
 
-def tiny(**more: Any) -> dict[str, Any]:
-    return {
-        "vocab_size": 32,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        **more,
-    }
-
-
 def saved(folder: Path, **options: Any) -> Any:
     """A patched Llama, and its checkpoint in the folder."""
-    torch.manual_seed(0)
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(**tiny())).eval()
+    model = llama().eval()
     patch_model(model, WeightNormConfig())
     model.save_pretrained(folder, **options)
     return model
@@ -107,7 +95,7 @@ def test_it_is_refused_and_left_as_it_is(
 
 
 def test_plain_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
-    hf.LlamaForCausalLM(hf.LlamaConfig(**tiny())).save_pretrained(tmp_path)
+    llama().save_pretrained(tmp_path)
     edit_config(tmp_path, intermediate_size=24)
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         load(tmp_path, quantization_config=WeightNormConfig())
@@ -172,7 +160,7 @@ def test_weights_of_another_shape_are_drawn_where_that_is_asked_for(
 ) -> None:
     options: dict[str, Any] = {"ignore_mismatched_sizes": True}
     if plain:
-        hf.LlamaForCausalLM(hf.LlamaConfig(**tiny())).save_pretrained(tmp_path)
+        llama().save_pretrained(tmp_path)
         options["quantization_config"] = WeightNormConfig()
     else:
         saved(tmp_path)
@@ -200,7 +188,7 @@ def test_a_class_may_draw_its_weights_from_above(tmp_path: Path) -> None:
 def test_a_stack_of_which_one_weight_is_there(tmp_path: Path) -> None:
     """Several weights in one module: those that are there are read."""
     more = {"num_local_experts": 3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    model = hf.MixtralForCausalLM(hf.MixtralConfig(**tiny(**more)))
+    model = hf.MixtralForCausalLM(hf.MixtralConfig(**DECODER, **more))
     rule = {"names": "**.experts", "params": ["gate_up_proj", "down_proj"], "dim": (0, 1)}
     patch_model(model, WeightNormConfig([rule]))
     model.save_pretrained(tmp_path)

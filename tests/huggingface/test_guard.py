@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as hf
 
+from tests.makers import llama
 from wn_surgery.huggingface import (
     WeightNormConfig,
     loading,
@@ -26,21 +27,8 @@ pytestmark = pytest.mark.processes
 TOKENS = torch.arange(8)[None]
 
 
-def llama() -> Any:
-    torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    return hf.LlamaForCausalLM(config).eval()
-
-
 def patched(model: Any | None = None) -> Any:
-    made = llama() if model is None else model
+    made = llama(num_hidden_layers=1).eval() if model is None else model
     patch_model(made, WeightNormConfig())
     return made
 
@@ -90,7 +78,11 @@ def test_without_the_import(tmp_path: Path) -> None:
         save_pretrained(model, folder, layout=layout)
     unguarded(tmp_path / "unguarded")
     done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, *folders], capture_output=True, text=True, check=False
+        [sys.executable, "-c", ELSEWHERE, *folders],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     refusal = f"ValueError: Unknown fusion type: {METHOD}"
@@ -111,7 +103,7 @@ def test_without_the_import(tmp_path: Path) -> None:
 
 def test_a_second_generation_does_not_either(tmp_path: Path) -> None:
     """Loaded and saved again, from patched and from plain weights."""
-    model = llama()
+    model = llama(num_hidden_layers=1).eval()
     model.save_pretrained(tmp_path / "plain")
     loaded = hf.LlamaForCausalLM.from_pretrained(
         tmp_path / "plain", quantization_config=WeightNormConfig()
@@ -129,7 +121,7 @@ def test_a_second_generation_does_not_either(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("own", [None, {"patch_embeddings": False}])
 def test_the_config_is_itself_again_when_unpatched(own: Any, tmp_path: Path) -> None:
-    model = llama()
+    model = llama(num_hidden_layers=1).eval()
     if own is not None:
         model.config.fusion_config = own
     before = model.config.to_dict()

@@ -14,6 +14,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import wn_surgery as wn
+from tests.makers import DECODER, llama, shaken
 from tests.models.zoo import TRANSFORMERS
 from wn_surgery.huggingface import (
     WeightNormConfig,
@@ -25,21 +26,7 @@ from wn_surgery.huggingface import (
 )
 
 TOKENS = torch.arange(8)[None]
-DECODER: dict[str, Any] = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-
-
-def llama(**more: Any) -> nn.Module:
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER, **more))
+SIZES = {**DECODER, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
 def gpt2() -> nn.Module:
@@ -96,7 +83,7 @@ def vit() -> nn.Module:
 
 
 def mixtral() -> nn.Module:
-    return hf.MixtralForCausalLM(hf.MixtralConfig(**DECODER, num_local_experts=3))
+    return hf.MixtralForCausalLM(hf.MixtralConfig(**SIZES, num_local_experts=3))
 
 
 def logits(model: Any) -> Tensor:
@@ -113,7 +100,7 @@ def pixels(model: Any) -> Tensor:
 
 EXPERTS = [{"names": "**.experts", "params": ["gate_up_proj", "down_proj"], "dim": (0, 1)}]
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Tensor], Any]] = {
-    "llama": (llama, logits, None),
+    "llama": (lambda: llama(**SIZES), logits, None),
     "gpt2": (gpt2, logits, None),
     "bert": (bert, logits, None),
     "bert, tied": (
@@ -140,16 +127,6 @@ def build(name: str) -> tuple[Any, Callable[[Any], Tensor], WeightNormConfig]:
     return make().eval(), run, WeightNormConfig(rules)
 
 
-def shaken(model: nn.Module) -> None:
-    """Make g and ‖v‖ differ, as training does."""
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for site in wn.sites(model):
-            if site.held is not None and site.held.g is not None and site.held.v is not None:
-                site.held.g.mul_(1 + 0.1 * torch.rand(site.held.g.shape, generator=generator))
-                site.held.v.mul_(1.5)
-
-
 def assert_same(left: nn.Module, right: nn.Module) -> None:
     assert list(left.state_dict()) == list(right.state_dict())
     for key, value in left.state_dict().items():
@@ -172,7 +149,7 @@ def test_a_patched_model_is_saved_and_comes_back(name: str, tmp_path: Path) -> N
     report = patch_model(model, config)
     assert report.changed
     torch.testing.assert_close(run(model), before, rtol=0, atol=1e-6)
-    shaken(model)
+    shaken(model, 0.1)
     model.save_pretrained(tmp_path / "a", max_shard_size="10KB")
     loaded = reload(model, tmp_path / "a")
     assert_same(model, loaded)
@@ -190,7 +167,7 @@ def test_a_patched_model_is_saved_and_comes_back(name: str, tmp_path: Path) -> N
 def test_a_plain_copy_loads_without_this_library(name: str, tmp_path: Path) -> None:
     model, run, config = build(name)
     patch_model(model, config)
-    shaken(model)
+    shaken(model, 0.1)
     expected, keys = run(model), list(model.state_dict())
     save_pretrained(model, tmp_path, layout="plain")
     assert list(model.state_dict()) == keys
@@ -228,7 +205,7 @@ def test_an_unpatched_model_is_an_ordinary_one(name: str, tmp_path: Path) -> Non
 def test_ways_to_load(name: str, tmp_path: Path) -> None:
     model, run, config = build(name)
     patch_model(model, config)
-    shaken(model)
+    shaken(model, 0.1)
     model.save_pretrained(tmp_path)
     half = reload(model, tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
@@ -242,7 +219,7 @@ def test_ways_to_load(name: str, tmp_path: Path) -> None:
 def test_parts_on_disk(tmp_path: Path) -> None:
     model, run, config = build("llama")
     patch_model(model, config)
-    shaken(model)
+    shaken(model, 0.1)
     model.save_pretrained(tmp_path / "saved")
     device_map = {
         "model.embed_tokens": "cpu",
@@ -353,7 +330,7 @@ def test_models_that_have_weight_norm_of_their_own(family: str, tmp_path: Path) 
     """Stripped, saved by save_pretrained itself, and loaded into the class as it is."""
     entry = TRANSFORMERS[family]
     model: Any = entry.normed()
-    shaken(model)
+    shaken(model, 0.1)
     expected = entry.run(model)
     assert unpatch_model(model).changed
     assert torch.equal(entry.run(model), expected)

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, TensorDataset
 
 import wn_surgery as wn
+from tests.makers import DECODER, normed, shaken
 from wn_surgery.callbacks.lightning import WeightNorm
 from wn_surgery.huggingface import (
     WeightNormConfig,
@@ -28,33 +29,12 @@ from wn_surgery.huggingface import (
 from wn_surgery.norm.parametrization import WeightNorm as Parametrization
 
 TOKENS = torch.arange(8)[None]
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-}
+SIZES = {**DECODER, "num_hidden_layers": 1}
 QUERIES, KEYS = ([{"names": f"**.{name}_proj"}] for name in "qk")
 
 
 def llama(config: Any = None) -> Any:
     return hf.LlamaForCausalLM(config or hf.LlamaConfig(**SIZES)).eval()
-
-
-def normed(model: nn.Module) -> list[str]:
-    return [site.name for site in wn.sites(model) if site.normed]
-
-
-def shaken(model: Any) -> Any:
-    """Make g and ‖v‖ differ, as training does."""
-    with torch.no_grad():
-        for site in wn.sites(model):
-            if site.held is not None and site.held.g is not None and site.held.v is not None:
-                site.held.g.mul_(1 + torch.rand(site.held.g.shape))
-                site.held.v.mul_(1.5)
-    return model
 
 
 def reloaded(model: Any, folder: Path, kind: Any = None) -> Any:

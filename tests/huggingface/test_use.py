@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from torch import nn
 
 import wn_surgery as wn
+from tests.makers import llama, shaken
 from wn_surgery.huggingface import (
     WeightNormConfig,
     patch_model,
@@ -24,34 +25,11 @@ from wn_surgery.huggingface import (
 TOKENS = torch.arange(8)[None]
 
 
-def llama() -> Any:
-    torch.manual_seed(0)
-    model = hf.LlamaForCausalLM(
-        hf.LlamaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-            initializer_range=0.5,  # so that what is generated varies
-        )
-    ).eval()
+def patched() -> Any:
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    model = llama(**ids, initializer_range=0.5).eval()  # so that what is generated varies
     patch_model(model, WeightNormConfig())
-    shake(model)
-    return model
-
-
-def shake(model: nn.Module) -> None:
-    """Make g and ‖v‖ differ, as training does."""
-    with torch.no_grad():
-        for site in wn.sites(model):
-            if site.held is not None and site.held.g is not None and site.held.v is not None:
-                site.held.g.mul_(1 + 0.1 * torch.rand(site.held.g.shape))
-                site.held.v.mul_(1.5)
+    return shaken(model, 0.1)
 
 
 def assert_same(left: nn.Module, right: nn.Module) -> None:
@@ -67,7 +45,7 @@ def assert_same(left: nn.Module, right: nn.Module) -> None:
 @pytest.mark.parametrize("memory", [12_000, 20_000], ids=["all on disk", "a part on disk"])
 @torch.no_grad()
 def test_accelerate_places_what_does_not_fit_on_disk(memory: int, tmp_path: Path) -> None:
-    model = llama()
+    model = patched()
     model.save_pretrained(tmp_path / "saved", max_shard_size="10KB")
     placed: Any = hf.AutoModelForCausalLM.from_pretrained(
         tmp_path / "saved",
@@ -85,7 +63,7 @@ def test_accelerate_places_what_does_not_fit_on_disk(memory: int, tmp_path: Path
 
 @torch.no_grad()
 def test_plain_weights_are_split_on_the_way_to_disk(tmp_path: Path) -> None:
-    model = llama()
+    model = patched()
     save_pretrained(model, tmp_path / "plain", layout="plain")
     placed: Any = hf.AutoModelForCausalLM.from_pretrained(
         tmp_path / "plain",
@@ -103,7 +81,7 @@ def test_plain_weights_are_split_on_the_way_to_disk(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_generating_with_a_cache_and_without(tmp_path: Path) -> None:
-    model = llama()
+    model = patched()
     model.save_pretrained(tmp_path)
     loaded = hf.LlamaForCausalLM.from_pretrained(tmp_path)
     options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -121,7 +99,7 @@ def test_generating_with_a_cache_and_without(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_another_attention(tmp_path: Path) -> None:
-    model = llama()
+    model = patched()
     model.save_pretrained(tmp_path)
     eager: Any = hf.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     assert eager.config._attn_implementation == "eager"
@@ -161,7 +139,7 @@ def test_pushing_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     card = ModelCard("---\ntags: []\n---\nA model.")
     monkeypatch.setattr(hf.utils.hub, "hf_api", lambda: hub)
     monkeypatch.setattr(hf.utils.hub, "create_and_tag_model_card", lambda *_, **__: card)
-    model = llama()
+    model = patched()
     model.push_to_hub("somebody/patched", max_shard_size="10KB")
     assert {"README.md", "config.json", "model.safetensors.index.json"} < hub.files.keys()
     sites = json.loads(hub.files["config.json"])["quantization_config"]["sites"]
@@ -209,7 +187,7 @@ def test_models_that_have_it_already_and_get_it_by_preset(name: str, tmp_path: P
     unpatch_model(model)
     report = patch_model(model, WeightNormConfig())
     assert report.changed == ("encoder.pos_conv_embed.conv.weight",)
-    shake(model)
+    shaken(model, 0.1)
     model.save_pretrained(tmp_path)
     loaded, said = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(said.values()), said
@@ -222,7 +200,7 @@ def test_models_that_have_it_already_and_get_it_by_preset(name: str, tmp_path: P
 def test_their_transformer_may_have_it_too(name: str, tmp_path: Path) -> None:
     model, wave = speech(name), torch.linspace(-1, 1, 400)[None]
     patch_model(model, WeightNormConfig({"names": "encoder.layers.**", "types": "Linear"}))
-    shake(model)
+    shaken(model, 0.1)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert sum(site.normed for site in wn.sites(loaded)) == 13

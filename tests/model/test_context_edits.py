@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,20 +16,9 @@ from torch.nn.utils import parametrizations, parametrize
 
 import wn_surgery as wn
 from tests.fingerprints import assert_same, of_model
+from tests.makers import Double, legacy, ours
 from wn_surgery.norm.module_class import FOLDED, is_managed
 from wn_surgery.norm.parametrization import WeightNormList
-
-
-def legacy(module: nn.Module) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return torch.nn.utils.weight_norm(module)
-
-
-def ours(module: nn.Module) -> Any:
-    wn.apply(module, {"names": ""})
-    return module
-
 
 MAKERS = pytest.mark.parametrize("make", [legacy, parametrizations.weight_norm, ours])
 CLASSES = pytest.mark.parametrize("make", [parametrizations.weight_norm, ours])
@@ -43,14 +31,6 @@ def run(layer: nn.Module) -> Tensor:
     with torch.no_grad():  # with a graph, legacy weights could not be copied
         out: Tensor = layer(X)
     return out
-
-
-class Double(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * x
-
-    def right_inverse(self, x: Tensor) -> Tensor:
-        return x / 2
 
 
 # The weight as an attribute, inside folded ----------------------------------------------------

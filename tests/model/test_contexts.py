@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,19 +15,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import wn_surgery as wn
+from tests.makers import legacy, ours
 from wn_surgery.norm.module_class import FOLDED
-
-
-def legacy(module: nn.Module) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return torch.nn.utils.weight_norm(module)
-
-
-def ours(module: nn.Module) -> Any:
-    wn.apply(module, {"names": ""})
-    return module
-
 
 MAKERS = pytest.mark.parametrize("make", [legacy, parametrizations.weight_norm, ours])
 Maker = Callable[[nn.Module], Any]
@@ -156,12 +144,14 @@ def test_a_thread_that_validates_takes_no_gradient_from_one_that_trains() -> Non
     thread = threading.Thread(target=validate)
     thread.start()
     without = 0
-    for _ in range(200):
-        model.zero_grad()
-        model(X).sum().backward()
-        without += sum(parameter.grad is None for parameter in model.parameters())
-    stop.set()
-    thread.join()
+    try:
+        for _ in range(200):
+            model.zero_grad()
+            model(X).sum().backward()
+            without += sum(parameter.grad is None for parameter in model.parameters())
+    finally:  # or an error here would leave the thread running, and the process with it
+        stop.set()
+        thread.join()
     assert without == 0
 
 

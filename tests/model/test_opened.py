@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import wn_surgery as wn
 from tests.fingerprints import assert_same, of_model
+from tests.makers import Double, legacy, ours
 from wn_surgery.norm.module_class import FOLDED
-
-
-def legacy(module: nn.Module) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return torch.nn.utils.weight_norm(module)
-
-
-def ours(module: nn.Module) -> Any:
-    wn.apply(module, {"names": ""})
-    return module
-
 
 MAKERS = pytest.mark.parametrize("make", [legacy, parametrizations.weight_norm, ours])
 Maker = Callable[[nn.Module], Any]
 X = torch.linspace(-1, 1, 6).view(2, 3)
-
-
-class Double(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * x
-
-    def right_inverse(self, x: Tensor) -> Tensor:
-        return x / 2
 
 
 # Weights that go ----------------------------------------------------------------------------

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 
 import wn_surgery as wn
+from tests import makers
 
 StateDict = dict[str, Any]
 
@@ -52,16 +51,14 @@ def ours(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def legacy(model: nn.Module) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        for module, name in wanted(model):
-            torch.nn.utils.weight_norm(module, name)
+    for module, name in wanted(model):
+        makers.legacy(module, name)
     return model
 
 
 def theirs(model: nn.Module) -> nn.Module:
     for module, name in wanted(model):
-        parametrizations.weight_norm(module, name)
+        makers.parametrized(module, name)
     return model
 
 

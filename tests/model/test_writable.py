@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,18 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import wn_surgery as wn
-
-
-def legacy(module: nn.Module) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return torch.nn.utils.weight_norm(module)
-
-
-def ours(module: nn.Module) -> Any:
-    wn.apply(module, {"names": ""})
-    return module
-
+from tests.makers import Tied, legacy, ours
 
 Maker = Callable[[nn.Module], Any]
 MAKERS = pytest.mark.parametrize("make", [legacy, parametrizations.weight_norm, ours])
@@ -215,14 +203,6 @@ def test_folded_and_writable_together() -> None:
         with wn.folded(layer):  # what is plain already is read as it is
             assert torch.equal(layer.weight, torch.ones(4, 3))
     assert torch.equal(layer.weight, torch.ones(4, 3))
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(5, 3)
-        self.head = nn.Linear(3, 5, bias=False)
-        self.head.weight = self.embed.weight
 
 
 @pytest.mark.parametrize("end", ["embed", "head"])

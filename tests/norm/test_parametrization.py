@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import wn_surgery as wn
+from tests.makers import Double
 from wn_surgery.norm.module_class import (
     base_class,
     class_for,
@@ -40,14 +41,6 @@ def ours(module: nn.Module, params: str = "weight", **options: Any) -> Any:
 
 def lstm() -> Any:
     return ours(nn.LSTM(3, 4), "weight_*")
-
-
-class Double(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * x
-
-    def right_inverse(self, x: Tensor) -> Tensor:
-        return x / 2
 
 
 # The shared class ---------------------------------------------------------------------------
@@ -240,8 +233,10 @@ def test_a_spawned_process_gets_a_working_model() -> None:
     child.start()
     try:
         name, out = outputs.get(timeout=900)
-    finally:
         child.join(timeout=900)
+    finally:
+        if child.is_alive():
+            child.kill()
     assert child.exitcode == 0 and name == "ParametrizedLinear"
     torch.testing.assert_close(torch.tensor(out), model(X).detach())
 

@@ -17,20 +17,11 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import wn_surgery as wn
+from tests.makers import normed, shaken
 from wn_surgery.huggingface import unpatch_model
 
 LOCAL = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 X = torch.linspace(-1, 1, 12).reshape(2, 6)
-
-
-def shaken(model: nn.Module) -> nn.Module:
-    """Make g and ‖v‖ differ, as training does."""
-    with torch.no_grad():
-        for site in wn.sites(model):
-            if site.held is not None and site.held.g is not None and site.held.v is not None:
-                site.held.g.mul_(1 + torch.rand(site.held.g.shape))
-                site.held.v.mul_(1.5)
-    return model
 
 
 class Plain(nn.Module, PyTorchModelHubMixin):
@@ -76,10 +67,6 @@ class LooksAtItself(Ours):
 def reloaded(model: Any, folder: Path) -> Any:
     model.save_pretrained(folder)
     return type(model).from_pretrained(folder)
-
-
-def normed(model: nn.Module) -> list[str]:
-    return [site.name for site in wn.sites(model) if site.normed]
 
 
 @torch.no_grad()

@@ -29,15 +29,29 @@ MODULES = {
     f"wn_surgery/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "callbacks").rglob("*.py")
 }
 
+FILES = [
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "MANIFEST.in",
+    "Makefile",
+    "README.md",
+    "constraints.txt",
+    "pyproject.toml",
+]
+FOLDERS = [".ci", "benchmarks", "callbacks", "docs", "examples", "tests", "wn_surgery"]
+# Those of each kind: with makers of their own, with data files, with scripts of docs/.
+COLLECTED = ["tests/norm", "tests/written", "tests/rules/test_sources.py", "tests/checkpoints"]
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a build needs: builds leave folders behind in the source tree."""
+    """A copy of the source tree, since builds leave folders behind."""
     copy = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "LICENSE", "README.md"):
+    for name in FILES:
         shutil.copy(ROOT / name, copy)
     ignore = shutil.ignore_patterns("__pycache__")
-    for name in ("callbacks", "wn_surgery"):
+    for name in FOLDERS:
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
     return copy
 
@@ -51,6 +65,7 @@ def build(source: Path, hook: str, out: Path) -> Path:
         capture_output=True,
         text=True,
         check=False,
+        timeout=900,
     )
     assert run.returncode == 0, run.stderr
     return out / run.stdout.splitlines()[-1]
@@ -97,13 +112,53 @@ def test_a_checkout_without_symlinks_imports_the_callbacks(source: Path, tmp_pat
     assert Path(file) == checkout / "callbacks" / "holding.py"
 
 
-def test_the_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:
-    sdist = build(source, "build_sdist", tmp_path)
-    with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path, filter="data")
-    again = build(tmp_path / "wn_surgery-0.1.0", "build_wheel", tmp_path / "wheel")
+@pytest.fixture(scope="module")
+def unpacked(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is in the sdist."""
+    folder = tmp_path_factory.mktemp("sdist")
+    with tarfile.open(build(source, "build_sdist", folder)) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "wn_surgery-0.1.0"
+
+
+def test_the_sdist_builds_the_same_wheel(unpacked: Path, wheel: Path, tmp_path: Path) -> None:
+    again = build(unpacked, "build_wheel", tmp_path)
     with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(again) as second:
         assert sorted(first.namelist()) == sorted(second.namelist())
+
+
+def test_the_sdist_holds_what_its_tests_need(source: Path, unpacked: Path) -> None:
+    files = {
+        path.relative_to(source).as_posix()
+        for name in [*FILES, *FOLDERS]
+        for path in [source / name, *(source / name).rglob("*")]
+        if path.is_file() and path.suffix != ".pyc"
+    }
+    held = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
+    assert not files - held
+    callbacks = unpacked / "wn_surgery" / "callbacks"
+    assert callbacks.is_dir() and not callbacks.is_symlink()
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", *COLLECTED],
+        cwd=unpacked,
+        env={**os.environ, "PYTHONPATH": str(unpacked)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert "tests/norm/test_math.py::" in run.stdout
+
+
+def test_the_callbacks_are_where_the_package_looks() -> None:
+    """A checkout without symlinks has a small text file instead: its callbacks go unchecked."""
+    advice = "run: git config core.symlinks true && git checkout -- wn_surgery/callbacks"
+    inside = ROOT / "wn_surgery" / "callbacks"
+    assert inside.is_dir(), advice
+    for path in (ROOT / "callbacks").rglob("*.py"):
+        seen = inside / path.relative_to(ROOT / "callbacks")
+        assert seen.read_bytes() == path.read_bytes(), advice
 
 
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
@@ -135,6 +190,7 @@ def test_an_install_imports_the_callbacks(
         capture_output=True,
         text=True,
         check=True,
+        timeout=900,
     )
     package, callbacks = map(Path, run.stdout.split())
     where = site if kind == "wheel" else source

@@ -17,7 +17,8 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 import wn_surgery as wn
-from tests.layers import LAYERS, Block, Double, noted
+from tests.layers import LAYERS, Block, noted
+from tests.makers import Double
 from wn_surgery.norm.limits import zero_slices
 
 __all__ = ["Case", "Leaf", "Tree", "cases", "trees", "weights_of"]

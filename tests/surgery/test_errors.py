@@ -15,15 +15,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import wn_surgery as wn
+from tests.makers import Double, Tied
 from wn_surgery.rules.sources import RulesLike
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(5, 3)
-        self.head = nn.Linear(3, 5, bias=False)
-        self.head.weight = self.embed.weight
 
 
 class Shared(nn.Module):
@@ -31,11 +24,6 @@ class Shared(nn.Module):
         super().__init__()
         self.conv = nn.Conv1d(2, 2, 1)
         self.net = nn.Sequential(self.conv)
-
-
-class Doubled(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 2 * x
 
 
 def linear() -> nn.Module:
@@ -83,7 +71,7 @@ def normed() -> nn.Module:
 
 def stacked() -> nn.Module:
     model = normed()
-    parametrize.register_parametrization(model[0], "weight", Doubled())  # type: ignore[index]
+    parametrize.register_parametrization(model[0], "weight", Double())  # type: ignore[index]
     return model
 
 
@@ -239,7 +227,7 @@ CASES: list[tuple[Callable[[], nn.Module], RulesLike, type[wn.WeightNormError], 
     (quantized, {"names": "0"}, wn.QuantizedWeightError, "before quantization"),
     (ddp, LINEARS, wn.WrappedModuleError, "DistributedDataParallel"),
     (inference, LINEARS, wn.InferenceModeError, "leave inference mode"),
-    (stacked, {"types": "Linear", "dim": 1}, wn.StackedParametrizationError, "Doubled"),
+    (stacked, {"types": "Linear", "dim": 1}, wn.StackedParametrizationError, "Double"),
     (spectral, LINEARS, wn.StackedParametrizationError, "SpectralNorm"),
     (linear, {"types": "Linear", "dim": 2}, wn.DimensionError, "from 0 to 1"),
     (linear, {"types": "Linear", "dim": (0, 5)}, wn.DimensionError, "(4, 3)"),
@@ -366,7 +354,7 @@ def test_under_inference_mode() -> None:
 
 def test_stacked_weight_norm_is_not_removed_in_part() -> None:
     model = stacked()
-    with pytest.raises(wn.StackedParametrizationError, match="Doubled"):
+    with pytest.raises(wn.StackedParametrizationError, match="Double"):
         wn.remove(model)
     assert parametrize.is_parametrized(model[1])  # type: ignore[index]
 

@@ -7,7 +7,6 @@ import inspect
 import pickle
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,30 +14,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 import wn_surgery as wn
+from tests.makers import legacy, ours, parametrized
 from wn_surgery.model import records
 from wn_surgery.rules.sources import RuleFields
 
-
-def legacy(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return torch.nn.utils.weight_norm(module, name, dim)  # type: ignore[arg-type]
-
-
-def modern(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.Module:
-    return parametrizations.weight_norm(module, name, dim)  # type: ignore[arg-type]
-
-
-def ours(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.Module:
-    wn.apply(module, {"names": "", "params": name, "dim": dim})
-    return module
-
-
-MAKERS = [legacy, modern, ours]
+MAKERS = [legacy, parametrized, ours]
 Maker = Callable[..., nn.Module]
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -159,7 +143,7 @@ def test_applying_is_bit_exact_and_idempotent() -> None:
     assert model[2].parametrizations.weight.original0.shape == (1, 8, 1)
 
 
-@pytest.mark.parametrize("make", [legacy, modern])
+@pytest.mark.parametrize("make", [legacy, parametrized])
 def test_what_torch_applied_is_what_the_rule_asks_for(make: Maker) -> None:
     model = nn.Sequential(make(nn.Linear(3, 4)))
     assert wn.apply(model, {"types": "Linear"}).changed == ()
@@ -241,7 +225,7 @@ def test_migration_keeps_everything(dim: int | None) -> None:
 
 
 def test_migration_adopts_torchs_parametrization() -> None:
-    model = nn.Sequential(modern(nn.Linear(3, 4)), modern(nn.Linear(4, 2)))
+    model = nn.Sequential(parametrized(nn.Linear(3, 4)), parametrized(nn.Linear(4, 2)))
     with pytest.raises(RuntimeError, match="only supported through state_dict"):
         pickle.dumps(model)
     x = torch.randn(2, 3)
@@ -255,14 +239,14 @@ def test_migration_adopts_torchs_parametrization() -> None:
 def test_five_cycles_leave_no_residue() -> None:
     layer = nn.Linear(3, 4)
     fresh = {key: value for key, value in layer.__dict__.items() if key != "_parameters"}
-    for make in [legacy, modern, ours, modern, legacy]:
+    for make in [legacy, parametrized, ours, parametrized, legacy]:
         make(layer)
         wn.remove(layer)
     assert {key: value for key, value in layer.__dict__.items() if key != "_parameters"} == fresh
 
 
 def test_stripping_a_copy_leaves_the_original_alone() -> None:
-    for make in (modern, ours):
+    for make in (parametrized, ours):
         layer = make(nn.Linear(3, 4))
         other = copy.deepcopy(layer)
         wn.remove(other)
@@ -290,7 +274,7 @@ def test_a_report_keeps_no_tensor_alive() -> None:
 
 
 def test_parametrizing_another_parameter_by_torch_and_by_us() -> None:
-    layer = modern(nn.LSTM(2, 3), "weight_ih_l0")
+    layer = parametrized(nn.LSTM(2, 3), "weight_ih_l0")
     dynamic = type(layer)
     ours(layer, "weight_hh_l0")
     x = torch.randn(4, 1, 2)
@@ -336,13 +320,13 @@ def test_replacing_thaws_and_refills_g() -> None:
     assert wn.apply(model, filled).changed == ("0.weight",)
     assert model[0].parametrizations.weight.original0.flatten().tolist() == [2.0] * 4
     assert not wn.apply(model, filled).changed
-    for make in (legacy, modern):
+    for make in (legacy, parametrized):
         model = nn.Sequential(make(nn.Linear(3, 4)))
         assert wn.apply(model, filled).changed == ("0.weight",)
         assert model[0].parametrizations.weight.original0.flatten().tolist() == [2.0] * 4
 
 
-@pytest.mark.parametrize("make", [ours, legacy, modern, lambda module: module])
+@pytest.mark.parametrize("make", [ours, legacy, parametrized, lambda module: module])
 def test_the_same_rule_does_not_fill_a_trained_g_again(
     make: Callable[[nn.Module], nn.Module],
 ) -> None:

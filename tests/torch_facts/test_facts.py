@@ -11,7 +11,6 @@ import copy
 import pickle
 import re
 import threading
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,26 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations, parametrize, remove_weight_norm
+from torch.nn.utils import parametrize, remove_weight_norm
 
 import wn_surgery as wn
+from tests.makers import Tied, legacy, ours, parametrized
 
 Maker = Callable[..., Any]
-
-
-def legacy(module: nn.Module, dim: int | None = 0) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return torch.nn.utils.weight_norm(module, "weight", dim)  # type: ignore[arg-type]
-
-
-def parametrized(module: nn.Module, dim: int | None = 0) -> Any:
-    return parametrizations.weight_norm(module, "weight", dim)  # type: ignore[arg-type]
-
-
-def ours(module: nn.Module, dim: int | None = 0) -> Any:
-    wn.apply(module, {"names": "", "dim": dim})
-    return module
 
 
 def strip(module: nn.Module) -> Any:
@@ -273,18 +258,6 @@ def test_legacy_unfreezes_frozen_weights() -> None:
     assert trainable(layer) == {"weight": False}
 
 
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(5, 3)
-        self.head = nn.Linear(3, 5, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.embed(tokens))
-
-
 @pytest.mark.parametrize("make", TORCHS)
 def test_tied_weights_come_apart(make: Maker) -> None:
     def step(model: nn.Module) -> Any:
@@ -316,7 +289,7 @@ def test_tied_weights_come_apart(make: Maker) -> None:
 def test_second_order_gradients_are_wrong(dim: int) -> None:
     def right(make: Maker) -> bool:
         torch.manual_seed(0)
-        layer = make(nn.Linear(3, 4, bias=False, dtype=torch.float64), dim)
+        layer = make(nn.Linear(3, 4, bias=False, dtype=torch.float64), dim=dim)
         names = [name for name, _ in layer.named_parameters()]
         x = torch.randn(5, 3, dtype=torch.float64)
 
@@ -352,7 +325,7 @@ def test_forward_mode_is_missing() -> None:
 def test_dim_minus_one_is_the_whole_tensor(make: Maker) -> None:
     def g_shape(dim: int | None) -> tuple[int, ...]:
         return tuple(
-            next(p for n, p in make(linear(), dim).named_parameters() if n != "bias").shape
+            next(p for n, p in make(linear(), dim=dim).named_parameters() if n != "bias").shape
         )
 
     assert g_shape(-1) == g_shape(None) == ()
@@ -362,7 +335,7 @@ def test_dim_minus_one_is_the_whole_tensor(make: Maker) -> None:
     with pytest.raises(wn.RuleError, match="to torch -1 is the whole tensor"):
         wn.Rule(dim=-1)
     # What torch has made of -1 is understood.
-    assert wn.sites(make(linear(), -1))[0].dim is None
+    assert wn.sites(make(linear(), dim=-1))[0].dim is None
 
 
 def test_zero_rows_are_nan() -> None:
@@ -408,10 +381,10 @@ def test_applying_changes_the_weight(dim: int, dtype: torch.dtype) -> None:
     before = plain.weight.detach().clone()
     if (dim, dtype) != (0, torch.float64):  # there the two orders of summing happen to agree
         for make in TORCHS:
-            weight = make(copy.deepcopy(plain), dim).weight
+            weight = make(copy.deepcopy(plain), dim=dim).weight
             assert not torch.equal(weight, before)
             torch.testing.assert_close(weight.detach(), before)  # by a few units in the last place
-    assert torch.equal(ours(plain, dim).weight, before)
+    assert torch.equal(ours(plain, dim=dim).weight, before)
 
 
 def test_applying_in_bfloat16_changes_the_weight_in_all_of_them() -> None:
@@ -423,7 +396,7 @@ def test_applying_in_bfloat16_changes_the_weight_in_all_of_them() -> None:
 @pytest.mark.parametrize("dim", [0, 1, None])
 def test_channels_last_is_lost(dim: int | None) -> None:
     for make in EVERY:
-        layer = make(nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last), dim)
+        layer = make(nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last), dim=dim)
         kept = layer.weight.is_contiguous(memory_format=torch.channels_last)
         assert kept is (make is ours)
 
