@@ -118,7 +118,7 @@ class WeightNorm(Callback):
                 f"{', '.join(exporting.SUFFIXES)}"
             )
         self.rules = as_rules(rules)
-        self.on_unmatched = on_unmatched
+        self.on_unmatched: OnUnmatched = on_unmatched
         self.fused: Fused = fused
         self.fold_on_eval = fold_on_eval
         self.save_layout: SaveLayout = save_layout

@@ -157,12 +157,13 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
             except (WeightNormError, ModuleNotFoundError) as error:
                 raise typer.Exit(_refused(error, as_json)) from error
 
-        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        parameters = [
             inspect.Parameter(
                 name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint
             )
             for name, default, hint in options
-        )
+        ]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {name: hint for name, _, hint in options}
         app.command(epilog=epilog)(run)
         return function

@@ -195,6 +195,7 @@ def _clear_legacy(module: nn.Module, name: str) -> tuple[str, ...]:
 
 def plain_order(module: nn.Module, name: str, registered: Iterable[str]) -> tuple[str, ...]:
     """The order of the module's parameters once ``name`` joins the ``registered`` ones as plain."""
+    makers: list[Any]
     lists = module.__dict__["_modules"].get("parametrizations", {})
     if name in lists:
         makers = [lists[name]]
