@@ -46,9 +46,9 @@ def merge_and_unload(model: Any, **kwargs: Any) -> nn.Module:
     Example:
         >>> import peft, torch, wn_surgery as wn
         >>> from wn_surgery.huggingface import merge_and_unload
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8))
+        >>> model = torch.nn.ModuleDict({"proj": torch.nn.Linear(4, 8)})
         >>> _ = wn.apply(model, "linears")
-        >>> tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
+        >>> tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["proj"]))
         >>> wn.sites(merge_and_unload(tuned))[0].layout
         'parametrized'
     """
