@@ -306,11 +306,7 @@ def test_wav2vec2_and_its_own_initialisation() -> None:
 
 @pytest.mark.parametrize(
     "make",
-    [
-        lambda w: w.to(torch.int32),
-        lambda w: w.to(torch.float8_e4m3fn),
-        lambda w: w.to_sparse(),
-    ],
+    [lambda w: w.to(torch.int32), lambda w: w.to(torch.float8_e4m3fn), lambda w: w.to_sparse()],
 )
 def test_a_weight_that_has_no_norm(make: Any) -> None:
     layer = nn.Linear(3, 4)

@@ -109,9 +109,7 @@ def test_outputs_and_gradients_are_those_of_the_plain_layer(case: str, dim: int 
         assert held is not None and held.g is not None and held.v is not None
         again = weight_norm(held.v, held.g, dim, eps)
         for tensor, gradient in zip(
-            (held.g, held.v),
-            torch.autograd.grad(again, (held.g, held.v), weight.grad),
-            strict=True,
+            (held.g, held.v), torch.autograd.grad(again, (held.g, held.v), weight.grad), strict=True
         ):
             torch.testing.assert_close(tensor.grad, gradient)
 

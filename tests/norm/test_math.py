@@ -15,13 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from wn_surgery import apply
 from wn_surgery.norm.limits import zero_slices
-from wn_surgery.norm.math import (
-    Dim,
-    g_shape,
-    magnitude,
-    norm_except,
-    weight_norm,
-)
+from wn_surgery.norm.math import Dim, g_shape, magnitude, norm_except, weight_norm
 
 # torch 2.13 writes its forward-mode decompositions in TorchScript.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")

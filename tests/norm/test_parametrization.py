@@ -18,12 +18,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import wn_surgery as wn
 from tests.makers import Double
-from wn_surgery.norm.module_class import (
-    base_class,
-    class_for,
-    computed_names,
-    is_managed,
-)
+from wn_surgery.norm.module_class import base_class, class_for, computed_names, is_managed
 from wn_surgery.norm.options import NormOptions
 
 X = torch.linspace(-1, 1, 6).view(2, 3)

@@ -35,7 +35,7 @@ _is_compiling = torch.compiler.is_dynamo_compiling
 
 def _parametrized(module: nn.Module) -> frozenset[str]:
     lists = module._modules.get("parametrizations")
-    return frozenset(lists) if isinstance(lists, nn.ModuleDict) else frozenset[str]()
+    return frozenset(lists if isinstance(lists, nn.ModuleDict) else ())
 
 
 def _forget(module: nn.Module, param: str) -> None:
@@ -47,7 +47,7 @@ def _forget(module: nn.Module, param: str) -> None:
 
 
 def _refresh(found: list[NormedSite]) -> None:
-    for module in {id(site.module): site.module for site in found}.values():
+    for module in dict.fromkeys(site.module for site in found):
         layouts.refresh(module)
 
 
@@ -58,27 +58,21 @@ def _refresh(found: list[NormedSite]) -> None:
 def folded(model: nn.Module) -> Generator[None]:
     """Inside, every weight of ``model`` is computed once, and each read gives that tensor.
 
-    Reading it costs less than reading a Parameter. Use it for validation, generation,
-    or a recurrent loop. With grad enabled on entry the weights have a graph, and one
-    backward inside the context reaches g and v through all uses of the weight.
+    Use it for validation, generation, or a recurrent loop. With grad enabled on entry the weights
+    have a graph, and one backward inside reaches g and v through all uses of the weight.
 
-    A fold belongs to its thread. Another thread, a training loop for example, computes its
-    weights as usual, or has a fold of its own. (``torch.compile`` cannot tell threads apart: call
-    a compiled model and fold it in one thread.)
-
-    Weights are those of entry: a change of g or v inside (an optimizer step,
-    ``load_state_dict``) is seen only after the context. State dicts, pickles and copies
-    made inside are those of the live model.
+    Weights are those of entry: a change of g or v inside (an optimizer step, ``load_state_dict``)
+    is seen only after the context. State dicts, pickles and copies made inside are those of the
+    live model. A fold belongs to its thread; another thread computes its weights as usual, or
+    has a fold of its own. (But call a compiled model and fold it in one thread.)
 
     Args:
-        model: any module tree; all layouts are folded. Contexts may be nested and may
-            overlap, on one model or on several, in one thread or in several.
+        model: any module tree, any layouts. Contexts may be nested and may overlap.
 
     Raises:
-        ModelError: a folded weight was assigned or deleted: at once, or for the hook
-            of ``torch.nn.utils.weight_norm`` on exit. Nothing has changed then. Also for
-            surgery inside; and for that hook's layout, which has one weight for all
-            threads, where another thread folds or calls the layer.
+        ModelError: a folded weight was assigned or deleted: at once, or for the hook of
+            ``torch.nn.utils.weight_norm`` on exit. Nothing has changed then. Also for surgery
+            inside; and for that hook's layout where another thread folds or calls the layer.
 
     Example:
         >>> import torch, wn_surgery as wn
@@ -86,11 +80,9 @@ def folded(model: nn.Module) -> Generator[None]:
         >>> with torch.no_grad(), wn.folded(layer):
         ...     layer.weight is layer.weight
         True
-        >>> layer.weight is layer.weight
-        False
     """
     found: list[NormedSite] = []
-    entered: list[tuple[NormedSite, _Fold]] = []
+    entered: list[tuple[str, _Fold]] = []
     replaced: list[str] = []
     try:
         # One step for all threads: the last to leave must not tear down what another enters.
@@ -99,14 +91,12 @@ def folded(model: nn.Module) -> Generator[None]:
             for site in found:
                 fold = _fold_of(site)
                 fold.enter()
-                entered.append((site, fold))
+                entered.append((site.name, fold))
             _refresh(found)
         yield
     finally:
         with _LOCK:
-            for site, fold in reversed(entered):
-                if not fold.leave():
-                    replaced.append(site.name)
+            replaced = [name for name, fold in reversed(entered) if not fold.leave()]
             _refresh(found)
     if replaced:
         raise ModelError(
@@ -131,8 +121,8 @@ def _fold_of(site: NormedSite) -> _Fold:
 class _Fold(NotCopied):
     """One weight that is held as a plain tensor while at least one context wants it.
 
-    It is a parametrized weight here: the module's property asks this before it computes. Each
-    thread has values of its own, since it may want a graph where another wants none.
+    The property of a parametrized weight asks it before it computes. Each thread has values of its
+    own, since it may want a graph where another wants none.
     """
 
     traced: Tensor | None = None
@@ -149,11 +139,12 @@ class _Fold(NotCopied):
 
     def enter(self) -> None:
         """Compute the weight for this thread and hold it."""
-        value = self.weight()
+        value, held = self.weight(), self._held
+        wants_graph = builds_graph() and (held.g.requires_grad or held.v.requires_grad)
         # Under no_grad a value with a graph serves too; the other way round it would
         # cut g and v off from their gradients.
-        if value is None or (self._wants_graph() and not value.requires_grad):
-            value = self._held.compute()
+        if value is None or (wants_graph and not value.requires_grad):
+            value = held.compute()
         if not self._values:
             self._begin()
             FOLDED.setdefault(self._module, {})[self._param] = self
@@ -168,13 +159,10 @@ class _Fold(NotCopied):
             del self._values[get_ident()]
         if self._values:
             self._show((mine or next(iter(self._values.values())))[-1])
-            return in_place
-        _forget(self._module, self._param)
-        self._end()
+        else:
+            _forget(self._module, self._param)
+            self._end()
         return in_place
-
-    def _wants_graph(self) -> bool:
-        return builds_graph() and (self._held.g.requires_grad or self._held.v.requires_grad)
 
     def _begin(self) -> None:
         """Make the module read the value."""
@@ -282,19 +270,16 @@ def _itself(hook: Any) -> Any:
 def writable(model: nn.Module) -> Generator[None]:
     """Inside, every weight of ``model`` is a plain Parameter; on exit g and v follow it.
 
-    So ``nn.init``, ``copy_``, ``.data``, ``reset_parameters`` and a model's own
-    ``_init_weights`` take effect, which torch's weight norm drops without a word. A weight
-    that was not written keeps its g and v bit for bit. g and v stay the same Parameters.
-    They go where the weight goes: ``model.to`` a dtype or device inside moves them too.
+    So ``nn.init``, ``copy_``, ``.data``, ``reset_parameters`` and a model's own ``_init_weights``
+    take effect, which torch's weight norm drops without a word. A weight that was not written
+    keeps its g and v bit for bit. g and v stay the same Parameters, and ``model.to`` moves them.
 
     Args:
-        model: any module tree; all layouts become writable.
+        model: any module tree, any layouts. Inside another ``writable`` this does nothing.
 
     Raises:
-        ModelError: the model is inside ``folded``. (Inside another ``writable`` its
-            weights are writable already, and this one does nothing.) Or, on exit, the body has
-            deleted a weight, or added a parametrization to its module or removed one; the
-            module is then as it was on entry. Also for surgery inside.
+        ModelError: the model is inside ``folded``; or, on exit, the body has deleted a weight, or
+            added or removed a parametrization. Also for surgery inside.
         ZeroNormError: on exit, a written weight has no direction and eps is 0.
         ValueError: on exit, a weight has another shape. Whatever is raised, here or in the
             body, g and v have the values they had on entry.
@@ -316,11 +301,8 @@ def writable(model: nn.Module) -> Generator[None]:
             found = normed(model)
             for site in found:
                 if is_folded(site.node):
-                    raise ModelError(
-                        f"{site.name} is inside folded() or writable() now; "
-                        "leave that context first",
-                        kind="folded",
-                    )
+                    where = f"{site.name} is inside folded() or writable() now"
+                    raise ModelError(f"{where}; leave that context first", kind="folded")
             opened = {id(site.module): _Opened(site.module) for site in found}
             made: dict[int, nn.Parameter] = {}
             for site in found:
@@ -390,19 +372,18 @@ class _Weight:
         floating = weight.is_floating_point() or weight.is_complex()
         if not dense or not floating or weight.element_size() == 1:
             raise ValueError(
-                f"{name} was replaced by a tensor of dtype {weight.dtype} and layout "
-                f"{weight.layout}; expected a dense floating-point one of 16 bits or more; remove "
-                "weight norm first to store it otherwise"
+                f"{name} has dtype {weight.dtype} and layout {weight.layout} now; expected a dense "
+                "floating-point one of 16 bits or more; remove weight norm first to store it so"
             )
         if weight.shape != self._before.shape:
             raise ValueError(
-                f"{name} was replaced by a tensor of shape {tuple(weight.shape)}; expected "
+                f"{name} has shape {tuple(weight.shape)} now; expected "
                 f"{tuple(self._before.shape)}; remove weight norm first to change the shape"
             )
         if self._is_unwritten(weight):
             return self.moved(weight)
         try:
-            weight = weight if self._has_moved(weight) else weight.to(self._v)
+            weight = weight if _differ(weight, self._before) else weight.to(self._v)
             return parts_of(weight, self.site.norm)
         except ZeroNormError as error:
             raise ZeroNormError(f"{name}: {error}") from error
@@ -414,13 +395,10 @@ class _Weight:
         before = self._before.to(weight)
         return torch.allclose(weight, before, rtol=0.0, atol=0.0, equal_nan=True)
 
-    def _has_moved(self, weight: Tensor) -> bool:
-        # Not as compared with v: a weight may be computed in another dtype than v has.
-        return _differ(weight, self._before)
-
     def moved(self, weight: Tensor) -> _Values | None:
         """Both in the dtype and on the device of ``weight``; ``None`` if they are there."""
-        if not self._has_moved(weight):
+        # Not as compared with v: a weight may be computed in another dtype than v has.
+        if not _differ(weight, self._before):
             return None
         g = self._g.detach().to(weight.device, real_dtype(weight.dtype))
         return g, self._v.detach().to(weight)

@@ -33,14 +33,9 @@ SiteLayout: TypeAlias = Layout | Literal["other"]
 class Normed:
     """How a weight-normed parameter is stored.
 
-    Attributes:
-        layout: ``legacy`` or ``parametrized``.
-        maker: what computes the weight: ``torch``, ``wn_surgery``, or a dotted class name.
-        g: the magnitude.
-        v: the direction.
-        norm: dim, eps and norm_dtype.
-        compute: returns the weight as its maker computes it.
-        g_init: what a rule has filled g with, where that is known.
+    ``maker`` is what computes the weight: ``torch``, ``wn_surgery``, or a dotted class name;
+    ``compute`` returns the weight as its maker computes it; ``g_init`` is what a rule has filled
+    g with, where that is known.
     """
 
     layout: NormedLayout
@@ -64,11 +59,7 @@ class Normed:
 
 @dataclass(frozen=True, eq=False)
 class Foreign:
-    """A parameter that something else computes, or weight norm and something else.
-
-    Attributes:
-        maker: dotted class names, joined by `` + ``.
-    """
+    """A parameter that something else computes, with dotted class names, joined by `` + ``."""
 
     layout: ClassVar[Literal["other"]] = "other"
 
@@ -87,17 +78,15 @@ def hand_over(source: Tensor, target: Tensor) -> None:
 def carried(module: nn.Module) -> dict[str, Normed | Foreign]:
     """The parameters of ``module`` itself that are computed from others, by name."""
     held: dict[str, Normed | Foreign] = {}
-    children = module.__dict__["_modules"]
-    if "parametrizations" in children and isinstance(children["parametrizations"], nn.ModuleDict):
-        for name, plist in children["parametrizations"].items():
-            held[name] = _read_parametrized(plist)
+    lists = module.__dict__["_modules"].get("parametrizations")
+    if isinstance(lists, nn.ModuleDict):
+        held = {name: _read_parametrized(plist) for name, plist in lists.items()}
     for entry in module.__dict__["_forward_pre_hooks"].values():
         hook = getattr(entry, "folds", entry)  # what replaces a hook inside folded()
         # Pruning keeps the name in _tensor_name; every other torch hook in name.
-        owner: Any = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
-        if not isinstance(owner, str):
+        name: Any = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
+        if not isinstance(name, str):
             continue
-        name = owner
         if found := _read_legacy(module, hook, name):
             held[name] = found
         elif f"{name}_orig" in module._parameters:
@@ -147,10 +136,7 @@ def _dotted(cls: type) -> str:
 
 
 def clear(module: nn.Module, name: str) -> tuple[str, ...]:
-    """Take parameter ``name`` out of the module, whatever its layout.
-
-    It returns the names of the module's parameters in their order once ``name`` is plain again.
-    """
+    """Take parameter ``name`` out of any layout; the order of all where it is plain again."""
     if name in module._parameters:
         order = tuple(module._parameters)
         del module._parameters[name]
@@ -195,13 +181,10 @@ def _clear_legacy(module: nn.Module, name: str) -> tuple[str, ...]:
 
 def plain_order(module: nn.Module, name: str, registered: Iterable[str]) -> tuple[str, ...]:
     """The order of the module's parameters once ``name`` joins the ``registered`` ones as plain."""
-    makers: list[Any]
     lists = module.__dict__["_modules"].get("parametrizations", {})
-    if name in lists:
-        makers = [lists[name]]
-    else:
-        hooks = [getattr(entry, "folds", entry) for entry in module._forward_pre_hooks.values()]
-        makers = [hook for hook in hooks if getattr(hook, "name", None) == name]
+    hooks: list[Any] = [getattr(each, "folds", each) for each in module._forward_pre_hooks.values()]
+    named = [hook for hook in hooks if getattr(hook, "name", None) == name]
+    makers = [lists[name]] if name in lists else named
     known = next((each.order for each in makers if getattr(each, "order", ())), ())
     return tuple(known) or _usual_order(module, name, registered)
 
@@ -267,17 +250,17 @@ def refresh(module: nn.Module) -> None:
 
 def _usual_order(module: nn.Module, name: str, registered: Iterable[str]) -> tuple[str, ...]:
     """Where others took ``name`` out without leaving a note: as torch's own layers register it."""
-    order = [key for key in registered if key not in keys_for(name, "legacy")]
     if isinstance(module, nn.RNNBase):
         return tuple(module._flat_weights_names)
     if isinstance(module, nn.RNNCellBase):
         return ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     if isinstance(module, nn.MultiheadAttention):
         apart = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-        both = (
-            ("in_proj_weight", *apart) if module._qkv_same_embed_dim else (*apart, "in_proj_weight")
-        )
-        return (*both, "in_proj_bias", "bias_k", "bias_v")
+        rest = ("in_proj_bias", "bias_k", "bias_v")
+        if module._qkv_same_embed_dim:
+            return ("in_proj_weight", *apart, *rest)
+        return (*apart, "in_proj_weight", *rest)
+    order = [key for key in registered if key not in keys_for(name, "legacy")]
     bias = name.replace("weight", "bias")
     order.insert(order.index(bias) if bias != name and bias in order else len(order), name)
     return tuple(order)

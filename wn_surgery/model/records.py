@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 from torch import nn
 
 from wn_surgery.errors import RuleError
-from wn_surgery.model.sites import NormedSite, normed
+from wn_surgery.model.sites import normed
 from wn_surgery.norm.naming import keys_for
 from wn_surgery.norm.options import NormOptions
 from wn_surgery.rules import fields
@@ -31,10 +31,8 @@ VERSION = 1
 def record(model: nn.Module) -> list[dict[str, Any]]:
     """The sites on which this library has put weight norm, with their options.
 
-    Weight norm that a model's own code puts on is left out: it is there again when the model is
-    built again. Each site has its name, ``dim`` (an int, a list or None), ``eps`` and
-    ``norm_dtype`` (a name or None); and ``g_init`` where a rule has filled g, so that the same
-    rule does not fill it again.
+    Weight norm that a model's own code puts on is left out: it is there when the model is built
+    again. ``g_init`` is where a rule has filled g, so that the same rule does not fill it again.
 
     Example:
         >>> import torch, wn_surgery as wn
@@ -44,21 +42,19 @@ def record(model: nn.Module) -> list[dict[str, Any]]:
         >>> record(model)
         [{'name': '0.weight', 'dim': 0, 'eps': 1e-06, 'norm_dtype': None}]
     """
-    return [_of_site(site) for site in normed(model) if site.ours]
-
-
-def _of_site(site: NormedSite) -> dict[str, Any]:
-    g_init = site.held.g_init
-    filled = {} if g_init is None else {"g_init": g_init}
-    return {"name": site.name, **site.norm.to_dict(), **filled}
+    sites = []
+    for site in normed(model):
+        if site.ours:
+            g_init = site.held.g_init
+            filled = {} if g_init is None else {"g_init": g_init}
+            sites.append({"name": site.name, **site.norm.to_dict(), **filled})
+    return sites
 
 
 def options_of(site: Mapping[str, Any]) -> NormOptions:
     """The options in one site of a record, which may come from a hostile file.
 
-    Raises:
-        RuleError: an option is not valid.
-        KeyError: an option is missing.
+    An option that is not valid is a ``RuleError``, and a missing one a ``KeyError``.
     """
     dim = fields.dim(_dim(site))
     if dim == "out":
@@ -71,20 +67,11 @@ def _dim(site: Mapping[str, Any]) -> Any:
 
 
 def replay(records: Iterable[Mapping[str, Any]], *, replace: bool = False) -> list[Rule]:
-    r"""The rules that put weight norm where :func:`record` found it.
+    """The rules that put weight norm where :func:`record` found it.
 
     Sites with the same options share a rule, and tied parameters stay tied. ``g_init`` and
     ``train_g`` are taken from a site that has them, as of a rule. ``replace`` is for a model that
     was just built and has weight norm with other options.
-
-    Raises:
-        RuleError: an option is not valid.
-
-    Example:
-        >>> from wn_surgery.model.records import replay
-        >>> site = {"name": "a.0.weight", "dim": 0, "eps": 0.0, "norm_dtype": None}
-        >>> print(replay([site])[0].describe())
-        apply names=re:a\.0 tied=together
     """
     alike: dict[tuple[Any, ...], list[str]] = {}
     for site in records:

@@ -72,8 +72,7 @@ def fitting(frame: FrameType) -> Layouts:
     if library == "transformers":
         # Its config can say where weight norm is. Not imported above: that needs transformers.
         saving = import_module("wn_surgery.huggingface.saving")
-        layouts: Layouts = saving.note(model, frame.f_locals, ours)
-        return layouts
+        return cast(Layouts, saving.note(model, frame.f_locals, ours))
     built = _asked(model, frame)
     if built is None:
         return {}
@@ -99,12 +98,10 @@ def match(model: nn.Module, ours: Iterable[Keys], built: Mapping[str, Keys]) -> 
         if there is None:
             continue
         if there.site.norm != key.site.norm:
-            name = base_class(model).__name__
             raise CheckpointMismatchError(
-                f"{name}() builds weight norm on {key.weight} with {there.site.norm}, and the "
-                f"model to save has {key.site.norm}: from_pretrained would compute other weights. "
-                "Give both the same options, or call "
-                "wn_surgery.huggingface.unpatch_model(model) before saving"
+                f"{base_class(model).__name__}() builds weight norm on {key.weight} with "
+                f"{there.site.norm}, and the model to save has {key.site.norm}: give both the same "
+                "options, or call wn_surgery.huggingface.unpatch_model(model) before saving"
             )
         if there.site.layout == "legacy":
             layouts[_holder(key)] = "legacy"
@@ -183,13 +180,10 @@ def _built(model: Any) -> nn.Module:
     cls: Any = base_class(model)
     library = is_model_of(model)
     if library == "transformers":
-        built = cls(copy.deepcopy(model.config))
-    elif library == "diffusers":
-        built = cls.from_config(copy.deepcopy(dict(model.config)))
-    else:
-        built = cls(**_arguments(cls, copy.deepcopy(model._hub_mixin_config)))
-    assert isinstance(built, nn.Module)
-    return built
+        return cast(nn.Module, cls(copy.deepcopy(model.config)))
+    if library == "diffusers":
+        return cast(nn.Module, cls.from_config(copy.deepcopy(dict(model.config))))
+    return cast(nn.Module, cls(**_arguments(cls, copy.deepcopy(model._hub_mixin_config))))
 
 
 def _arguments(cls: Any, config: Any) -> dict[str, Any]:
@@ -198,11 +192,8 @@ def _arguments(cls: Any, config: Any) -> dict[str, Any]:
         return {"config": config}
     config = config or {}
     parameters = cls._hub_mixin_init_parameters.values()
-    found = {
-        each.name: cls._decode_arg(each.annotation, config[each.name])
-        for each in parameters
-        if each.name in config
-    }
+    given = [each for each in parameters if each.name in config]
+    found = {each.name: cls._decode_arg(each.annotation, config[each.name]) for each in given}
     if "config" in cls._hub_mixin_init_parameters and "config" not in found:
         annotation = cls._hub_mixin_init_parameters["config"].annotation
         found["config"] = cls._decode_arg(annotation, config)

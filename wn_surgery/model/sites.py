@@ -21,14 +21,13 @@ _T = TypeVar("_T")
 # The attribute under which a wrapper keeps what it wraps, by the wrapper's dotted name, which is
 # compared along the MRO: so nothing needs to be imported to know it.
 _FSDP = "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel"
+_CHECKPOINT = "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper"
 _TRANSPARENT = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
     "torch.nn.parallel.data_parallel.DataParallel": "module",
     _FSDP: "_fsdp_wrapped_module",
     "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
-    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper": (
-        "_checkpoint_wrapped_module"
-    ),
+    _CHECKPOINT: "_checkpoint_wrapped_module",
 }
 # Wrappers that hold references to the parameters they were given.
 _HOLDERS = {
@@ -38,27 +37,23 @@ _HOLDERS = {
 }
 # Modules that read the parameters of these children without calling them, so that no hook on the
 # children runs. (The fast path of nn.TransformerEncoderLayer does too, but not where a hook is.)
+_QKV = ("q_proj", "k_proj", "v_proj")
 _READERS = {
     "torch.nn.modules.activation.MultiheadAttention": ("out_proj",),
     "torch.ao.nn.quantizable.modules.activation.MultiheadAttention": (),
-    "transformers.models.wavlm.modeling_wavlm.WavLMAttention": tuple(
-        f"{name}_proj" for name in ("q", "k", "v", "out")
-    ),
-    "diffusers.models.embeddings.HunyuanDiTAttentionPool": tuple(f"{name}_proj" for name in "qkvc"),
+    "transformers.models.wavlm.modeling_wavlm.WavLMAttention": (*_QKV, "out_proj"),
+    "diffusers.models.embeddings.HunyuanDiTAttentionPool": (*_QKV, "c_proj"),
 }
 
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """One module of the tree, with every path it is reachable by.
+    """One module of the tree.
 
-    Attributes:
-        module: the module.
-        paths: dotted paths as rules see them, wrapper segments left out; the first is the
-            one ``named_modules`` gives.
-        base: its class beneath any parametrized class.
-        wrapped: the data-parallel wrapper that holds its parameters, if any.
-        uncalled: whether a parent reads its parameters without calling it: hooks never run.
+    ``paths`` are all dotted paths to it, without the segments of wrappers, the first as in
+    ``named_modules``; ``base`` is its class beneath any parametrized class; ``wrapped`` names the
+    data-parallel wrapper that holds its parameters; ``uncalled`` says that a parent reads its
+    parameters without calling it, so that hooks never run.
     """
 
     module: nn.Module
@@ -75,10 +70,9 @@ class Site:
     Attributes:
         node: the module and its paths.
         param: the parameter's name in its module.
-        held: how g and v are stored, as a ``Normed``; a ``Foreign`` for what is computed by
-            something other than weight norm alone; ``None`` for a plain parameter.
-        tensor: the plain weight, or v: same shape, dtype and device as the weight.
-            ``None`` where something other than weight norm computes it.
+        held: how g and v are stored; a ``Foreign`` for what something other than weight norm
+            alone computes; ``None`` for a plain parameter.
+        tensor: the plain weight, or v; ``None`` for a ``Foreign``.
     """
 
     node: Node
@@ -99,8 +93,7 @@ class Site:
     @property
     def name(self) -> str:
         """The first of :attr:`names`."""
-        path = self.node.paths[0]
-        return f"{path}.{self.param}" if path else self.param
+        return self.names[0]
 
     @property
     def layout(self) -> SiteLayout:
@@ -174,9 +167,8 @@ def sites(model: nn.Module) -> list[Site]:
         model: any module tree.
 
     Returns:
-        The weight-normed parameters in any layout and the plain floating ones with at
-        least two dimensions, in the order of ``model.named_modules()``. A shared module
-        appears once, with all its names.
+        The weight-normed parameters in any layout and the plain floating ones with at least two
+        dimensions, in the order of ``model.named_modules()``; a shared module once.
 
     Example:
         >>> import wn_surgery as wn
@@ -200,17 +192,10 @@ def could(site: Site) -> bool:
 
 def sites_of(node: Node) -> Iterator[Site]:
     """The parameters of one module: plain ones, then computed ones."""
-    module = node.module
-    if "parametrizations" not in module._modules and not module._forward_pre_hooks:
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield Site(node, name, None, parameter)
-        return
-    held = carried(module)
-    parts = {
-        key for name in held if held[name].layout == "legacy" for key in keys_for(name, "legacy")
-    }
-    for name, parameter in module._parameters.items():
+    held = carried(node.module)
+    legacy = [name for name, how in held.items() if how.layout == "legacy"]
+    parts = {key for name in legacy for key in keys_for(name, "legacy")}
+    for name, parameter in node.module._parameters.items():
         if parameter is not None and name not in parts:
             yield Site(node, name, None, parameter)
     for name, how in held.items():

@@ -40,14 +40,6 @@ def keys_of(model: nn.Module) -> list[Keys]:
     """The keys of every weight-normed parameter, under all of its names, in the model's order.
 
     Wrapper segments such as ``_orig_mod`` are in the keys, as they are in state dicts.
-
-    Example:
-        >>> import torch, wn_surgery as wn
-        >>> from wn_surgery.model.state_keys import keys_of
-        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3))
-        >>> _ = wn.apply(model, "linears")
-        >>> [(key.weight, key.g) for key in keys_of(model)]
-        [('0.weight', '0.parametrizations.weight.original0')]
     """
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):

@@ -70,8 +70,8 @@ class Draft(NotCopied):
 def following(module: nn.Module) -> Generator[None]:
     """Inside, g and v of ``module`` itself follow what this thread writes into its weights.
 
-    They do so when the context ends without an exception, all of them or none. A
-    ``ZeroNormError`` says that a written weight has no direction and eps is 0.
+    They do so when the context ends without an exception, all of them or none. A ``ZeroNormError``
+    says that a written weight has no direction and eps is 0.
     """
     lists = module.__dict__["_modules"].get("parametrizations", {})
     drafts: dict[str, Draft] = {}
@@ -85,20 +85,18 @@ def following(module: nn.Module) -> Generator[None]:
         for draft in drafts.values():
             draft._plist.__dict__.pop("hold", None)
     lists = module.__dict__["_modules"].get("parametrizations", {})
-    followed: list[tuple[WeightNormList, tuple[Tensor, Tensor]]] = []
+    written: list[tuple[WeightNormList, tuple[Tensor, Tensor] | None]] = []
     for name, draft in drafts.items():
-        if name not in lists or lists[name] is not draft._plist:
-            continue  # removed inside
-        try:
-            pair = draft.written()
-        except ZeroNormError as error:
-            raise ZeroNormError(f"{type(module).__name__}.{name}: {error}") from error
-        if pair is not None:
-            followed.append((draft._plist, pair))
+        if name in lists and lists[name] is draft._plist:  # not removed inside
+            try:
+                written.append((draft._plist, draft.written()))
+            except ZeroNormError as error:
+                raise ZeroNormError(f"{type(module).__name__}.{name}: {error}") from error
     with torch.no_grad():
-        for plist, (g, v) in followed:
-            plist.original0.copy_(g)
-            plist.original1.copy_(v)
+        for plist, parts in written:
+            if parts is not None:
+                plist.original0.copy_(parts[0])
+                plist.original1.copy_(parts[1])
 
 
 # transformers calls `model._init_weights(layer)` for each layer, and asks nothing of the layer.

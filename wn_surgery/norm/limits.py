@@ -1,8 +1,7 @@
 """Which norms weight norm can divide by, and g can hold.
 
 A norm is taken in one dtype, g is stored in another, and squares overflow or vanish long before the
-numbers do. A weight that is accepted here comes out of :func:`~wn_surgery.norm.math.weight_norm`
-as it should.
+numbers do.
 """
 
 from __future__ import annotations
@@ -29,16 +28,8 @@ def zero_slices(
 
     The norm is taken as the forward takes it, in ``norm_dtype``, and stored as g, in v's dtype.
     A slice counts if its norm is not finite; if it is so small that the squares under it have
-    lost digits (3e-16 in float32), and ``eps`` is not above that; if g is not finite or
-    0; or if g (``g_init`` where that is given) divided by the norm does not fit the norm's dtype.
-    ``v`` is not on the meta device.
-
-    Example:
-        >>> import torch
-        >>> from wn_surgery.norm.limits import zero_slices
-        >>> v = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
-        >>> zero_slices(v, 0), zero_slices(v, 0, eps=1e-6)
-        (1, 0)
+    lost digits (3e-16 in float32), and ``eps`` is not above that; if g is not finite or 0; or if
+    g (or ``g_init``) divided by the norm does not fit the norm's dtype. ``v`` is not on meta.
     """
     if v.numel() == 0:
         return math.prod(g_shape(v.shape, dim))
@@ -65,10 +56,7 @@ def zero_slices(
 
 
 def has_easy_norms(v: Tensor, dim: Dim, norm_dtype: torch.dtype | None = None) -> bool:
-    """Whether all norms are far from every limit, so that :func:`zero_slices` is 0 for any ``eps``.
-
-    It takes one pass, and may be False where a closer look finds nothing. ``v`` is not empty.
-    """
+    """Whether :func:`zero_slices` is surely 0, for any ``eps``, by one pass. ``v`` is not empty."""
     norms = norm_except(in_dtype(v.detach(), norm_dtype), dim)
     low, high = torch.stack(torch.aminmax(norms)).tolist()
     dtypes = (norms.dtype, real_dtype(v.dtype))

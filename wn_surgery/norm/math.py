@@ -27,13 +27,7 @@ PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def g_shape(shape: torch.Size | tuple[int, ...], dim: Dim) -> tuple[int, ...]:
-    """The shape of g for a weight: its size along ``dim`` and 1 elsewhere; a scalar for ``None``.
-
-    Example:
-        >>> from wn_surgery.norm.math import g_shape
-        >>> g_shape((64, 32, 7), 0), g_shape((64, 32, 7), (0, 2)), g_shape((64, 32), None)
-        ((64, 1, 1), (64, 1, 7), ())
-    """
+    """The shape of g: the weight's size along ``dim`` and 1 elsewhere; a scalar for ``None``."""
     if dim is None:
         return ()
     kept = kept_axes(dim)
@@ -45,16 +39,9 @@ _expected = functools.lru_cache(maxsize=4096)(g_shape)
 
 
 def norm_except(v: Tensor, dim: Dim, eps: float = 0.0) -> Tensor:
-    """The 2-norm of ``v`` over every axis except ``dim``, clamped below at ``eps``.
+    """The 2-norm of ``v`` over every axis except ``dim``, of shape ``g_shape``, clamped at ``eps``.
 
-    It is real, of shape ``g_shape(v.shape, dim)``. Where ``eps`` is reached the gradient is zero to
-    every order, so a zero slice gives no NaN.
-
-    Example:
-        >>> import torch
-        >>> from wn_surgery.norm.math import norm_except
-        >>> norm_except(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), 0, eps=1e-6).flatten()
-        tensor([5.0000e+00, 1.0000e-06])
+    Where ``eps`` is reached the gradient is zero to every order, so a zero slice gives no NaN.
     """
     raw = _norm(v, dim)
     if eps == 0.0:
@@ -69,36 +56,18 @@ def norm_except(v: Tensor, dim: Dim, eps: float = 0.0) -> Tensor:
 def weight_norm(
     v: Tensor, g: Tensor, dim: Dim = 0, eps: float = 0.0, norm_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The weight w = g · v / max(‖v‖, eps).
+    """The weight w = g · v / max(‖v‖, eps): shape, dtype, device and channels_last layout of ``v``.
 
-    Args:
-        v: the direction, floating or complex, any shape.
-        g: the magnitude, real, of shape ``g_shape(v.shape, dim)``.
-        dim: the axes that keep a norm of their own; ``None`` for the whole tensor.
-        eps: lower clamp of the norm, in the units of the weight.
-        norm_dtype: the dtype in which the norm and the product are computed, for
-            example ``torch.float32`` under bfloat16 weights; ``None`` for v's own.
-
-    Returns:
-        The weight: shape, dtype, device and channels_last layout of ``v``.
-
-    Raises:
-        ValueError: g has another shape.
-
-    Example:
-        >>> import torch
-        >>> from wn_surgery.norm.math import weight_norm
-        >>> weight_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([[10.0]]))
-        tensor([[6., 8.]])
+    With ``norm_dtype`` the norm and the product are computed in it, for example in float32 under
+    bfloat16 weights. A g of another shape than ``g_shape(v.shape, dim)`` is a ``ValueError``.
     """
     if traced():
-        # A tracer wants one known operator; it never differentiates twice. For vectors,
-        # though, torch's decomposition of it sums along the kept axis.
         if not _jit_traced():  # to torch.jit a size is a tensor
             _check_shape(v, g, dim)
+        # A tracer wants one known operator; it never differentiates twice. For vectors,
+        # though, torch's decomposition of it sums along the kept axis.
         if has_kernel(v, dim, eps, norm_dtype) and g.dtype is v.dtype and v.ndim > 1:
-            assert isinstance(dim, int)  # narrows the type; has_kernel has checked it
-            return like(torch._weight_norm(v, g, dim), v)
+            return like(torch._weight_norm(v, g, cast(int, dim)), v)
     elif (
         g.dtype is v.dtype in KERNEL_DTYPES
         and type(v) in PLAIN_TYPES
@@ -126,17 +95,9 @@ def magnitude(
 ) -> Tensor:
     """The g for which ``weight_norm(v, g)`` gives back ``v``: real, detached, in v's precision.
 
-    It is the norm as the forward itself computes it, so g / ‖v‖ is exactly 1 and the
-    weight is ``v`` bit for bit; ``torch.norm_except_dim`` sums in another order and is
-    off by an ulp or two. In bfloat16 and float16 g is rounded to 8 or 11 bits while the
-    kernel's norm is not, and the weight may change in its last place, as in torch.
-
-    Example:
-        >>> import torch
-        >>> from wn_surgery.norm.math import magnitude, weight_norm
-        >>> v = torch.randn(64, 32, 3)
-        >>> torch.equal(weight_norm(v, magnitude(v, dim=0), dim=0), v)
-        True
+    It is the norm as the forward itself computes it, so the weight is ``v`` bit for bit;
+    ``torch.norm_except_dim`` sums in another order and is off by an ulp or two. In bfloat16 and
+    float16 g is rounded while the kernel's norm is not, and the last place may change, as in torch.
     """
     with torch.no_grad():
         norms = computed_norms(v.detach(), dim, eps, norm_dtype)
@@ -235,13 +196,10 @@ def builds_graph() -> bool:
 
 def like(w: Tensor, v: Tensor) -> Tensor:
     """``w`` in the channels_last layout of ``v``, which torch's operator drops."""
-    if v.is_contiguous():
+    if v.is_contiguous() or v.ndim not in (4, 5):
         return w
-    if v.ndim == 4 and v.is_contiguous(memory_format=torch.channels_last):
-        return w.contiguous(memory_format=torch.channels_last)
-    if v.ndim == 5 and v.is_contiguous(memory_format=torch.channels_last_3d):
-        return w.contiguous(memory_format=torch.channels_last_3d)
-    return w
+    last = torch.channels_last if v.ndim == 4 else torch.channels_last_3d
+    return w.contiguous(memory_format=last) if v.is_contiguous(memory_format=last) else w
 
 
 # Values and gradients outside of autograd -----------------------------------------------
@@ -278,16 +236,12 @@ def gradients(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of v and g in their dtypes, given that of the weight; no graph is built.
 
-    The paper's eq. 3: grad_g = ⟨grad, v⟩/‖v‖, grad_v = g/‖v‖ · (grad - v ⟨grad, v⟩/‖v‖²). Where
-    torch has no kernel, autograd would differentiate the formula step by step, which reads and
-    writes the weight some thirty times; this takes five passes. ``norms`` is what :func:`values`
-    returned.
+    The paper's eq. 3: grad_g = ⟨grad, v⟩/‖v‖, grad_v = g/‖v‖ · (grad - v ⟨grad, v⟩/‖v‖²), in five
+    passes where autograd through the formula takes some thirty. ``norms`` is from :func:`values`.
     """
     if has_kernel(v, dim, eps, norm_dtype):
-        found: tuple[Tensor, Tensor] = _kernel_backward(
-            grad.to(v.dtype).contiguous(), v.contiguous(), g.contiguous(), norms, dim
-        )
-        return found
+        dw = grad.to(v.dtype).contiguous()
+        return _kernel_backward(dw, v.contiguous(), g.contiguous(), norms, dim)
     wide = torch.promote_types(norm_dtype or v.dtype, torch.float32)
     x, dw = v.contiguous().to(wide), grad.contiguous().to(wide)
     n, m = norms.to(wide), g.to(wide)
@@ -303,7 +257,7 @@ def gradients(
         # One long row to broadcast: torch is slow where the broadcast axis is short and last.
         rows = (axes.before, axes.kept * axes.after)
         x, dw, buffer = x.view(rows), dw.view(rows), buffer.view(rows)
-        scale, along = (_repeat(t, axes.after) for t in (scale, along))
+        scale, along = (t.reshape(-1, 1).expand(-1, axes.after).reshape(-1) for t in (scale, along))
     if is_legacy_batchedtensor(grad):  # is_grads_batched: no writing into
         grad_v = dw * scale - x * along
     else:
@@ -312,7 +266,8 @@ def gradients(
     return like(grad_v.view(v.shape).to(v.dtype), v), grad_g.to(g.dtype)
 
 
-_kernel_backward: Any = torch.ops.aten._weight_norm_interface_backward.default
+_kernel_backward: Callable[..., tuple[Tensor, Tensor]]
+_kernel_backward = torch.ops.aten._weight_norm_interface_backward.default
 
 
 class Axes(NamedTuple):
@@ -345,22 +300,16 @@ def _sums(products: Tensor, axes: Axes | None, dim: Dim) -> Tensor:
     return products.view(axes.kept, axes.after).sum(1)
 
 
-def _repeat(t: Tensor, times: int) -> Tensor:
-    return t.reshape(-1, 1).expand(-1, times).reshape(-1)
-
-
 # In autograd -----------------------------------------------------------------------------
 
 
 class _Node(torch.autograd.Function):
     """One weight: torch's kernel or five passes backward, then a differentiable formula.
 
-    torch's own derivative of ``_weight_norm_interface_backward`` is wrong with respect
-    to v (tests/norm/test_math.py shows it), so it is never reached from here.
-
-    Like the node of a fused group, it saves no tensor in autograd's sense: activation
-    checkpointing counts saved tensors, and must find as many when the model was fused between
-    a forward and its backward. g and v are held by the model anyway.
+    torch's own derivative of ``_weight_norm_interface_backward`` is wrong with respect to v
+    (tests/norm/test_math.py shows it), so it is never reached from here. It saves no tensor in
+    autograd's sense, like the node of a fused group: activation checkpointing counts saved
+    tensors, and the model may be fused between a forward and its backward. The model holds g and v.
     """
 
     @staticmethod

@@ -1,13 +1,13 @@
 """The class of a module whose weight is computed: it reads, writes, loads and pickles it.
 
-torch's own ``is_parametrized``, ``type_before_parametrizations`` and
-``remove_parametrizations`` work on it. But torch makes a class for each module, deletes
-properties from it on removal and refuses to pickle it. Here one class is shared by all
-modules of a base class that carry the same parameters, and never changes.
+torch's own ``is_parametrized``, ``type_before_parametrizations`` and ``remove_parametrizations``
+work on it. But torch makes a class for each module and refuses to pickle it. Here one class is
+shared by all modules of a base class that carry the same parameters, and never changes.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -60,9 +60,8 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 def class_for(base: type[nn.Module], names: Iterable[str]) -> type[nn.Module]:
     """The class of modules of class ``base`` whose parameters ``names`` are computed.
 
-    One object for each (base, names), made at first use and kept while in use; named like torch's,
-    ``Parametrized<base>``. ``base`` is first in its ``__bases__``, where torch's
-    ``type_before_parametrizations`` looks for it. Without names it computes nothing.
+    One for each (base, names), while in use; named like torch's, ``Parametrized<base>``. ``base``
+    is first in its ``__bases__``, where torch's ``type_before_parametrizations`` looks for it.
     """
     key = (base, tuple(sorted(set(names))))
     cls = _CLASSES.get(key)
@@ -75,11 +74,7 @@ _CLASSES: WeakValueDictionary[tuple[type, tuple[str, ...]], type[nn.Module]] = W
 
 
 class _SharedMeta(type):
-    """Keeps the shared classes as they are, whatever torch's functions do to them.
-
-    ``remove_parametrizations`` deletes the property from the class and
-    ``register_parametrization`` adds one; either would reach every module of the class.
-    """
+    """Keeps the shared classes as they are, though torch's functions edit a module's class."""
 
     def __delattr__(cls, name: str) -> None:
         if isinstance(cls.__dict__.get(name), _Computed):
@@ -106,17 +101,13 @@ def _computed(name: str) -> _Computed:
         lists = self.__dict__["_modules"].get("parametrizations")
         plist = None if lists is None else lists._modules.get(name)
         if plist is not None:
+            weight: Tensor | None = None
             # torch.compile must look neither at the slot nor at the thread.
-            weight: Tensor | None
             if (hold := getattr(plist, "hold", None)) is not None:
                 weight = hold.traced if _is_compiling() else hold.weight()
-                if weight is not None:
-                    return weight
-            if not _is_compiling() and (slot := getattr(plist, "slot", None)) is not None:
+            if weight is None and not _is_compiling() and (slot := getattr(plist, "slot", None)):
                 weight = slot.weight()
-                if weight is not None:
-                    return weight
-            return cast(Tensor, plist())
+            return cast(Tensor, plist()) if weight is None else weight
         # torch may have given the shared class this name for another of its modules: here it
         # is then a plain attribute or a Parameter. nn.Module.__getattr__ would find the latter as
         # well, but torch.compile does not ask it after a property has raised.
@@ -147,10 +138,9 @@ def _make_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
 
     # Defined here and not in a mixin: the base must come first in __bases__ and would win.
     def __setattr__(self: nn.Module, name: str, value: Any) -> None:  # noqa: N807
-        # nn.Module refuses a Parameter where a property is; tie_weights assigns one.
         if name in managed and isinstance(value, Tensor) and _carries(self, name):
-            _refuse_if_held(self, name)
-            cast(Any, self.parametrizations)[name].right_inverse(value)
+            # nn.Module refuses a Parameter where a property is; tie_weights assigns one.
+            object.__setattr__(self, name, value)
         else:
             base.__setattr__(self, name, value)
 
@@ -191,18 +181,12 @@ def _make_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
         "__reduce_ex__": __reduce_ex__,
         "_load_from_state_dict": _load_from_state_dict,
         "apply": apply,
-        **{
-            name: _resetting(base, name)
-            for name in ("reset_parameters", "_reset_parameters")
-            if hasattr(base, name)
-        },
         **{name: _computed(name) for name in names},
     }
-    return _subclass(base, f"Parametrized{base.__name__}", namespace)
-
-
-def _subclass(base: type[nn.Module], name: str, namespace: dict[str, Any]) -> type[nn.Module]:
-    metaclass = _meta_for(type(base))
+    for initializer in ("reset_parameters", "_reset_parameters"):
+        if hasattr(base, initializer):
+            namespace[initializer] = _resetting(base, initializer)
+    name, metaclass = f"Parametrized{base.__name__}", _meta_for(cast(Any, type(base)))
     # In two steps, since ``__init_subclass__`` of the user's class is meant for classes that people
     # write: it may want arguments, or put the class into a registry.
     made = metaclass(name, (nn.Module,), namespace)
@@ -213,12 +197,12 @@ def _subclass(base: type[nn.Module], name: str, namespace: dict[str, Any]) -> ty
     return cast("type[nn.Module]", made)
 
 
-def _resetting(base: type[nn.Module], name: str) -> Callable[..., Any]:
+def _resetting(base: type[nn.Module], initializer: str) -> Callable[..., Any]:
     """The module's own initializer, with the effect that it has on a plain layer."""
 
     def reset(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with opener.open(self):
-            return getattr(base, name)(self, *args, **kwargs)
+            return getattr(base, initializer)(self, *args, **kwargs)
 
     return reset
 
@@ -235,25 +219,18 @@ def _refuse_if_held(module: nn.Module, name: str) -> None:
         )
 
 
+@functools.cache
 def _meta_for(metaclass: type) -> Callable[..., type]:
     """The metaclass, joined with the base's own where that is not plain ``type``."""
     if issubclass(_SharedMeta, metaclass):
         return _SharedMeta
-    if metaclass not in _METACLASSES:
-        _METACLASSES[metaclass] = type("_SharedMeta", (_SharedMeta, metaclass), {})
-    return _METACLASSES[metaclass]
-
-
-_METACLASSES: dict[type, type] = {}
+    return type("_SharedMeta", (_SharedMeta, metaclass), {})
 
 
 def _is_torch_parametrized(cls: type) -> bool:
     # torch marks its classes by nothing but what it puts in them.
-    return (
-        cls.__name__.startswith("Parametrized")
-        and getattr(cls.__dict__.get("__getstate__"), "__module__", "")
-        == "torch.nn.utils.parametrize"
-    )
+    refuses = getattr(vars(cls).get("__getstate__"), "__module__", "")
+    return cls.__name__.startswith("Parametrized") and refuses == "torch.nn.utils.parametrize"
 
 
 # Pickle and deepcopy ----------------------------------------------------------------
@@ -268,9 +245,8 @@ def _reduce(module: nn.Module, base: type[nn.Module], protocol: int) -> tuple[An
         state = {k: value for k, value in state.items() if k not in folded}
         if "_flat_weights" in state:
             # What an RNN read from its properties; with a graph it could not be copied.
-            state["_flat_weights"] = [
-                w if w is None else w.detach() for w in state["_flat_weights"]
-            ]
+            read = state["_flat_weights"]
+            state["_flat_weights"] = [w if w is None else w.detach() for w in read]
     names = tuple(module.__dict__["_modules"]["parametrizations"])
     # The shared class cannot be pickled by name; the base takes its place.
     constructor = base if constructor is type(module) else constructor
@@ -303,10 +279,9 @@ def _adopt_layouts(
             state_dict[g_key] = state_dict.pop(legacy[0])
             state_dict[v_key] = state_dict.pop(legacy[1])
         elif plain in state_dict and not {g_key, v_key} & state_dict.keys():
-            weight = state_dict.pop(plain)
             assign = bool(metadata.get("assign_to_params_buffers"))
-            g, v, error = _split(weight, plist, assign)
-            state_dict[g_key], state_dict[v_key] = g, v
+            parts = _split(state_dict.pop(plain), plist, assign)
+            state_dict[g_key], state_dict[v_key], error = parts
             if error:
                 errors.append(f"{plain}: {error}")
 

@@ -1,7 +1,6 @@
-"""The WeightNorm parametrization, and the list that holds its g and v.
+"""The WeightNorm parametrization, and the list that holds its g and v, in torch's layout.
 
-From outside this is torch's layout: ``module.parametrizations.weight.original0`` is g and
-``original1`` is v. What makes ``module.weight`` read them is :mod:`wn_surgery.norm.module_class`.
+What makes ``module.weight`` read them is :mod:`wn_surgery.norm.module_class`.
 """
 
 from __future__ import annotations
@@ -54,23 +53,15 @@ class WeightNorm(nn.Module):
 def parts_of(weight: Tensor, norm: NormOptions) -> tuple[Tensor, Tensor]:
     """The g and v that give ``weight``; v is a copy, never an alias.
 
-    Raises:
-        ModelError: ``weight`` is not floating-point, or not dense.
-        ZeroNormError: a slice has a norm that is zero (and ``eps`` is 0), not finite, or too small
-            or large for the dtype.
+    A ``ModelError`` says that the weight is not floating-point or not dense, a ``ZeroNormError``
+    that weight norm cannot compute one of its slices.
     """
     if not (weight.is_floating_point() or weight.is_complex()) or weight.itemsize < 2:
-        raise ModelError(
-            f"the new weight has dtype {weight.dtype}; expected a floating-point tensor of 16 "
-            "bits or more; convert it first",
-            kind="dtype",
-        )
+        found = f"has dtype {weight.dtype}; expected a floating-point tensor of 16 bits or more"
+        raise ModelError(f"the new weight {found}; convert it first", kind="dtype")
     if weight.layout is not torch.strided:
-        raise ModelError(
-            f"the new weight is stored as {dtype_name(weight.layout)}; expected a dense tensor; "
-            "call to_dense() first",
-            kind="dtype",
-        )
+        found = f"is stored as {dtype_name(weight.layout)}; expected a dense tensor"
+        raise ModelError(f"the new weight {found}; call to_dense() first", kind="dtype")
     if not (weight.is_meta or is_fake(weight)) and (bad := zero_slices(weight, *norm)):
         raise ZeroNormError(
             f"the new weight has {bad} slice(s) along dim={norm.dim} whose norm is zero, not "
@@ -90,10 +81,9 @@ def is_weight_norm(plist: Any) -> TypeGuard[WeightNormList]:
 class WeightNormList(ParametrizationList):
     """The value of ``module.parametrizations.<name>``: g, v and the parametrization.
 
-    Unlike its base it takes g and v as they are, so that Parameters keep their identity,
-    and it copies into them on assignment instead of aliasing the assigned tensor. ``order`` is
-    the names in the module's ``_parameters`` before surgery, so that removal can put the weight
-    back in its place. For ``hold`` and ``slot`` see :mod:`wn_surgery.norm.slots`.
+    Unlike its base it takes g and v as they are, so that Parameters keep their identity, and copies
+    into them on assignment. ``order`` is the names in the module's ``_parameters`` before surgery,
+    for removal. For ``hold`` and ``slot`` see :mod:`wn_surgery.norm.slots`.
     """
 
     # Not annotated: torch.jit.script would have to understand it.
@@ -113,14 +103,13 @@ class WeightNormList(ParametrizationList):
 
     def forward(self) -> Tensor:
         """The weight; later parametrizations that torch stacked on it are applied too."""
-        held = self._modules
-        if len(held) > 1:
+        if len(self._modules) > 1:
             return super().forward()
         g, v = self._parameters.get("original0"), self._parameters.get("original1")
         if g is None or v is None:  # a replica of DataParallel has them as attributes
             g, v = self.original0, self.original1
         # Called as a module, so that hooks on it run.
-        return cast(Tensor, held["0"](g, v))
+        return cast(Tensor, self._modules["0"](g, v))
 
     def right_inverse(self, value: Tensor) -> None:
         """Set g and v, in place, so that the weight becomes ``value``."""
@@ -161,7 +150,6 @@ class WeightNormList(ParametrizationList):
             with torch.no_grad():
                 destination[owner + param] = self()
             return
-        for key, part in zip(
-            keys_for(owner + param, "legacy"), (self.original0, self.original1), strict=True
-        ):
+        parts = self.original0, self.original1
+        for key, part in zip(keys_for(owner + param, "legacy"), parts, strict=True):
             destination[key] = part if keep_vars else part.detach()

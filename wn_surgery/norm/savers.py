@@ -1,8 +1,7 @@
 """Who asks for a state dict: a ``save_pretrained``, whose files are read back without this library.
 
-A training checkpoint goes back into the model that it came from. What ``save_pretrained`` writes is
-read by a model that its class builds anew, and finds no g and v where that has a plain weight. So
-the list of g and v asks, before it goes into a state dict, in which layout they will be looked for.
+What it writes is read by a model that its class builds anew, and finds no g and v where that has a
+plain weight. So the list of g and v asks in which layout they will be looked for.
 """
 
 from __future__ import annotations

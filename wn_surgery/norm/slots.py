@@ -1,10 +1,8 @@
 """What may hand out a weight in place of the computation: a slot, or a hold.
 
 Both are attributes of the list that holds the weight's g and v: a slot while its model is fused, a
-hold, which is asked first, while the weight is folded or an initializer runs. Each has a method
-``weight()`` that returns the weight, or ``None`` where it must be computed; a hold also has
-``traced``, which is what torch.compile gets. They belong to that one list: their copies and pickles
-are ``None``.
+hold, which is asked first, while the weight is folded or an initializer runs. Their ``weight()``
+returns the weight, or ``None`` where it must be computed; torch.compile gets a hold's ``traced``.
 """
 
 from __future__ import annotations
@@ -45,8 +43,7 @@ def settle(model: nn.Module) -> None:
 class _Changes:
     """Counts the changes of layouts anywhere, so that fused models know when to look again."""
 
-    def __init__(self) -> None:
-        self.count = 0
+    count = 0
 
 
 changes = _Changes()
