@@ -156,9 +156,8 @@ def build_migration(
 def _decide(made: Plan, found: Match) -> None:
     site, number = found.site, found.winner
     rule = made.rules[number]
-    step = Step(site, "keep", site.layout, site.norm, rule)
-    step.shadowed = tuple(index + 1 for index in found.shadowed)
-    step.why = f"rule {number + 1}"
+    shadowed = tuple(index + 1 for index in found.shadowed)
+    step = Step(site, "keep", site.layout, site.norm, rule, shadowed, f"rule {number + 1}")
     made.steps.append(step)
     if rule.action == "skip":
         step.action = "skip"
@@ -239,12 +238,11 @@ def _differs(rule: Rule, held: Normed) -> bool:
 
 
 def _stacked(site: Site, held: Foreign) -> WeightNormError:
-    return checks.error_at(
-        site,
-        "stacked",
+    message = (
         f"{site.name} is computed by {held.maker}; weight norm cannot be put on it or taken out "
-        "of it alone; remove the other parametrization first",
+        "of it alone; remove the other parametrization first"
     )
+    return checks.error_at(site, "stacked", message)
 
 
 def _conflicts(found: Match, rules: tuple[Rule, ...]) -> Iterator[WeightNormError]:
@@ -256,9 +254,8 @@ def _conflicts(found: Match, rules: tuple[Rule, ...]) -> Iterator[WeightNormErro
             for path, i in winners.items()
         )
         message = (
-            f"{site.name} is one shared module that has conflicting rules under its names: "
-            f"{told}; let the last rule match all of its names, e.g. with "
-            f"{{{','.join(site.node.paths)}}}"
+            f"{site.name} is one shared module with conflicting rules under its names: {told}; let "
+            f"the last rule match all of its names, e.g. with {{{','.join(site.node.paths)}}}"
         )
         yield checks.error_at(site, "names", message)
 
