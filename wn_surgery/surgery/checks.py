@@ -19,7 +19,7 @@ from wn_surgery.norm.math import weight_norm
 from wn_surgery.norm.options import Dim, NormOptions, dtype_name, kept_axes
 from wn_surgery.rules.rule import Rule, has_axes
 
-__all__ = ["error_at", "output_axis", "quantizer", "resolve_dim", "runs_no_hook"]
+__all__ = ["error_at", "output_axis", "quantizer", "resolve_norm", "runs_no_hook"]
 
 
 def error_at(site: Site, kind: str, message: str) -> WeightNormError:
@@ -62,12 +62,11 @@ def _unsuitable(site: Site, tensor: Tensor) -> tuple[str, str] | None:
     """Why weight norm is not defined for the parameter, as a kind and a message."""
     exclude = "exclude it from the rule"
     if nn.parameter.is_lazy(tensor):
-        return (
-            "lazy",
-            f"is uninitialised ({type(site.module).__name__}); run one forward pass first",
-        )
+        layer = type(site.module).__name__
+        return "lazy", f"is uninitialised ({layer}); run one forward pass, then apply weight norm"
     if maker := quantizer(site.node, tensor):
-        return "quantized", f"is quantized by {maker}; change it before quantization, or {exclude}"
+        advice = "apply and remove weight norm before quantization"
+        return "quantized", f"is quantized by {maker}; {advice}, or {exclude}"
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return "dtype", f"has dtype {tensor.dtype}, not a floating or complex one; {exclude}"
     layout = "nested" if tensor.is_nested else dtype_name(tensor.layout)
@@ -148,18 +147,19 @@ def _undivided(
     )
 
 
-def resolve_dim(site: Site, rule: Rule) -> Dim | WeightNormError:
-    """The rule's ``dim`` for this weight, or what is wrong with it."""
-    if rule.dim == "out":
-        return output_axis(site)
+def resolve_norm(site: Site, rule: Rule) -> NormOptions | WeightNormError:
+    """The options that the rule gives this weight, or what is wrong with its ``dim``."""
     rank = len(site.shape)
-    if has_axes(rank, rule.dim):
-        return rule.dim
-    message = (
-        f"dim={rule.dim} is out of range for {site.name} of shape {site.shape}; expected axes "
-        f"from 0 to {rank - 1}, None for the whole tensor, or 'out'"
-    )
-    return error_at(site, "dim", message)
+    if rule.dim != "out" and not has_axes(rank, rule.dim):
+        message = (
+            f"dim={rule.dim} is out of range for {site.name} of shape {site.shape}; expected axes "
+            f"from 0 to {rank - 1}, None for the whole tensor, or 'out'"
+        )
+        return error_at(site, "dim", message)
+    dim = output_axis(site) if rule.dim == "out" else rule.dim
+    if isinstance(dim, WeightNormError):
+        return dim
+    return NormOptions(dim, rule.eps, rule.norm_dtype)
 
 
 _ROWS = (_ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)

@@ -131,15 +131,15 @@ def _wrong_type(rule: Rule, by_name: Sequence[Node], nodes: Sequence[Node]) -> s
 
 
 def _no_such_parameter(rule: Rule, nodes: Sequence[Node]) -> str:
-    wanted = " or ".join(repr(pattern) for pattern in rule.params)
-    held = {site.param: None for node in nodes for site in sites_of(node)}
+    wanted = " or ".join(map(repr, rule.params))
+    sites = [site for node in nodes for site in sites_of(node)]
+    held = dict.fromkeys(site.param for site in sites)  # in order, each once
     kinds = sorted({node.base.__name__ for node in nodes})
     if not held:
         return f"no parameter {wanted}: the modules it matches ({_some(kinds)}) have none"
     matrices = [
         site.param
-        for node in nodes
-        for site in sites_of(node)
+        for site in sites
         if site.tensor is not None and (nn.parameter.is_lazy(site.tensor) or site.tensor.ndim >= 2)
     ]
     suggestion = list(dict.fromkeys(matrices or held))

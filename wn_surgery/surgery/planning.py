@@ -15,7 +15,6 @@ from wn_surgery.errors import ModelError, WeightNormError
 from wn_surgery.model.layouts import Foreign, Normed, SiteLayout
 from wn_surgery.model.sites import Node, Site, sites_of, walk
 from wn_surgery.norm.module_class import FOLDED
-from wn_surgery.norm.options import NormOptions
 from wn_surgery.rules.sources import Rule, RuleFields, RulesLike, given_rules
 from wn_surgery.surgery import checks
 from wn_surgery.surgery.diagnosis import explain
@@ -193,19 +192,18 @@ def _plan_application(step: Step, rule: Rule) -> Iterable[WeightNormError]:
     step.action, step.after = "apply", "parametrized"
     if problems := list(checks.before_apply(step.site)):
         return problems
-    dim = checks.resolve_dim(step.site, rule)
-    if isinstance(dim, WeightNormError):
-        return [dim]
-    step.norm = NormOptions(dim, rule.eps, rule.norm_dtype)
+    norm = checks.resolve_norm(step.site, rule)
+    if isinstance(norm, WeightNormError):
+        return [norm]
+    step.norm = norm
     return checks.before_norm(step.site, step.norm, rule.g_init)
 
 
 def _plan_replacement(step: Step, rule: Rule, held: Normed) -> list[WeightNormError]:
     site = step.site
-    dim = checks.resolve_dim(site, rule)
-    if isinstance(dim, WeightNormError):
-        return [dim]
-    wanted = NormOptions(dim, rule.eps, rule.norm_dtype)
+    wanted = checks.resolve_norm(site, rule)
+    if isinstance(wanted, WeightNormError):
+        return [wanted]
     if wanted == held.norm and not _differs(rule, held):
         fills = rule.g_init is not None and rule.g_init != held.g_init
         step.why += ", already there" + (" (replace=True fills g)" if fills else "")
