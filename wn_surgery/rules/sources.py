@@ -200,9 +200,7 @@ def _yaml_document(text: str, source: str) -> object:
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             # PyYAML keeps the last of two equal keys, in silence. Merged keys come in later.
             keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-            for key in keys:
-                if keys.count(key) > 1:
-                    raise RuleError(f"line {node.start_mark.line + 1}: {_duplicate(key)}")
+            _refuse_duplicates(keys, f"line {node.start_mark.line + 1}: ")
             mapping: dict[Any, Any] = super().construct_mapping(node, deep)
             return mapping
 
@@ -284,16 +282,14 @@ def _from_document(document: object, source: str | None) -> tuple[Rule, ...]:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise RuleError(_duplicate(key))
-        result[key] = value
-    return result
+    _refuse_duplicates([key for key, _ in pairs])
+    return dict(pairs)
 
 
-def _duplicate(key: object) -> str:
-    return f"the key {key!r} stands twice in one mapping; remove one"
+def _refuse_duplicates(keys: list[Any], place: str = "") -> None:
+    for key in keys:
+        if keys.count(key) > 1:
+            raise RuleError(f"{place}the key {key!r} stands twice in one mapping; remove one")
 
 
 def _suffix(name: str) -> str:
