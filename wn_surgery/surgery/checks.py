@@ -200,7 +200,8 @@ def before_migration(site: Site, to: str) -> Iterator[WeightNormError]:
         return
     if to == "legacy" and (isinstance(norm.dim, tuple) or norm.eps or norm.norm_dtype):
         message = (
-            f"{site.name} has {norm}; torch's legacy hook knows one dim, no eps and no norm_dtype"
+            f"{site.name} has {norm}, which torch's legacy hook cannot compute; it "
+            "knows a single dim, eps=0 and no norm_dtype"
         )
         yield error_at(site, "stacked", message)
     if held.maker not in ("torch", "wn_surgery") and not held.v.is_meta:
