@@ -11,6 +11,7 @@ import math
 import operator
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Literal
 from weakref import WeakKeyDictionary
 
@@ -95,15 +96,14 @@ def dim(value: object) -> Dim | Literal["out"]:
     if isinstance(value, str):
         if value == "out":
             return "out"
-        hint = "; write null (None in Python)" if value.lower() == "none" else ""
-        hint = hint or did_you_mean(value, ["out"])
+        null = value.lower() == "none"
+        hint = "; write null (None in Python)" if null else did_you_mean(value, ["out"])
         raise RuleError(f"dim: expected an axis, axes, None or 'out', got {value!r}{hint}")
     if not isinstance(value, list | tuple):
         return _axis(value)
     if not value:
         raise RuleError(
-            "dim: expected at least one axis, got none; for one norm over the whole tensor, "
-            "write None (null in a file)"
+            "dim: expected at least one axis; for one norm of the whole tensor, write None (null)"
         )
     axes = sorted(map(_axis, value))
     if len(set(axes)) < len(axes):
@@ -238,11 +238,7 @@ def _axis(value: object) -> int:
 
 
 def _finite(name: str, value: object) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if math.isfinite(number):
-            return number
+    with suppress(OverflowError):  # an int may be too large for a float
+        if isinstance(value, int | float) and type(value) is not bool and math.isfinite(value):
+            return float(value)
     raise RuleError(f"{name}: expected a finite number, got {value!r}")

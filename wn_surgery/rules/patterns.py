@@ -79,20 +79,16 @@ def compile_pattern(pattern: str) -> Pattern:
     a regular expression for `re.fullmatch`. The empty pattern matches only the root.
     """
     if pattern.startswith("re:"):
-        return Pattern(pattern, False, (pattern,), frozenset(), _regular_expression(pattern[3:]))
+        try:
+            return Pattern(pattern, False, (pattern,), frozenset(), re.compile(pattern[3:]))
+        except (re.error, OverflowError, RecursionError) as error:
+            raise PatternError(f"{pattern!r} is not a regular expression: {error}") from None
     alternatives = _expand(pattern)
     split = [_split(alternative) for alternative in alternatives]
     exact = frozenset(".".join(segments) for segments in split if not _is_glob(segments))
     globs = _merge([segments for segments in split if _is_glob(segments)])
     regex = re.compile("|".join(map(_path_regex, globs)), re.DOTALL) if globs else None
     return Pattern(pattern, pattern in exact, alternatives, exact, regex)
-
-
-def _regular_expression(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise PatternError(f"'re:{text}' is not a regular expression: {error}") from None
 
 
 def _expand(pattern: str) -> tuple[str, ...]:
@@ -175,7 +171,7 @@ def _path_regex(path: tuple[frozenset[str], ...]) -> str:
         if part == _ANY:
             blocks.append([])
         else:
-            blocks[-1].append(_either(sorted(part)))
+            blocks[-1].append(f"(?:{'|'.join(map(_segment_regex, sorted(part)))})")
     head, *rest = [r"\.".join(block) for block in blocks]
     if not rest:
         return head
@@ -188,9 +184,8 @@ def _path_regex(path: tuple[frozenset[str], ...]) -> str:
     return (rf"{head}\." if head else "") + leftmost + end
 
 
-def _either(segments: Sequence[str]) -> str:
-    expressions = list(map(_segment_regex, segments))
-    return expressions[0] if len(expressions) == 1 else f"(?:{'|'.join(expressions)})"
+# One character of a segment, or a class; a bracket that comes first is a member of the class.
+_TOKEN = re.compile(r"\[(?P<negated>!?+)(?P<members>.[^\]]*)\]|.", re.DOTALL)
 
 
 def _segment_regex(segment: str) -> str:
@@ -198,21 +193,21 @@ def _segment_regex(segment: str) -> str:
     if segment == "*":
         return "[^.]+"
     chunks = [""]
-    index = 0
-    while index < len(segment):
-        character = segment[index]
-        index += 1
-        if character == "*":
+    for token in _TOKEN.finditer(segment):
+        if token["members"]:
+            chunks[-1] += _class_regex(token, segment)
+        elif token[0] == "*":
             chunks.append("")
-        elif character == "?":
+        elif token[0] == "?":
             chunks[-1] += "[^.]"
-        elif character == "[":
-            expression, index = _class_regex(segment, index)
-            chunks[-1] += expression
-        elif character == "]":
+        elif token[0] == "[":
+            raise PatternError(
+                f"a '[' of {_short(segment)} opens nothing (a class holds no dot); {_CLASSES}"
+            )
+        elif token[0] == "]":
             raise PatternError(f"a ']' of {_short(segment)} closes nothing; {_CLASSES}")
         else:
-            chunks[-1] += re.escape(character)
+            chunks[-1] += re.escape(token[0])
     head, *rest = chunks
     if not rest:
         return head
@@ -220,38 +215,20 @@ def _segment_regex(segment: str) -> str:
     return f"{head}{''.join(f'(?>[^.]*?{chunk})' for chunk in middle)}[^.]*{tail}"
 
 
-def _class_regex(segment: str, start: int) -> tuple[str, int]:
-    """Translate the class that opens just before ``start``; also say where it ends."""
-    negated = segment.startswith("!", start)
-    if segment.startswith("^", start):
+def _class_regex(token: re.Match[str], segment: str) -> str:
+    if token[0].startswith("[^"):
         raise PatternError(
             f"a class is negated with '!', not '^', in {_short(segment)}; {_CLASSES}"
         )
-    first = start + negated
-    # A bracket that comes first is a member of the class, as in every glob language.
-    end = segment.find("]", first + 1)
-    if end < 0:
-        raise PatternError(
-            f"a '[' of {_short(segment)} opens nothing (a class holds no dot); {_CLASSES}"
-        )
-    members = segment[first:end]
     items = ""
-    index = 0
-    while index < len(members):
-        if members[index + 1 : index + 2] == "-" and index + 2 < len(members):
-            low, high = members[index], members[index + 2]
-            if low > high:
-                raise PatternError(
-                    f"the range {low}-{high} of {_short(segment)} is empty; "
-                    f"write it as {high}-{low}"
-                )
-            items += f"{re.escape(low)}-{re.escape(high)}"
-            index += 3
-        else:
-            items += re.escape(members[index])
-            index += 1
+    for low, high, single in re.findall("(.)-(.)|(.)", token["members"], re.DOTALL):
+        if low > high:
+            raise PatternError(
+                f"the range {low}-{high} of {_short(segment)} is empty; write it as {high}-{low}"
+            )
+        items += re.escape(single) or f"{re.escape(low)}-{re.escape(high)}"
     # No class may match a dot, be it negated or a range that a dot lies in.
-    return f"[^.{items}]" if negated else rf"(?!\.)[{items}]", end + 1
+    return f"[^.{items}]" if token["negated"] else rf"(?!\.)[{items}]"
 
 
 def _short(text: str) -> str:

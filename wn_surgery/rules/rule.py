@@ -25,7 +25,6 @@ TypeSpec: TypeAlias = str | type
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 
 _DEFAULT_PARAMS = ("weight",)
-_COMPILED = {"names": "_names", "params": "_params", "exclude_names": "_excluded"}
 _OPTIONS = ("dim", "eps", "norm_dtype", "g_init", "train_g")
 _APPLY_ONLY = (*_OPTIONS, "tied", "replace")
 
@@ -88,7 +87,7 @@ class Rule:
     label: str | None = field(default=None, compare=False)
     _names: PatternSet | None = field(init=False, compare=False)
     _params: PatternSet = field(init=False, compare=False)
-    _excluded: PatternSet = field(init=False, compare=False)
+    _exclude_names: PatternSet = field(init=False, compare=False)
 
     def __init__(
         self,
@@ -117,9 +116,8 @@ class Rule:
         for name, value in values.items():
             object.__setattr__(self, name, value)
         for name in ("names", "params", "exclude_names"):
-            patterns, compiled = values[name], _COMPILED[name]
-            patterns = None if patterns is None else PatternSet.of(patterns)
-            object.__setattr__(self, compiled, patterns)
+            patterns = None if values[name] is None else PatternSet.of(values[name])
+            object.__setattr__(self, f"_{name}", patterns)
 
     def __repr__(self) -> str:
         return _spelled({name: getattr(self, name) for name in _FIELDS})
@@ -191,10 +189,10 @@ class Rule:
                 near = did_you_mean(key, _FIELDS) or f"; the fields are {', '.join(_FIELDS)}"
                 detail = f"unknown field {key!r}{near}"
                 raise RuleError(f"rule {dict(data)!r}: {detail}", detail=detail)
-        values: dict[str, Any] = dict(data)
-        for name in {"eps", "g_init"} & values.keys():
-            values[name] = fields.number_from_text(values[name])
-        return cls(**values)
+        numbers = {
+            name: fields.number_from_text(data[name]) for name in ("eps", "g_init") if name in data
+        }
+        return cls(**{**data, **numbers})
 
 
 _FIELDS: dict[str, Any] = {
@@ -242,7 +240,7 @@ def matches_class(rule: Rule, module_type: type) -> bool:
 def matches_path(rule: Rule, path: str) -> bool:
     """Whether ``names`` and ``exclude_names`` let a module's path through; the root's is empty."""
     included = rule._names is None or rule._names.matches(path)
-    return included and not rule._excluded.matches(path)
+    return included and not rule._exclude_names.matches(path)
 
 
 def matches_module(rule: Rule, path: str, module_type: type) -> bool:
@@ -269,14 +267,8 @@ def takes_rank(rule: Rule, param: str, rank: int) -> bool:
 
 def last_match(rules: Sequence[Rule], path: str, param: str, rank: int) -> Rule | None:
     """The rule that decides about a tensor of which only name and rank are known: the last."""
-    for rule in reversed(rules):
-        if (
-            matches_param(rule, param)
-            and matches_path(rule, path)
-            and takes_rank(rule, param, rank)
-        ):
-            return rule
-    return None
+    found = (r for r in reversed(rules) if matches_param(r, param) and matches_path(r, path))
+    return next((rule for rule in found if takes_rank(rule, param, rank)), None)
 
 
 def has_axes(rank: int, dim: Dim) -> bool:

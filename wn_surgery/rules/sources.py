@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, cast
@@ -200,9 +200,7 @@ def _yaml_document(text: str, source: str) -> object:
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             # PyYAML keeps the last of two equal keys, in silence. Merged keys come in later.
             keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-            for key in keys:
-                if keys.count(key) > 1:
-                    raise RuleError(f"line {node.start_mark.line + 1}: {_duplicate(key)}")
+            _refuse_duplicates(keys, f"line {node.start_mark.line + 1}: ")
             mapping: dict[Any, Any] = super().construct_mapping(node, deep)
             return mapping
 
@@ -253,27 +251,20 @@ def _item(item: object, number: int) -> tuple[Rule, ...]:
 
 def _from_document(document: object, source: str | None) -> tuple[Rule, ...]:
     """The rules in what a file holds; ``source`` is None for a dict that came from Python."""
-    place = "" if source is None else f"{source}, "
-    whole = "" if source is None else f"{source}: "
-    kind = None if source is None else "file"
-
-    def wrong(got: str) -> RuleError:
-        return RuleError(
+    place, kind = ("", None) if source is None else (f"{source}, ", "file")
+    items = document.get("rules") if isinstance(document, Mapping) else document
+    others = [key for key in document if key != "rules"] if isinstance(document, Mapping) else []
+    if others or not isinstance(items, list | tuple):
+        got = "nothing" if items is None else type(items).__name__
+        if others:
+            got = f"the key {others[0]!r}{did_you_mean(others[0], ['rules'])}"
+        whole = "" if source is None else f"{source}: "
+        raise RuleError(
             f"{whole}expected a list of rules under the key 'rules', got {got}", kind=kind
         )
-
-    if isinstance(document, Mapping):
-        for key in document:
-            if key != "rules":
-                raise wrong(f"the key {key!r}{did_you_mean(key, ['rules'])}")
-        document = document.get("rules")
-    if not isinstance(document, list | tuple):
-        raise wrong("nothing" if document is None else type(document).__name__)
-    return tuple(_read(document, place, kind))
-
-
-def _read(items: Iterable[Any], place: str, kind: str | None) -> Iterator[Rule]:
+    rules: list[Rule] = []
     for number, item in enumerate(items, start=1):
+        where = f"{place}rule {number}"
         try:
             if isinstance(item, Rule):
                 found: tuple[Rule, ...] = (item,)
@@ -281,23 +272,24 @@ def _read(items: Iterable[Any], place: str, kind: str | None) -> Iterator[Rule]:
                 # Only presets go by a bare name here: a file does not include other files.
                 found = _from_mapping({"preset": item} if isinstance(item, str) else item)
         except RuleError as error:
-            raise RuleError(f"{place}rule {number}: {error.detail}", kind=kind) from error
-        for rule in found:
-            labelled = rule.label is not None or not place
-            yield rule if labelled else replace(rule, label=f"{place}rule {number}")
+            raise RuleError(f"{where}: {error.detail}", kind=kind) from error
+        if source is not None:
+            found = tuple(
+                replace(rule, label=where) if rule.label is None else rule for rule in found
+            )
+        rules += found
+    return tuple(rules)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise RuleError(_duplicate(key))
-        result[key] = value
-    return result
+    _refuse_duplicates([key for key, _ in pairs])
+    return dict(pairs)
 
 
-def _duplicate(key: object) -> str:
-    return f"the key {key!r} stands twice in one mapping; remove one"
+def _refuse_duplicates(keys: list[Any], place: str = "") -> None:
+    for key in keys:
+        if keys.count(key) > 1:
+            raise RuleError(f"{place}the key {key!r} stands twice in one mapping; remove one")
 
 
 def _suffix(name: str) -> str:

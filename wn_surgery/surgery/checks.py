@@ -19,7 +19,7 @@ from wn_surgery.norm.math import weight_norm
 from wn_surgery.norm.options import Dim, NormOptions, dtype_name, kept_axes
 from wn_surgery.rules.rule import Rule, has_axes
 
-__all__ = ["error_at", "output_axis", "quantizer", "resolve_dim", "runs_no_hook"]
+__all__ = ["error_at", "output_axis", "quantizer", "resolve_norm", "runs_no_hook"]
 
 
 def error_at(site: Site, kind: str, message: str) -> WeightNormError:
@@ -41,8 +41,8 @@ def before_any_change(site: Site) -> Iterator[WeightNormError]:
         yield error_at(site, "wrapped", message)
     if torch.is_inference_mode_enabled() or (tensor is not None and tensor.is_inference()):
         message = (
-            f"{name} cannot be changed under torch.inference_mode(): tensors made there can "
-            "never be trained; leave inference mode, or use torch.no_grad()"
+            f"{name} cannot be changed under torch.inference_mode(), whose tensors can never be "
+            "trained; leave inference mode, or use torch.no_grad()"
         )
         yield error_at(site, "inference", message)
 
@@ -52,41 +52,30 @@ def before_apply(site: Site) -> Iterator[WeightNormError]:
     tensor = site.tensor
     assert tensor is not None  # a plain site always has its parameter
     if wrong := _unsuitable(site, tensor):
-        yield error_at(site, *wrong)
+        kind, message = wrong
+        yield error_at(site, kind, f"{site.name} {message}")
     else:
         yield from before_any_change(site)
 
 
 def _unsuitable(site: Site, tensor: Tensor) -> tuple[str, str] | None:
     """Why weight norm is not defined for the parameter, as a kind and a message."""
-    name = site.name
+    exclude = "exclude it from the rule"
     if nn.parameter.is_lazy(tensor):
-        return "lazy", (
-            f"{name} is uninitialised ({type(site.module).__name__}); run one forward pass "
-            "to give it a shape, then apply weight norm"
-        )
+        layer = type(site.module).__name__
+        return "lazy", f"is uninitialised ({layer}); run one forward pass, then apply weight norm"
     if maker := quantizer(site.node, tensor):
-        return "quantized", (
-            f"{name} is quantized by {maker}; apply weight norm to the floating-point model "
-            "and remove it before quantization, or exclude this module from the rule"
-        )
+        advice = "apply and remove weight norm before quantization"
+        return "quantized", f"is quantized by {maker}; {advice}, or {exclude}"
     if not (tensor.is_floating_point() or tensor.is_complex()):
-        return "dtype", (
-            f"{name} has dtype {tensor.dtype}; expected a floating-point or complex "
-            "parameter; exclude it from the rule"
-        )
+        return "dtype", f"has dtype {tensor.dtype}, not a floating or complex one; {exclude}"
     layout = "nested" if tensor.is_nested else dtype_name(tensor.layout)
-    if layout != "strided" or not isinstance(tensor, nn.Parameter):
-        plain = layout == "strided"
-        what = "a plain tensor where a Parameter should be" if plain else f"stored as {layout}"
-        return "dtype", (
-            f"{name} is {what}; expected a dense nn.Parameter; exclude it from the rule, or "
-            "assign one first"
-        )
+    if layout != "strided":
+        return "dtype", f"is stored as {layout}, not as a dense tensor; {exclude}"
+    if not isinstance(tensor, nn.Parameter):
+        return "dtype", f"is a plain tensor; assign a Parameter first, or {exclude}"
     if tensor.numel() == 0:
-        return "zero_norm", (
-            f"{name} of shape {site.shape} has no elements and so no norm; exclude it from the rule"
-        )
+        return "zero_norm", f"of shape {site.shape} has no elements and so no norm; {exclude}"
     return None
 
 
@@ -150,34 +139,30 @@ def before_division(
 def _undivided(
     site: Site, weight: Tensor, bad: int, norm: NormOptions, g_init: float | None
 ) -> str:
-    g_dtype = f"g is stored in {dtype_name(weight.dtype)}"
+    g = f"g is stored in {dtype_name(weight.dtype)}" if g_init is None else f"g_init={g_init}"
     return (
         f"{site.name} has {bad} slice(s) along dim={norm.dim} whose norm is zero, not finite, or "
-        f"too small or large for {dtype_name(norm.norm_dtype or weight.dtype)} "
-        f"({g_dtype if g_init is None else f'g_init={g_init}'}), so v/‖v‖ is not a number that can "
-        "be trusted; initialise them, or give the rule "
-        f"{'a larger eps' if norm.eps else 'eps > 0'} or a wider norm_dtype"
+        f"too small or large for {dtype_name(norm.norm_dtype or weight.dtype)} ({g}); initialise "
+        f"them, or give {'a larger eps' if norm.eps else 'eps > 0'} or a wider norm_dtype"
     )
 
 
-def resolve_dim(site: Site, rule: Rule) -> Dim | WeightNormError:
-    """The rule's ``dim`` for this weight, or what is wrong with it."""
-    if rule.dim == "out":
-        return output_axis(site)
+def resolve_norm(site: Site, rule: Rule) -> NormOptions | WeightNormError:
+    """The options that the rule gives this weight, or what is wrong with its ``dim``."""
     rank = len(site.shape)
-    if has_axes(rank, rule.dim):
-        return rule.dim
-    return error_at(
-        site,
-        "dim",
-        f"dim={rule.dim} is out of range for {site.name} of shape {site.shape}; expected axes "
-        f"from 0 to {rank - 1}, None for the whole tensor, or 'out'",
-    )
+    if rule.dim != "out" and not has_axes(rank, rule.dim):
+        message = (
+            f"dim={rule.dim} is out of range for {site.name} of shape {site.shape}; expected axes "
+            f"from 0 to {rank - 1}, None for the whole tensor, or 'out'"
+        )
+        return error_at(site, "dim", message)
+    dim = output_axis(site) if rule.dim == "out" else rule.dim
+    if isinstance(dim, WeightNormError):
+        return dim
+    return NormOptions(dim, rule.eps, rule.norm_dtype)
 
 
-_ROWS_FIRST = (
-    *(_ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention),
-)
+_ROWS = (_ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
 
 def output_axis(site: Site) -> Dim | WeightNormError:
@@ -188,24 +173,17 @@ def output_axis(site: Site) -> Dim | WeightNormError:
         # channel is one slice along both axes; in between, no set of axes separates them.
         if module.groups in (1, module.in_channels):
             return 1 if module.groups == 1 else (0, 1)
-        return error_at(
-            site,
-            "dim",
+        message = (
             f"dim='out' has no axes for {site.name}, a transposed convolution with "
-            f"groups={module.groups}; use dim=0 (torch's default) or dim=1",
+            f"groups={module.groups}; use dim=0 (torch's default) or dim=1"
         )
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return 1
-    if isinstance(module, _ROWS_FIRST):
+        return error_at(site, "dim", message)
+    if isinstance(module, _ROWS):
         return 0
-    if is_conv1d(module):
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or is_conv1d(module):
         return 1
-    return error_at(
-        site,
-        "dim",
-        f"dim='out' is not known for {site.node.base.__name__} ({site.name}); give the axis as "
-        "a number",
-    )
+    kind = site.node.base.__name__
+    return error_at(site, "dim", f"dim='out' is not known for {kind} ({site.name}); give the axis")
 
 
 def before_migration(site: Site, to: str) -> Iterator[WeightNormError]:

@@ -46,7 +46,10 @@ def explain(index: int, rules: Sequence[Rule], nodes: Sequence[Node]) -> Unmatch
     elif named:
         reason = _wrong_type(rule, [node for node, _ in named], nodes)
     else:
-        reason = _no_such_name(rule, nodes)
+        paths = [path for node in nodes for path in node.paths]
+        hints = [_hint(pattern, rule, nodes, paths) for pattern in rule.names or ()]
+        wanted = " or ".join(map(repr, rule.names or ()))
+        reason = "; ".join([f"no module is named {wanted}", *filter(None, hints)])
     return Unmatched(index + 1, reason)
 
 
@@ -85,14 +88,6 @@ def _matching(rule: Rule, nodes: Iterable[Node]) -> list[tuple[Node, str]]:
     ]
 
 
-def _no_such_name(rule: Rule, nodes: Sequence[Node]) -> str:
-    paths = [path for node in nodes for path in node.paths]
-    patterns = rule.names or ()
-    hints = [_hint(pattern, rule, nodes, paths) for pattern in patterns]
-    reason = f"no module is named {' or '.join(map(repr, patterns))}"
-    return "; ".join([reason, *filter(None, hints)])
-
-
 def _hint(pattern: str, rule: Rule, nodes: Sequence[Node], paths: Sequence[str]) -> str:
     if not pattern.startswith(("re:", "**")):
         anywhere = replace(rule, names=(f"**.{pattern}",), types=None)
@@ -126,26 +121,25 @@ def _wrong_type(rule: Rule, by_name: Sequence[Node], nodes: Sequence[Node]) -> s
     where = "in the model" if rule.names is None else "under the names it matches"
     present = sorted({node.base.__name__ for node in by_name if node.module._parameters})
     reason = f"no {wanted} {where}; the types there are {_some(present, 8)}"
-    everywhere = {base.__name__ for node in nodes for base in node.base.__mro__}
+    everywhere = sorted({base.__name__ for node in nodes for base in node.base.__mro__})
     for kind in rule.types or ():
         name = kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
-        if name in everywhere:
-            continue
-        if near := difflib.get_close_matches(name, sorted(everywhere), n=1, cutoff=0.7):
+        near = difflib.get_close_matches(name, everywhere, n=1, cutoff=0.7)
+        if near and near[0] != name:
             reason += f"; did you mean {near[0]!r}?"
     return reason
 
 
 def _no_such_parameter(rule: Rule, nodes: Sequence[Node]) -> str:
-    wanted = " or ".join(repr(pattern) for pattern in rule.params)
-    held = {site.param: None for node in nodes for site in sites_of(node)}
+    wanted = " or ".join(map(repr, rule.params))
+    sites = [site for node in nodes for site in sites_of(node)]
+    held = dict.fromkeys(site.param for site in sites)  # in order, each once
     kinds = sorted({node.base.__name__ for node in nodes})
     if not held:
         return f"no parameter {wanted}: the modules it matches ({_some(kinds)}) have none"
     matrices = [
         site.param
-        for node in nodes
-        for site in sites_of(node)
+        for site in sites
         if site.tensor is not None and (nn.parameter.is_lazy(site.tensor) or site.tensor.ndim >= 2)
     ]
     suggestion = list(dict.fromkeys(matrices or held))

@@ -253,9 +253,7 @@ class _Work:
             key = (step.action, step.group)
         elif step.action == "apply" or step.copies:
             key = (step.action, id(step))
-        if key not in self._made:
-            self._made[key] = self._new(step)
-        new = self._made[key]
+        new = self._made[key] = self._made.get(key) or self._new(step)
         self.replacements.append(Replacement(step.site.name, old, new, step.copies))
         order = layouts.clear(module, param)
         if step.action == "remove":
@@ -293,9 +291,8 @@ def _split(
     if g_init is None:
         g = magnitude(weight, *norm)
     else:
-        real = weight.dtype.to_real() if weight.dtype.is_complex else weight.dtype
         shape = g_shape(weight.shape, norm.dim)
-        g = torch.full(shape, g_init, dtype=real, device=weight.device)
+        g = torch.full(shape, g_init, dtype=weight.dtype.to_real(), device=weight.device)
     v = nn.Parameter(weight.detach().clone() if copies else weight.detach(), weight.requires_grad)
     layouts.hand_over(weight, v)
     return nn.Parameter(g, weight.requires_grad and train_g), v

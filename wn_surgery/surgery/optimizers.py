@@ -118,7 +118,7 @@ def unwrapped(optimizer: Any) -> Any:
 def _replace(optimizer: Any, replacements: Sequence[Replacement]) -> OptimizerChange:
     change = OptimizerChange(type(optimizer).__name__)
     home = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    leaving: set[int] = set()  # old parameters, by id
+    leaving = set[int]()  # old parameters, by id
     incoming: dict[int, list[Replacement]] = {}  # what comes after an old one, or in its place
     for replacement in replacements:
         held = [parameter for parameter in replacement.old if id(parameter) in home]
@@ -158,7 +158,9 @@ def _replace_in_group(
             names.append(name)
         for replacement in incoming.get(id(parameter), ()):
             params += replacement.new
-            names += _names(replacement)
+            # As named_parameters() now gives them.
+            site = replacement.name
+            names += [site] if len(replacement.new) == 1 else keys_for(site, "parametrized")
     out = sum(id(parameter) in leaving for parameter in old)
     came = len(params) - (len(old) - out)
     if not (out or came):
@@ -167,11 +169,3 @@ def _replace_in_group(
     if group.get("param_names"):
         group["param_names"] = names
     return out, came
-
-
-def _names(replacement: Replacement) -> list[str]:
-    """The names that ``named_parameters()`` now gives, in the style of the group's old name."""
-    site = replacement.name
-    if len(replacement.new) == 1:
-        return [site]
-    return list(keys_for(site, "parametrized"))

@@ -15,7 +15,6 @@ from wn_surgery.errors import ModelError, WeightNormError
 from wn_surgery.model.layouts import Foreign, Normed, SiteLayout
 from wn_surgery.model.sites import Node, Site, sites_of, walk
 from wn_surgery.norm.module_class import FOLDED
-from wn_surgery.norm.options import NormOptions
 from wn_surgery.rules.sources import Rule, RuleFields, RulesLike, given_rules
 from wn_surgery.surgery import checks
 from wn_surgery.surgery.diagnosis import explain
@@ -156,9 +155,8 @@ def build_migration(
 def _decide(made: Plan, found: Match) -> None:
     site, number = found.site, found.winner
     rule = made.rules[number]
-    step = Step(site, "keep", site.layout, site.norm, rule)
-    step.shadowed = tuple(index + 1 for index in found.shadowed)
-    step.why = f"rule {number + 1}"
+    shadowed = tuple(index + 1 for index in found.shadowed)
+    step = Step(site, "keep", site.layout, site.norm, rule, shadowed, f"rule {number + 1}")
     made.steps.append(step)
     if rule.action == "skip":
         step.action = "skip"
@@ -194,19 +192,18 @@ def _plan_application(step: Step, rule: Rule) -> Iterable[WeightNormError]:
     step.action, step.after = "apply", "parametrized"
     if problems := list(checks.before_apply(step.site)):
         return problems
-    dim = checks.resolve_dim(step.site, rule)
-    if isinstance(dim, WeightNormError):
-        return [dim]
-    step.norm = NormOptions(dim, rule.eps, rule.norm_dtype)
+    norm = checks.resolve_norm(step.site, rule)
+    if isinstance(norm, WeightNormError):
+        return [norm]
+    step.norm = norm
     return checks.before_norm(step.site, step.norm, rule.g_init)
 
 
 def _plan_replacement(step: Step, rule: Rule, held: Normed) -> list[WeightNormError]:
     site = step.site
-    dim = checks.resolve_dim(site, rule)
-    if isinstance(dim, WeightNormError):
-        return [dim]
-    wanted = NormOptions(dim, rule.eps, rule.norm_dtype)
+    wanted = checks.resolve_norm(site, rule)
+    if isinstance(wanted, WeightNormError):
+        return [wanted]
     if wanted == held.norm and not _differs(rule, held):
         fills = rule.g_init is not None and rule.g_init != held.g_init
         step.why += ", already there" + (" (replace=True fills g)" if fills else "")
@@ -239,12 +236,11 @@ def _differs(rule: Rule, held: Normed) -> bool:
 
 
 def _stacked(site: Site, held: Foreign) -> WeightNormError:
-    return checks.error_at(
-        site,
-        "stacked",
+    message = (
         f"{site.name} is computed by {held.maker}; weight norm cannot be put on it or taken out "
-        "of it alone; remove the other parametrization first",
+        "of it alone; remove the other parametrization first"
     )
+    return checks.error_at(site, "stacked", message)
 
 
 def _conflicts(found: Match, rules: tuple[Rule, ...]) -> Iterator[WeightNormError]:
@@ -256,9 +252,8 @@ def _conflicts(found: Match, rules: tuple[Rule, ...]) -> Iterator[WeightNormErro
             for path, i in winners.items()
         )
         message = (
-            f"{site.name} is one shared module that has conflicting rules under its names: "
-            f"{told}; let the last rule match all of its names, e.g. with "
-            f"{{{','.join(site.node.paths)}}}"
+            f"{site.name} is one shared module with conflicting rules under its names: {told}; let "
+            f"the last rule match all of its names, e.g. with {{{','.join(site.node.paths)}}}"
         )
         yield checks.error_at(site, "names", message)
 

@@ -17,9 +17,6 @@ from wn_surgery.surgery.plan import Plan, Step
 __all__ = ["Index", "resolve_ties", "tie_key"]
 
 
-_PLAIN = (torch.Tensor, nn.Parameter)
-
-
 class _End(NamedTuple):
     node: Node
     param: str
@@ -37,7 +34,7 @@ def tie_key(tensor: Tensor, normed: bool) -> Hashable:
 
 
 def _has_address(tensor: Tensor) -> bool:
-    return type(tensor) in _PLAIN and tensor.layout is torch.strided
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
 
 
 class Index:
@@ -60,14 +57,9 @@ class Index:
         self.count = sum(sizes.values())
         self.ties: dict[Hashable, list[_End]] = {}
         # Models are large, ties are few: what no other tensor shares is not kept.
-        if shared:
-            groups: dict[int, list[tuple[_End, Tensor, bool]]] = {}
-            for key, node, name, tensor, normed in _tensors(nodes):
-                if key in shared:
-                    groups.setdefault(key, []).append((_End(node, name), tensor, normed))
-            for group in groups.values():
-                for end, tensor, normed in group:
-                    self.ties.setdefault(tie_key(tensor, normed), []).append(end)
+        for key, node, name, tensor, normed in _tensors(nodes) if shared else ():
+            if key in shared:
+                self.ties.setdefault(tie_key(tensor, normed), []).append(_End(node, name))
 
 
 def _tensors(nodes: Sequence[Node]) -> Iterator[tuple[int, Node, str, Tensor, bool]]:
@@ -75,13 +67,11 @@ def _tensors(nodes: Sequence[Node]) -> Iterator[tuple[int, Node, str, Tensor, bo
     for node in nodes:
         module = node.module
         for name, parameter in module._parameters.items():
-            if parameter is None:
+            if parameter is None or nn.parameter.is_lazy(parameter):
                 continue
-            if _has_address(parameter):
-                # On the meta device, and where it is empty, the address is 0.
-                yield parameter.data_ptr() or id(parameter), node, name, parameter, False
-            elif not nn.parameter.is_lazy(parameter):
-                yield id(parameter), node, name, parameter, False
+            # On the meta device, and where it is empty, the address is 0.
+            address = _has_address(parameter) and parameter.data_ptr()
+            yield address or id(parameter), node, name, parameter, False
         if "parametrizations" in module._modules or module._forward_pre_hooks:
             for name, held in carried(module).items():
                 if isinstance(held, Normed):
@@ -105,7 +95,7 @@ def resolve_ties(plan: Plan, index: Index) -> None:
         key = tie_key(tensor, step.site.normed)
         ends = index.ties.get(key, ())
         if len(ends) > 1:
-            others = [end for end in ends if (id(end.node.module), end.param) != _where(step.site)]
+            others = [end for end in ends if _where(end) != _where(step.site)]
             _resolve(plan, step, key, others, steps)
     rank = {id(node): i for i, node in enumerate(index.nodes)}
     plan.steps.sort(key=lambda step: rank[id(step.site.node)])
@@ -113,12 +103,11 @@ def resolve_ties(plan: Plan, index: Index) -> None:
 
 def _resolve(plan: Plan, step: Step, key: Hashable, others: list[_End], steps: _Steps) -> None:
     """Decide what becomes of one end of a tie, and of the others with it."""
-    present = [steps.get((id(end.node.module), end.param)) for end in others]
+    present = [steps.get(_where(end)) for end in others]
     mode = "together" if step.rule is None else step.rule.tied
     if step.action in ("remove", "replace") and all(_alike(step, other) for other in present):
         mode = "together"
-    names = [f"{path}.{end.param}" if (path := end.node.paths[0]) else end.param for end in others]
-    tied_to = ", ".join(names)
+    tied_to = ", ".join(f"{end.node.paths[0]}.{end.param}".removeprefix(".") for end in others)
     if mode == "error":
         message = (
             f"{step.site.name} is tied to {tied_to}: they are one tensor, and changing one end "
@@ -142,7 +131,7 @@ def _join(plan: Plan, step: Step, key: Hashable, others: list[_End], steps: _Ste
     """Give the other ends of a tie the same step, under one group."""
     step.group = key
     for end in others:
-        other = steps.get((id(end.node.module), end.param))
+        other = steps.get(_where(end))
         if other is None:
             site = next(site for site in sites_of(end.node) if site.param == end.param)
             joined = changed(step, site=site, why=f"tied to {step.site.name}", shadowed=())
@@ -179,5 +168,5 @@ def _told(step: Step) -> str:
     return step.action if step.norm is None else f"{step.action} {step.norm}{_of_g(step)}"
 
 
-def _where(site: Site) -> tuple[int, str]:
-    return id(site.module), site.param
+def _where(end: Site | _End) -> tuple[int, str]:
+    return id(end.node.module), end.param
