@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,10 +168,7 @@ class _Work:
             return self._torch_file(goal)
         with File(self.found.main) as file:
             stream = Stream([file], self.asked)
-
-            def check(made: Path) -> None:
-                stream.check(made, file, self.verify)
-
+            check = partial(stream.check, file=file, verify=self.verify)
             with atomic(goal, like=file.path, check=check) as out:
                 stream.write(out, file, self.progress)
         return _summary([goal], [stream.plan])

@@ -196,9 +196,8 @@ def _look(state: State, pair: Pair) -> tuple[NormedTensor, list[CheckpointFindin
         return row, [_error("dtype", name, f"g and v of {name!r} {said}")]
     g, v = state.read(pair.g), state.read(pair.v)
     if g.is_meta or v.is_meta:
-        return row, [
-            _error("dtype", name, f"g or v of {name!r} is on the meta device, without values")
-        ]
+        message = f"g or v of {name!r} is on the meta device, without values"
+        return row, [_error("dtype", name, message)]
     found: list[CheckpointFinding] = []
     if g.dtype != (v.dtype.to_real() if v.dtype.is_complex else v.dtype):
         message = (

@@ -203,10 +203,7 @@ def _mixtures(
             continue
         elif keys_for(weight, layout)[0].rpartition(".")[0] in stacked:
             kind = "stacked"
-            said = (
-                "has another parametrization besides weight norm; load it into its model and "
-                "remove the other one first"
-            )
+            said = "has another parametrization besides weight norm; remove that in its model first"
         elif (weight, "legacy") in found:
             said = "is there in both layouts, as after an interrupted migration; delete one of them"
         else:

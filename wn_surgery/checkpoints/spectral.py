@@ -58,8 +58,8 @@ def find_spectral(shapes: Mapping[str, Shape]) -> list[Spectral]:
             name.startswith(beside) and name not in one.parts for name in shapes
         ):
             raise CheckpointError(
-                f"{one.weight!r} has another parametrization besides spectral norm; load it into "
-                "its model and remove the other one first"
+                f"{one.weight!r} has another parametrization besides spectral norm; remove that in "
+                "its model first"
             )
         if not axes_of_spectral(*(shapes[part] for part in one.parts)):
             raise CheckpointError(

@@ -109,8 +109,8 @@ def _refuse_expanding(content: Any, path: Path) -> None:
             waiting.extend((child, None) for child in found)
     if (items := counts.get(id(content), 1)) > MOST_ITEMS:
         raise CheckpointError(
-            f"{str(path)!r} names its containers over and over, which makes {items:.2g} items: "
-            f"expected at most {MOST_ITEMS}; save the state dict alone"
+            f"{str(path)!r} names its containers over and over, which makes {items:.2g} items, "
+            f"more than {MOST_ITEMS}; save the state dict alone"
         )
     expanded = sum(
         tensor.nbytes
@@ -182,9 +182,8 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two dense tensors of one shape have the same dtype and bits; NaN is itself then."""
     # What is conjugated or negated when it is read has other bytes.
     flat = (t.detach().resolve_conj().resolve_neg().reshape(-1) for t in (one, other))
-    return one.dtype == other.dtype and torch.equal(
-        *(t.contiguous().view(torch.uint8) for t in flat)
-    )
+    first, second = (t.contiguous().view(torch.uint8) for t in flat)
+    return one.dtype == other.dtype and torch.equal(first, second)
 
 
 class Parking:
