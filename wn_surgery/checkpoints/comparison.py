@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +22,6 @@ from wn_surgery.errors import CheckpointError
 from wn_surgery.tables import render
 
 __all__ = ["Comparison", "compare"]
-
-Reader = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,21 +59,13 @@ class Comparison:
         }
 
     def __str__(self) -> str:
-        rows = [
-            (
-                each.name,
-                "×".join(map(str, each.shape)),
-                each.dtype,
-                f"{each.max_abs:.3g}",
-                f"{each.max_ulp:.3g}",
-                str(each.differing),
-            )
-            for each in self.differing
-        ]
-        lines = []
-        if rows:
-            headers = ["tensor", "shape", "dtype", "max abs", "max ulp", "differing"]
-            lines.append(render(headers, rows))
+        rows = []
+        for each in self.differing:
+            shape = "×".join(map(str, each.shape))
+            sizes = f"{each.max_abs:.3g}", f"{each.max_ulp:.3g}", str(each.differing)
+            rows.append((each.name, shape, each.dtype, *sizes))
+        headers = ["tensor", "shape", "dtype", "max abs", "max ulp", "differing"]
+        lines = [render(headers, rows)] if rows else []
         lines += [
             f"{name}: {one} in the first, {other} in the second" for name, one, other in self.shapes
         ]
@@ -121,11 +110,11 @@ def compare(
         ...     print(wn.checkpoints.compare(f"{folder}/a.ckpt", f"{folder}/b.pt"))
         1 the same, 0 differing
     """
-    with contextlib.ExitStack() as stack:
-        both = [
-            stack.enter_context(opened(Path(path), full_pickle=full_pickle))
-            for path in (first, second)
-        ]
+    with (
+        opened(Path(first), full_pickle=full_pickle) as one_states,
+        opened(Path(second), full_pickle=full_pickle) as other_states,
+    ):
+        both = one_states, other_states
         alone = all(sum(state.is_model for state in states) == 1 for states in both)
         one, other = (_readers(states, alone, dim) for states in both)
         same = 0
@@ -150,7 +139,8 @@ def compare(
         )
 
 
-def _readers(states: list[State], alone: bool, dim: Axes) -> dict[str, Reader]:
+def _readers(states: list[State], alone: bool, dim: Axes) -> dict[str, Callable[[], Tensor]]:
+    """What computes each plain weight, by its name."""
     asked = Request(dim=dim, also=frozenset({"spectral_norm"}), orphans="keep", non_finite="keep")
     return {
         ("" if alone else state.path) + line.key: partial(

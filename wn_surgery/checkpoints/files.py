@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,14 @@ import torch
 
 from wn_surgery.checkpoints.convert import converted
 from wn_surgery.checkpoints.folders import Source, copy_companions, find
-from wn_surgery.checkpoints.io.atomic import (
-    atomic,
-    atomic_folder,
-    is_same,
-    refuse_overwriting_input,
-    writing,
-)
+from wn_surgery.checkpoints.io.atomic import atomic, atomic_folder, is_same, writing
 from wn_surgery.checkpoints.io.safetensors_file import File
 from wn_surgery.checkpoints.io.torch_file import SUFFIXES, Parking, check_written, load
 from wn_surgery.checkpoints.pairs import Axes
 from wn_surgery.checkpoints.plan import Plan
 from wn_surgery.checkpoints.request import Also, Choice, Layout, Request
 from wn_surgery.checkpoints.streaming import Progress, Stream
-from wn_surgery.errors import CheckpointError
+from wn_surgery.errors import CheckpointError, CheckpointFileError
 from wn_surgery.rules.sources import RulesLike
 
 __all__ = ["Converted", "convert_file"]
@@ -130,7 +125,12 @@ def convert_file(
             f"{str(goal)!r} has another ending than {str(found.main)!r}: the kind of file stays, "
             "only the layout of its tensors changes"
         )
-    refuse_overwriting_input(found.main, goal, in_place)
+    if goal.is_dir():
+        raise CheckpointFileError(f"{str(goal)!r} is a folder; name a file in it")
+    if not in_place and is_same(found.main, goal):
+        raise CheckpointError(
+            f"{str(goal)!r} is the input itself; write elsewhere, or pass in_place=True"
+        )
     return work.file(goal)
 
 
@@ -149,12 +149,17 @@ class _Work:
         found, asked = self.found, self.asked
         with atomic_folder(goal, like=found.main.parent) as made:
             written = copy_companions(found, made, asked.to == "plain" and not asked.keep)
-            if found.index is None:
-                done = self.file(made / found.main.name)
-            else:
-                done = self._shards(found.index, made)
-            if asked.to == "plain" and check:
-                _refuse_unrecorded(found, done)
+            index = found.index
+            done = self._shards(index, made) if index else self.file(made / found.main.name)
+            unknown = [weight for weight in done.weights if weight not in found.known]
+            transformers = (found.config or {}).get("architectures")
+            if asked.to == "plain" and check and unknown and transformers:
+                raise CheckpointError(
+                    f"{str(found.path)!r} is a transformers model, and its config does not say who "
+                    f"put weight norm on {unknown[0]!r}. If its class does, it has no place for a "
+                    "plain one: pass keep=wn_surgery.huggingface.built_in_keys(folder), or keep=() "
+                    "to strip it all the same"
+                )
         return replace(done, files=tuple(goal / path.name for path in (*written, *done.files)))
 
     def file(self, goal: Path) -> Converted:
@@ -163,7 +168,9 @@ class _Work:
             return self._torch_file(goal)
         with File(self.found.main) as file:
             stream = Stream([file], self.asked)
-            stream.write(file, goal, self.progress, self.verify)
+            check = partial(stream.check, file=file, verify=self.verify)
+            with atomic(goal, like=file.path, check=check) as out:
+                stream.write(out, file, self.progress)
         return _summary([goal], [stream.plan])
 
     def _torch_file(self, goal: Path) -> Converted:
@@ -185,14 +192,19 @@ class _Work:
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(File(path)) for path in found.files]
             for file in files:
-                _compare(file, index["weight_map"], found.main)
+                said = {key for key, name in index["weight_map"].items() if name == file.path.name}
+                if other := sorted(said ^ set(file.entries)):
+                    raise CheckpointError(
+                        f"{str(file.path)!r} does not hold the tensors that {str(found.main)!r} "
+                        f"says it does: {other[0]!r} is only in one of them"
+                    )
             stream = Stream(files, self.asked)
             places: dict[str, str] = {}
             written: list[Path] = []
             for file in files:
                 written.append(made / file.path.name)
                 with writing(written[-1]) as out:
-                    stream.write_to(out, file, self.progress)
+                    stream.write(out, file, self.progress)
                 stream.check(written[-1], file, self.verify)
                 shutil.copymode(file.path, written[-1])
                 places |= dict.fromkeys(stream.keys(file), file.path.name)
@@ -205,29 +217,8 @@ class _Work:
         return _summary([*written, target], [stream.plan])
 
 
-def _compare(file: File, weight_map: dict[str, str], index: Path) -> None:
-    said = {key for key, name in weight_map.items() if name == file.path.name}
-    if other := sorted(said ^ set(file.entries)):
-        raise CheckpointError(
-            f"{str(file.path)!r} does not hold the tensors that {str(index)!r} says it does: "
-            f"{other[0]!r} is only in one of them"
-        )
-
-
 def _summary(files: list[Path], plans: list[Plan]) -> Converted:
     def of(name: str) -> tuple[str, ...]:
         return tuple(key for plan in plans for key in getattr(plan, name))
 
     return Converted(tuple(files), of("weights"), of("spectral"), of("kept_spectral"), of("kept"))
-
-
-def _refuse_unrecorded(found: Source, done: Converted) -> None:
-    """Raise where a transformers class may put the weight norm on that was stripped."""
-    unknown = [weight for weight in done.weights if weight not in found.known]
-    if unknown and (found.config or {}).get("architectures"):
-        raise CheckpointError(
-            f"{str(found.path)!r} is a transformers model, and its config does not say who put "
-            f"weight norm on {unknown[0]!r}. If its class does, it has no place for a plain one: "
-            "pass keep=wn_surgery.huggingface.built_in_keys(folder), or keep=() to strip it all "
-            "the same"
-        )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wn_surgery.checkpoints.containers import recorded
-from wn_surgery.checkpoints.io.safetensors_file import unreadable
+from wn_surgery.checkpoints.io.safetensors_file import reading
 from wn_surgery.checkpoints.io.torch_file import SUFFIXES
 from wn_surgery.errors import CheckpointError, CheckpointFileError
 from wn_surgery.norm.options import NormOptions
@@ -58,11 +58,7 @@ class Source:
 
 
 def find(path: Path) -> Source:
-    """The files of a checkpoint: of a file, an index, or a folder with transformers' names.
-
-    Raises :class:`CheckpointError` if there is none, or its index is damaged or names files
-    outside its folder. No other file is opened.
-    """
+    """The files of a checkpoint: of a file, an index, or a folder with transformers' names."""
     if path.is_dir():
         main = next((path / name for name in _IN_FOLDERS if (path / name).is_file()), None)
         if main is None:
@@ -89,9 +85,8 @@ def find(path: Path) -> Source:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise unreadable(path, error) from error
+        with reading(path):
+            found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{str(path)!r} is not JSON: {str(error)[:200]}") from None
     if not isinstance(found, dict):

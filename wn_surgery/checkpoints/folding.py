@@ -86,11 +86,7 @@ def kind_of(tensor: Tensor) -> Kind:
 
 
 def compute(line: Line, read: Callable[[str], Tensor], asked: Request) -> Tensor:
-    """The tensor that a line of a plan asks for; ``read`` gives the sources.
-
-    Raises :class:`ZeroNormError` where a weight would hold NaN or infinite numbers and the request
-    does not keep them, or a slice of a weight has no direction.
-    """
+    """The tensor that a line of a plan asks for; ``read`` gives the sources."""
     parts = [read(source) for source in line.sources]
     first = parts[0]
     if line.do == "copy":
@@ -105,7 +101,17 @@ def compute(line: Line, read: Callable[[str], Tensor], asked: Request) -> Tensor
         raise CheckpointError(f"{part!r} is on the meta device and has no values; load it first")
     w = fold(first, v, line.options)
     if asked.non_finite == "error" and not all_finite(w):
-        _refuse_non_finite(w, first, v, line)
+        dim = line.options.dim
+        zero = zero_slices(v.float() if v.itemsize < 4 else v, dim)
+        cause = (
+            f"v has {zero} slices of zero or non-finite norm along dim={dim}"
+            if zero
+            else f"g has {int((~first.isfinite()).sum())} numbers that are not finite"
+        )
+        raise ZeroNormError(
+            f"{line.key!r} would hold {int((~w.isfinite()).sum())} numbers that are NaN or "
+            f"infinite: {cause}; repair the checkpoint, or pass non_finite='keep' to write them"
+        )
     return w
 
 
@@ -118,20 +124,6 @@ def all_finite(tensor: Tensor) -> bool:
     wide = torch.promote_types(real.dtype, torch.float32)
     # Or it is too large itself.
     return bool(real.sum(dtype=wide).isfinite()) or bool(real.isfinite().all())
-
-
-def _refuse_non_finite(w: Tensor, g: Tensor, v: Tensor, line: Line) -> None:
-    dim = line.options.dim
-    zero = zero_slices(v.float() if v.itemsize < 4 else v, dim)
-    cause = (
-        f"v has {zero} slices of zero or non-finite norm along dim={dim}"
-        if zero
-        else f"g has {int((~g.isfinite()).sum())} numbers that are not finite"
-    )
-    raise ZeroNormError(
-        f"{line.key!r} would hold {int((~w.isfinite()).sum())} numbers that are NaN or infinite: "
-        f"{cause}; repair the checkpoint, or pass non_finite='keep' to write them"
-    )
 
 
 def _magnitude(weight: Tensor, line: Line) -> Tensor:

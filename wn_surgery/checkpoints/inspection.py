@@ -116,11 +116,10 @@ class Inspection:
         headers = ["tensor", "norm", "layout", "shape", "dtype", "dim"]
         headers += ["g min", "g mean", "g max", "zero slices", "non-finite"]
         table = [render(headers, rows)] if rows else []
-        counts = {
-            norm: sum(e.norm == norm for e in self.tensors) for norm in ("weight", "spectral")
-        }
-        more = f", {counts['spectral']} spectral-normed" if counts["spectral"] else ""
-        return "\n".join([*table, f"{counts['weight']} weight-normed{more}, {self.plain} others"])
+        spectral = sum(each.norm == "spectral" for each in self.tensors)
+        more = f", {spectral} spectral-normed" if spectral else ""
+        weight = f"{len(self.tensors) - spectral} weight-normed"
+        return "\n".join([*table, f"{weight}{more}, {self.plain} others"])
 
 
 def inspect(
@@ -157,9 +156,7 @@ def inspect(
     with opened(Path(path), full_pickle=full_pickle) as states:
         for state in states:
             pairs, problems = examine(state.shapes, dim=dim, known=state.known)
-            findings += [
-                _error(each.kind, state.path + each.key, each.message) for each in problems
-            ]
+            findings += [_error(e.kind, state.path + e.key, e.message) for e in problems]
             findings += _of_state(state, pairs)
             for pair in pairs:
                 row, said = _look(state, pair)
@@ -180,18 +177,13 @@ def _of_state(state: State, pairs: list[Pair]) -> Iterator[CheckpointFinding]:
     layouts = {pair.layout: pair for pair in pairs}
     if len(layouts) > 1:
         one, other = layouts.values()
-        message = (
-            f"{one.weight!r} is {one.layout}, {other.weight!r} is {other.layout}: no model saves "
-            "both, unless a migration was interrupted; convert it to one of them"
-        )
+        said = " and ".join(f"{pair.weight!r} is {pair.layout}" for pair in (one, other))
+        message = f"{said}, as after an interrupted migration; convert it to one of them"
         yield CheckpointFinding("warning", "layouts", state.path + other.weight, message)
     there = {pair.weight for pair in pairs}
     for weight in state.known if state.is_model else ():
         if weight not in there and weight not in state.shapes:
-            message = (
-                f"the record says that {weight!r} is weight-normed, but neither its g and v nor "
-                "the weight are there; the checkpoint is not whole"
-            )
+            message = f"{weight!r} is in the record, but not in the checkpoint, which is not whole"
             yield _error("record", state.path + weight, message)
 
 
@@ -204,13 +196,13 @@ def _look(state: State, pair: Pair) -> tuple[NormedTensor, list[CheckpointFindin
         return row, [_error("dtype", name, f"g and v of {name!r} {said}")]
     g, v = state.read(pair.g), state.read(pair.v)
     if g.is_meta or v.is_meta:
-        message = f"g or v of {name!r} is on the meta device, without values to look at"
+        message = f"g or v of {name!r} is on the meta device, without values"
         return row, [_error("dtype", name, message)]
     found: list[CheckpointFinding] = []
     if g.dtype != (v.dtype.to_real() if v.dtype.is_complex else v.dtype):
         message = (
-            f"g of {name!r} is {dtype_name(g.dtype)}, v is {dtype}: a live model promotes or "
-            "raises, stripping computes in the wider one and rounds once"
+            f"g of {name!r} is {dtype_name(g.dtype)}, v is {dtype}: stripping computes in the "
+            "wider one, a live model promotes or raises"
         )
         found.append(CheckpointFinding("warning", "dtype", name, message))
     if count := _not_finite(g) + _not_finite(v):
@@ -219,10 +211,7 @@ def _look(state: State, pair: Pair) -> tuple[NormedTensor, list[CheckpointFindin
     wide = v if v.dtype in (torch.float32, torch.float64) or v.is_complex() else v.float()
     zero = int((norm_except(wide, pair.dim) == 0).sum()) if v.numel() else 0
     if zero and pair.options.eps == 0.0:
-        message = (
-            f"{name!r} has {zero} slices of v without a direction along dim={pair.dim}: v/‖v‖ is "
-            "not a number there"
-        )
+        message = f"{name!r} has {zero} slices along dim={pair.dim} where v/‖v‖ is not a number"
         found.append(_error("zero", name, message))
     three = (float(g.min()), float(g.double().mean()), float(g.max())) if g.numel() else None
     return dataclasses.replace(row, g=three, zero_slices=zero, non_finite=count), found
@@ -242,11 +231,10 @@ def _spectral(state: State, dim: Axes) -> tuple[list[NormedTensor], list[Checkpo
     rows: list[NormedTensor] = []
     said: list[CheckpointFinding] = []
     for one in found:
-        shape = state.shapes[one.original]
+        name, shape = state.path + one.weight, state.shapes[one.original]
         axes = axes_of_spectral(*(state.shapes[part] for part in one.parts))
-        dtype = str(state.kinds[one.original]).removeprefix("torch.")
-        name = state.path + one.weight
         only = axes[0] if len(axes) == 1 else None
+        dtype = str(state.kinds[one.original]).removeprefix("torch.")
         rows.append(NormedTensor(name, "spectral", one.layout, dtype, shape, only))
         try:
             spectral_weight(map(state.read, one.parts), one.original, dim)

@@ -21,22 +21,18 @@ def new_names(state: Mapping[Any, Any], to: str) -> dict[str, str | None]:
     """
     names: dict[str, str | None] = {}
     for holder in (state, state.get("state") if "param_groups" in state else None):
-        for pair in _moments(holder) if isinstance(holder, Mapping) else ():
+        moments = [
+            key
+            for key, value in (holder.items() if isinstance(holder, Mapping) else ())
+            if isinstance(key, str)
+            and isinstance(value, Mapping)
+            and any(isinstance(each, Tensor) for each in value.values())
+        ]
+        # What an optimizer keeps of a tensor need not have its shape.
+        for pair in examine(dict.fromkeys(moments, ()))[0]:
             g, v = (None, None) if to == "plain" else keys_for(pair.weight, to)
             names |= {pair.g: g, pair.v: v}
     return names
-
-
-def _moments(state: Mapping[Any, Any]) -> Any:
-    names = [
-        key
-        for key, value in state.items()
-        if isinstance(key, str)
-        and isinstance(value, Mapping)
-        and any(isinstance(each, Tensor) for each in value.values())
-    ]
-    # What an optimizer keeps of a tensor need not have its shape.
-    return examine(dict.fromkeys(names, ()))[0]
 
 
 def is_numbered(state: Mapping[Any, Any]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -47,13 +46,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class PairProblem:
-    """What keeps a tensor from being read: ``key`` names it, ``message`` says what to do.
+    """What keeps a tensor from being read: ``key`` names it, ``message`` says what to do."""
 
-    ``kind`` is ``"orphan"``, ``"shape"``, ``"ambiguous"``, ``"stacked"``, ``"twice"`` or
-    ``"record"``.
-    """
-
-    kind: str
+    kind: str  # "orphan", "shape", "ambiguous", "stacked", "twice" or "record"
     key: str
     message: str
 
@@ -84,10 +79,7 @@ def find_pairs(
     known: Mapping[str, NormOptions] | None = None,
     orphans: Literal["error", "keep"] = "error",
 ) -> list[Pair]:
-    """The weight-normed tensors of a state dict, in the order of its keys.
-
-    Raises :class:`CheckpointError` for the first problem that :func:`examine` finds.
-    """
+    """The pairs that :func:`examine` finds; the first problem is raised."""
     pairs, problems = examine(shapes, dim=dim, known=known)
     for problem in problems:
         if problem.kind != "orphan" or orphans == "error":
@@ -126,61 +118,41 @@ def examine(
             problems.append(PairProblem("shape", g, message))
     mixed = {problem.key: problem for problem in _mixtures(shapes, readings)}
     problems += mixed.values()
-    clear = Counter(dims[0] for _, _, dims in readings.values() if len(dims) == 1)
-    usual: Axes = next(iter(clear)) if len(clear) == 1 else "auto"
+    alone = {dims[0] for _, _, dims in readings.values() if len(dims) == 1}
+    usual: Axes = next(iter(alone)) if len(alone) == 1 else "auto"
     pairs: list[Pair] = []
     for (weight, layout), (g, v, dims) in readings.items():
         if weight in mixed:
             continue
-        recorded = (known or {}).get(weight)
-        options = (
-            _axes(weight, g, v, shapes, dims, dim, usual)
-            if recorded is None
-            else _checked(weight, recorded, dims, shapes[v])
-        )
-        if isinstance(options, PairProblem):
-            problems.append(options)
+        fitting = f"dim={' or '.join(map(str, dims))}"
+        if known and weight in known:
+            options = known[weight]
+            kind, clear = "record", _fits(options.dim, dims, shapes[v])
+            message = (
+                f"{weight!r} has dim={options.dim} in the record beside its tensors, but its g "
+                f"fits {fitting}; the record is of another checkpoint"
+            )
         else:
+            wanted: Any = usual if dim == "auto" else dim
+            options = NormOptions(wanted if wanted in dims else dims[0])
+            # Axes of size 1 give one weight, up to the order of a sum; a g of one axis does not.
+            same_ranks = len(shapes[g]) == len(shapes[v])
+            kind, clear = "ambiguous", len(dims) == 1 or wanted in dims or same_ranks
+            message = f"{g!r} {shapes[g]} fits several axes of {v!r} {shapes[v]}: pass {fitting}"
+        if clear:
             pairs.append(Pair(weight, layout, g, v, options))
+        else:
+            problems.append(PairProblem(kind, weight, message))
     return pairs, problems
 
 
-def _axes(
-    weight: str,
-    g: str,
-    v: str,
-    shapes: Mapping[str, Shape],
-    dims: list[Dim],
-    dim: Axes,
-    usual: Axes,
-) -> NormOptions | PairProblem:
-    wanted: Any = usual if dim == "auto" else dim
-    if len(dims) > 1 and wanted in dims:
-        return NormOptions(wanted)
-    # Axes of size 1 give one weight, up to the order of a sum; a g of one axis does not.
-    if len(dims) == 1 or len(shapes[g]) == len(shapes[v]):
-        return NormOptions(dims[0])
-    message = (
-        f"{g!r} {shapes[g]} fits several axes of {v!r} {shapes[v]}: pass "
-        f"dim={' or '.join(map(str, dims))}"
-    )
-    return PairProblem("ambiguous", weight, message)
-
-
-def _checked(
-    weight: str, recorded: NormOptions, dims: list[Dim], v: Shape
-) -> NormOptions | PairProblem:
-    kept = kept_axes(recorded.dim)
+def _fits(recorded: Dim, dims: list[Dim], v: Shape) -> bool:
+    """Whether the axes of a record are a reading of g's shape."""
+    kept = kept_axes(recorded)
     readings = [kept_axes(one) for one in dims]
     # A kept axis of size 1 does not show in g's shape.
     seen = tuple(axis for axis in kept if axis < len(v) and v[axis] != 1)
-    if kept in readings or (seen in readings if seen else kept and v):
-        return recorded
-    message = (
-        f"{weight!r} has dim={recorded.dim} in the record beside its tensors, but its g fits "
-        f"dim={' or '.join(map(str, dims))}; the record is of another checkpoint"
-    )
-    return PairProblem("record", weight, message)
+    return kept in readings or (seen in readings if seen else bool(kept and v))
 
 
 def _candidates(shapes: Mapping[str, Shape]) -> dict[tuple[str, NormedLayout], dict[str, str]]:
@@ -231,10 +203,7 @@ def _mixtures(
             continue
         elif keys_for(weight, layout)[0].rpartition(".")[0] in stacked:
             kind = "stacked"
-            said = (
-                "has another parametrization besides weight norm; load it into its model and "
-                "remove the other one first"
-            )
+            said = "has another parametrization besides weight norm; remove that in its model first"
         elif (weight, "legacy") in found:
             said = "is there in both layouts, as after an interrupted migration; delete one of them"
         else:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -30,16 +30,10 @@ Kind: TypeAlias = torch.dtype | torch.layout | str
 
 @dataclass(frozen=True)
 class Line:
-    """One tensor of the output.
+    """One tensor of the output, and the keys of what it is made of.
 
-    Attributes:
-        key: its key.
-        do: ``"copy"`` one tensor, perhaps in another shape; ``"fold"`` a g and a v; divide a
-            weight by its ``"spectral"`` norm, given u and v; take the ``"magnitude"`` of a weight.
-        sources: the keys of what it is made of, in that order.
-        shape: its shape.
-        kind: its dtype.
-        options: of the fold and of the magnitude.
+    ``do`` says how: ``"copy"`` one tensor, perhaps in another shape; ``"fold"`` a g and a v; divide
+    a weight by its ``"spectral"`` norm, given u and v; take the ``"magnitude"`` of a weight.
     """
 
     key: str
@@ -52,17 +46,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of each key.
+    """What becomes of each key; the plain keys are those of ``Converted`` in ``files``."""
 
-    Attributes:
-        lines: by the key of each tensor of the source, in its order, what takes that place.
-        weights: the plain keys of what is converted.
-        spectral: those of spectral-normed tensors that become plain.
-        kept_spectral: those of spectral-normed tensors that stay as they are.
-        kept: those of weight-normed tensors that stay as they are, because of ``keep``.
-    """
-
-    lines: dict[str, tuple[Line, ...]]
+    lines: dict[str, tuple[Line, ...]]  # by the key in whose place they are, in the source's order
     weights: tuple[str, ...]
     spectral: tuple[str, ...]
     kept_spectral: tuple[str, ...]
@@ -78,8 +64,7 @@ def plan(
 ) -> Plan:
     """Decide what becomes of each tensor.
 
-    ``others`` are the keys that everything else in the state dict will have. Raises
-    :class:`CheckpointError` where what is there is not clear, or two would have one key.
+    ``others`` are the keys that everything else in the state dict will have.
     """
     lines: dict[str, tuple[Line, ...]] = {
         key: (Line(key, "copy", (key,), shapes[key], kinds[key]),) for key in shapes
@@ -105,7 +90,12 @@ def plan(
         and (options := _chosen(key, shape, asked)) is not None
     }
     for key, options in chosen.items():
-        lines[key] = tuple(_split(key, shapes[key], kinds[key], options, asked))
+        shape, kind = shapes[key], kinds[key]
+        assert isinstance(kind, torch.dtype)
+        real = kind.to_real() if kind.is_complex else kind
+        g, v = keys_for(key, asked.to)
+        magnitude = Line(g, "magnitude", (key,), g_shape(shape, options.dim), real, options)
+        lines[key] = (magnitude, Line(v, "copy", (key,), shape, kind))
     keys = Counter([line.key for place in lines.values() for line in place])
     keys.update(others)
     if (twice := next((key for key, count in keys.items() if count > 1), None)) is not None:
@@ -134,7 +124,8 @@ def refuse_unused_rules(asked: Request, plans: Iterable[Plan]) -> None:
 
 def unfoldable(g: Kind, v: Kind) -> str:
     """Why a g and a v have no weight, after "g and v"; empty where they have one."""
-    said = f"are {_said(g)} and {_said(v)}: expected"
+    names = [kind if isinstance(kind, str) else dtype_name(kind) for kind in (g, v)]
+    said = f"are {' and '.join(names)}: expected"
     if torch.layout in (type(g), type(v)):
         return f"{said} dense tensors"
     if _computable(g, complex_too=False) and _computable(v, complex_too=True):
@@ -143,10 +134,6 @@ def unfoldable(g: Kind, v: Kind) -> str:
         f"{said} floating-point ones of 16 bits or more; was the checkpoint quantized before its "
         "weight norm was stripped?"
     )
-
-
-def _said(kind: Kind) -> str:
-    return kind if isinstance(kind, str) else dtype_name(kind)
 
 
 def _computable(kind: Kind, *, complex_too: bool) -> bool:
@@ -173,16 +160,6 @@ def _of_pair(
         pair.g: (Line(g_key, "copy", (pair.g,), g, kinds[pair.g]),),
         pair.v: (Line(v_key, "copy", (pair.v,), v, kinds[pair.v]),),
     }
-
-
-def _split(
-    key: str, shape: Shape, kind: Kind, options: NormOptions, asked: Request
-) -> Iterator[Line]:
-    assert isinstance(kind, torch.dtype)
-    g, v = keys_for(key, asked.to)
-    real = kind.to_real() if kind.is_complex else kind
-    yield Line(g, "magnitude", (key,), g_shape(shape, options.dim), real, options)
-    yield Line(v, "copy", (key,), shape, kind)
 
 
 def _chosen(key: str, shape: Shape, asked: Request) -> NormOptions | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from wn_surgery.checkpoints.containers import shapes_of, walk
-from wn_surgery.checkpoints.folders import Source, find
+from wn_surgery.checkpoints.folders import find
 from wn_surgery.checkpoints.folding import kind_of
 from wn_surgery.checkpoints.io.safetensors_file import File, owners_of
 from wn_surgery.checkpoints.io.torch_file import load
@@ -49,30 +49,16 @@ def opened(path: Path, *, full_pickle: bool = False) -> Iterator[list[State]]:
     """The state dicts that have tensors, in the order of the file; until the block ends."""
     found = find(path)
     if found.is_torch:
-        content = load(found.main, full_pickle=full_pickle)
-        yield [_of_mapping(*each) for each in walk(content) if shapes_of(each[1])]
+        states = []
+        for place, mapping, known in walk(load(found.main, full_pickle=full_pickle)):
+            if shapes := shapes_of(mapping):
+                kinds = {key: kind_of(mapping[key]) for key in shapes}
+                states.append(State(place, shapes, kinds, known, mapping.__getitem__))
+        yield states
         return
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(File(each)) for each in found.files]
-        yield [_of_files(files, found)]
-
-
-def _of_mapping(
-    path: str, mapping: Mapping[str, Tensor], known: Mapping[str, NormOptions]
-) -> State:
-    shapes = shapes_of(mapping)
-    return State(
-        path, shapes, {key: kind_of(mapping[key]) for key in shapes}, known, mapping.__getitem__
-    )
-
-
-def _of_files(files: list[File], found: Source) -> State:
-    owners = owners_of(files)
-    entries = {name: file.entries[name] for name, file in owners.items()}
-    return State(
-        "",
-        {name: entry.shape for name, entry in entries.items()},
-        {name: entry.kind for name, entry in entries.items()},
-        found.known,
-        lambda name: owners[name].tensor(name),
-    )
+        owners = owners_of(stack.enter_context(File(each)) for each in found.files)
+        entries = {name: file.entries[name] for name, file in owners.items()}
+        sizes = {name: entry.shape for name, entry in entries.items()}
+        dtypes = {name: entry.kind for name, entry in entries.items()}
+        yield [State("", sizes, dtypes, found.known, lambda name: owners[name].tensor(name))]

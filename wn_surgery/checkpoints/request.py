@@ -22,12 +22,7 @@ LAYOUTS = ("plain", "parametrized", "legacy")
 
 @dataclass(frozen=True)
 class Request:
-    """What a conversion is asked to do; :func:`wn_surgery.checkpoints.convert` explains it.
-
-    Attributes:
-        known: options by plain key, from beside the checkpoint.
-        keep: plain keys that stay weight-normed.
-    """
+    """What a conversion is asked to do; :func:`wn_surgery.checkpoints.convert` explains it."""
 
     to: Layout = "plain"
     rules: tuple[Rule, ...] | None = None
@@ -36,14 +31,12 @@ class Request:
     also: frozenset[str] = frozenset()
     orphans: Choice = "error"
     non_finite: Choice = "error"
-    known: Mapping[str, NormOptions] = field(default_factory=dict)
-    keep: frozenset[str] = frozenset()
+    known: Mapping[str, NormOptions] = field(default_factory=dict)  # from beside the checkpoint
+    keep: frozenset[str] = frozenset()  # plain keys that stay weight-normed
 
     def __post_init__(self) -> None:
         if self.to not in LAYOUTS:
-            raise CheckpointError(
-                f"unknown layout {self.to!r}: expected one of {', '.join(LAYOUTS)}"
-            )
+            raise CheckpointError(f"unknown layout {self.to!r}: expected {', '.join(LAYOUTS)}")
         if self.also - {"spectral_norm"}:
             raise CheckpointError(f"also={sorted(self.also)}: only 'spectral_norm' is known")
         if self.also and self.to != "plain":
@@ -83,26 +76,20 @@ def _checked_rules(rules: RulesLike) -> tuple[Rule, ...]:
     """Rules that need only names and shapes."""
     found = as_rules(rules)
     for rule in found:
-        lacking = {
+        modules = {
             "types": rule.types is not None,
             "exclude_types": bool(rule.exclude_types),
             "where": rule.where is not None,
             "dim='out'": rule.dim == "out",
             "replace": rule.replace,
         }
-        said = next((f"{name} needs modules" for name, asked in lacking.items() if asked), None)
-        if said:
-            said += (
-                ", and a checkpoint only has tensors; use names, params and ranks, or build the "
-                "model and call wn_surgery.apply"
-            )
+        if lacking := next((name for name, asked in modules.items() if asked), None):
+            said = f"{lacking} needs modules, a checkpoint has only tensors; use names and ranks"
         elif rule.action == "remove":
             said = "action='remove' is for models; convert a checkpoint to 'plain' without rules"
         elif rule.g_init is not None or not rule.train_g:
-            said = (
-                "g_init and train_g are about training; they would change the weights of a "
-                "checkpoint, or be forgotten"
-            )
-        if said:
-            raise RuleError(f"rule `{rule.describe()}`: {said}")
+            said = "g_init and train_g are about training; leave them out for a checkpoint"
+        else:
+            continue
+        raise RuleError(f"rule `{rule.describe()}`: {said}")
     return found

@@ -46,11 +46,7 @@ class Spectral:
 
 
 def find_spectral(shapes: Mapping[str, Shape]) -> list[Spectral]:
-    """The spectral-normed tensors of a state dict, in the order of the keys.
-
-    Raises :class:`CheckpointError` if a weight is there a second time, has another parametrization
-    too, or has u and v of other shapes.
-    """
+    """The spectral-normed tensors of a state dict, in the order of the keys."""
     found = [one for name in shapes if (one := _reading(name)) and {one.u, one.v} <= shapes.keys()]
     for one in found:
         if one.weight in shapes:
@@ -62,8 +58,8 @@ def find_spectral(shapes: Mapping[str, Shape]) -> list[Spectral]:
             name.startswith(beside) and name not in one.parts for name in shapes
         ):
             raise CheckpointError(
-                f"{one.weight!r} has another parametrization besides spectral norm; load it into "
-                "its model and remove the other one first"
+                f"{one.weight!r} has another parametrization besides spectral norm; remove that in "
+                "its model first"
             )
         if not axes_of_spectral(*(shapes[part] for part in one.parts)):
             raise CheckpointError(

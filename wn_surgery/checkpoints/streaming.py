@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wn_surgery.checkpoints.folding import all_finite, compute, fold
-from wn_surgery.checkpoints.io.atomic import atomic, start_writeback
+from wn_surgery.checkpoints.io.atomic import start_writeback
 from wn_surgery.checkpoints.io.header import BITS, NAMES, TORCH, written
 from wn_surgery.checkpoints.io.safetensors_file import File, Sink, owners_of
 from wn_surgery.checkpoints.plan import Line, plan, refuse_unused_rules
@@ -33,11 +33,7 @@ WRITEBACK = 1 << 25
 
 
 class Stream:
-    """The files of one checkpoint, planned together and written one by one.
-
-    ``plan`` is the plan. Raises :class:`CheckpointError` if what is in the files is not clear, and
-    :class:`UnmatchedRuleError` if the rules match nothing.
-    """
+    """The files of one checkpoint, planned together and written one by one."""
 
     def __init__(self, files: Sequence[File], asked: Request) -> None:
         self._asked = asked
@@ -59,17 +55,6 @@ class Stream:
         """The keys that the counterpart of a file will have."""
         return [line.key for line in self._lines[file]]
 
-    def write(
-        self, file: File, target: Path, progress: Progress | None = None, verify: bool = False
-    ) -> None:
-        """Write the counterpart of a file, whole or not at all; check it before it has its name."""
-
-        def check(made: Path) -> None:
-            self.check(made, file, verify)
-
-        with atomic(target, like=file.path, check=check) as out:
-            self.write_to(out, file, progress)
-
     def check(self, made: Path, file: File, verify: bool) -> None:
         """Raise unless the counterpart of a file was written whole; ``verify``: byte for byte."""
         with File(made) as found:
@@ -78,9 +63,9 @@ class Stream:
                 raise CheckpointFileError(f"{str(made)!r} was not written as planned; try again")
         if verify:
             with made.open("rb") as written_file:
-                self.write_to(_Comparison(written_file), file)
+                self.write(_Comparison(written_file), file)
 
-    def write_to(self, out: Sink, file: File, progress: Progress | None = None) -> None:
+    def write(self, out: Sink, file: File, progress: Progress | None = None) -> None:
         """Write the counterpart of a file to an open one."""
         out.write(written(self._head(file), file.metadata))
         waiting = 0

@@ -9,23 +9,14 @@ import io
 import os
 import secrets
 import shutil
-import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from wn_surgery.errors import CheckpointError, CheckpointFileError
+from wn_surgery.errors import CheckpointFileError
 
-__all__ = [
-    "Output",
-    "atomic",
-    "atomic_folder",
-    "is_same",
-    "refuse_overwriting_input",
-    "start_writeback",
-    "writing",
-]
+__all__ = ["Output", "atomic", "atomic_folder", "is_same", "start_writeback", "writing"]
 
 PREFIX, SUFFIX = ".wn-surgery-", ".tmp"
 _sync_file_range = (
@@ -79,9 +70,7 @@ def writing(path: Path) -> Iterator[Output]:
 
 
 @contextlib.contextmanager
-def atomic(
-    path: Path, *, like: Path | None = None, check: Callable[[Path], None] | None = None
-) -> Iterator[Output]:
+def atomic(path: Path, *, like: Path, check: Callable[[Path], None]) -> Iterator[Output]:
     """Write a file beside ``path`` and rename it to ``path`` if nothing raises.
 
     An earlier file of that name stays whole until the rename. The new one gets the permissions of
@@ -93,10 +82,8 @@ def atomic(
         try:
             with writing(made) as file:
                 yield file
-            if check is not None:
-                check(made)
-            if like is not None:
-                made.chmod(stat.S_IMODE(like.stat().st_mode))
+            check(made)
+            shutil.copymode(like, made)
             made.replace(path)
         except BaseException:
             made.unlink(missing_ok=True)
@@ -111,7 +98,7 @@ def _hidden(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, *, like: Path | None = None) -> Iterator[Path]:
+def atomic_folder(path: Path, *, like: Path) -> Iterator[Path]:
     """Fill a folder beside ``path``, new or empty, and rename it to ``path`` if nothing raises."""
     with _refusing(path):
         if path.exists() and (not path.is_dir() or list(path.iterdir())):
@@ -120,8 +107,7 @@ def atomic_folder(path: Path, *, like: Path | None = None) -> Iterator[Path]:
         try:
             made.mkdir(0o700)
             yield made
-            if like is not None:
-                made.chmod(stat.S_IMODE(like.stat().st_mode))
+            shutil.copymode(like, made)
             for each in (*made.iterdir(), made):
                 _sync(each)
             made.rename(path)
@@ -161,13 +147,3 @@ def start_writeback(file: io.FileIO) -> None:
 def is_same(one: Path, other: Path) -> bool:
     """Whether two paths lead to one file or folder."""
     return one.exists() and other.exists() and one.samefile(other)
-
-
-def refuse_overwriting_input(source: Path, target: Path, in_place: bool) -> None:
-    """Raise if the output is a folder, or is the input and that was not asked for."""
-    if target.is_dir():
-        raise CheckpointFileError(f"{str(target)!r} is a folder; name a file in it")
-    if not in_place and is_same(source, target):
-        raise CheckpointError(
-            f"{str(target)!r} is the input itself; write elsewhere, or pass in_place=True"
-        )

@@ -18,7 +18,7 @@ import torch
 
 from wn_surgery.errors import CheckpointError
 
-__all__ = ["BITS", "NAMES", "TORCH", "Entry", "Header", "read_header", "written"]
+__all__ = ["BITS", "NAMES", "TORCH", "Entry", "read_header", "written"]
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library itself."""
@@ -45,12 +45,8 @@ TORCH: dict[str, torch.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in TORCH.items()}
 # Those that only some releases of torch have are copied, never computed with.
-BITS = {name: 8 * dtype.itemsize for name, dtype in TORCH.items()} | {
-    "F8_E8M0": 8,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "F4": 4,
-}
+BITS = {name: 8 * dtype.itemsize for name, dtype in TORCH.items()}
+BITS |= {"F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 
 
 @dataclass(frozen=True)
@@ -73,16 +69,11 @@ class Entry:
         return TORCH.get(self.dtype, self.dtype)
 
 
-@dataclass(frozen=True)
-class Header:
-    """A checked header: the tensors in the order of their bytes, and ``__metadata__`` if any."""
+def read_header(file: io.FileIO) -> tuple[dict[str, Entry], dict[str, str] | None]:
+    """The tensors in the order of their bytes, and ``__metadata__`` if any.
 
-    entries: dict[str, Entry]
-    metadata: dict[str, str] | None
-
-
-def read_header(file: io.FileIO) -> Header:
-    """Read a header without trusting it: its tensors fill the file, without gaps or overlaps."""
+    The header is not trusted: its tensors must fill the file, without gaps or overlaps.
+    """
     size = file.seek(0, os.SEEK_END)
     first = _read(file, 8, 0)
     length = int.from_bytes(first, "little")
@@ -109,7 +100,7 @@ def read_header(file: io.FileIO) -> Header:
         place = entry.end
     if place != size:
         raise CheckpointError(f"its tensors end at byte {place}, and the file at {size}")
-    return Header(entries, metadata)
+    return entries, metadata
 
 
 def written(

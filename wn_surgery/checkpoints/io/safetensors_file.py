@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from wn_surgery.checkpoints.io.header import TORCH, read_header
 from wn_surgery.errors import CheckpointError, CheckpointFileError
 
-__all__ = ["File", "Sink", "owners_of", "unreadable"]
+__all__ = ["File", "Sink", "owners_of", "reading"]
 
 CHUNK = 1 << 24
 
@@ -28,9 +29,14 @@ class Sink(Protocol):
         ...
 
 
-def unreadable(path: Path, error: OSError) -> CheckpointError:
-    """The error for a file that the system does not let us read."""
-    return CheckpointFileError(f"cannot read {str(path)!r}: {error.strerror or error}")
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Say of a file that the system does not let us read it."""
+    try:
+        yield
+    except OSError as error:
+        said = f"cannot read {str(path)!r}: {error.strerror or error}"
+        raise CheckpointFileError(said) from error
 
 
 class File:
@@ -42,20 +48,17 @@ class File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
+        with reading(path):
             self._file = path.open("rb", buffering=0)
-        except OSError as error:
-            raise unreadable(path, error) from error
-        try:
-            header = read_header(self._file)
-        except CheckpointError as error:
-            self.close()
-            said = f"{str(path)!r} is not a sound safetensors file: {error}"
-            raise CheckpointError(said) from None
-        except OSError as error:
-            self.close()
-            raise unreadable(path, error) from error
-        self.entries, self.metadata = header.entries, header.metadata
+            try:
+                self.entries, self.metadata = read_header(self._file)
+            except CheckpointError as error:
+                self._file.close()
+                said = f"{str(path)!r} is not a sound safetensors file: {error}"
+                raise CheckpointError(said) from None
+            except OSError:
+                self._file.close()
+                raise
 
     def tensor(self, name: str) -> Tensor:
         """A tensor, in memory of its own."""
@@ -71,15 +74,13 @@ class File:
 
     def read_into(self, view: memoryview, place: int) -> None:
         """Fill a buffer with the bytes from ``place`` on."""
-        try:
+        with reading(self.path):
             self._file.seek(place)
             while view:
                 count = self._file.readinto(view)  # at most 2 GB at a time
                 if not count:
                     raise CheckpointError(f"{str(self.path)!r} became shorter while it was read")
                 view = view[count:]
-        except OSError as error:
-            raise unreadable(self.path, error) from error
 
     def copy(self, name: str, out: Sink) -> None:
         """Write the bytes of a tensor to an unbuffered file, or whatever takes them."""
@@ -97,15 +98,11 @@ class File:
                 raise CheckpointError(f"{str(self.path)!r} became shorter while it was read")
             place += count
 
-    def close(self) -> None:
-        """Close the file; safe to call twice."""
-        self._file.close()
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._file.close()
 
 
 def owners_of(files: Iterable[File]) -> dict[str, File]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from wn_surgery.checkpoints.io.atomic import PREFIX, SUFFIX
-from wn_surgery.checkpoints.io.safetensors_file import unreadable
+from wn_surgery.checkpoints.io.safetensors_file import reading
 from wn_surgery.errors import CheckpointError, CheckpointFileError
 
 __all__ = ["SUFFIXES", "Parking", "check_written", "load", "not_dense", "same_bits"]
@@ -47,10 +47,9 @@ def load(path: Path, *, full_pickle: bool = False) -> Any:
     """
     try:
         # What is mapped is mapped privately: nothing that happens to a tensor reaches the file.
-        mapped = zipfile.is_zipfile(path)
-        if mapped:
-            _refuse_compressed(path)
-        with warnings.catch_warnings():
+        with reading(path), warnings.catch_warnings():
+            if mapped := zipfile.is_zipfile(path):
+                _refuse_compressed(path)
             # That the storage class is deprecated, which is the file's doing.
             warnings.simplefilter("ignore")
             found = torch.load(path, map_location="cpu", weights_only=not full_pickle, mmap=mapped)
@@ -65,8 +64,6 @@ def load(path: Path, *, full_pickle: bool = False) -> Any:
             f"{str(path)!r} {said}, and loading that could run code; if you trust where the file "
             "is from, pass full_pickle=True"
         ) from error
-    except OSError as error:
-        raise unreadable(path, error) from error
     except MemoryError as error:
         raise CheckpointError(f"{str(path)!r} asks for more memory than there is") from error
     except Exception as error:
@@ -80,17 +77,13 @@ def load(path: Path, *, full_pickle: bool = False) -> Any:
 
 def _refuse_compressed(path: Path) -> None:
     """Raise if a PyTorch file has compressed records: torch maps it, and takes them for numbers."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for record in archive.infolist():
-                if record.compress_type != zipfile.ZIP_STORED:
-                    raise CheckpointError(
-                        f"{str(path)!r}: its record {record.filename!r} is compressed, as torch "
-                        "writes none; unzip the file, zip it again without compression, or save "
-                        "it again with torch.save"
-                    )
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise CheckpointError(f"{str(path)!r} is not a sound PyTorch file: {error}") from error
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(
+                    f"{str(path)!r}: its record {record.filename!r} is compressed, as torch "
+                    "writes none; save it again with torch.save"
+                )
 
 
 def _refuse_expanding(content: Any, path: Path) -> None:
@@ -116,8 +109,8 @@ def _refuse_expanding(content: Any, path: Path) -> None:
             waiting.extend((child, None) for child in found)
     if (items := counts.get(id(content), 1)) > MOST_ITEMS:
         raise CheckpointError(
-            f"{str(path)!r} names its containers over and over, which makes {items:.2g} items: "
-            f"expected at most {MOST_ITEMS}; save the state dict alone"
+            f"{str(path)!r} names its containers over and over, which makes {items:.2g} items, "
+            f"more than {MOST_ITEMS}; save the state dict alone"
         )
     expanded = sum(
         tensor.nbytes
@@ -175,11 +168,8 @@ def check_written(made: Path, result: Any, full_pickle: bool, verify: bool) -> N
 def _tensors(content: Any) -> Iterator[Tensor]:
     if isinstance(content, Tensor):
         yield content
-    elif isinstance(content, Mapping):
-        for value in content.values():
-            yield from _tensors(value)
-    elif isinstance(content, (list, tuple)):
-        for value in content:
+    elif isinstance(content, (Mapping, list, tuple)):
+        for value in content.values() if isinstance(content, Mapping) else content:
             yield from _tensors(value)
 
 
@@ -192,9 +182,8 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two dense tensors of one shape have the same dtype and bits; NaN is itself then."""
     # What is conjugated or negated when it is read has other bytes.
     flat = (t.detach().resolve_conj().resolve_neg().reshape(-1) for t in (one, other))
-    return one.dtype == other.dtype and torch.equal(
-        *(t.contiguous().view(torch.uint8) for t in flat)
-    )
+    first, second = (t.contiguous().view(torch.uint8) for t in flat)
+    return one.dtype == other.dtype and torch.equal(first, second)
 
 
 class Parking:
