@@ -26,9 +26,8 @@ def held_by(optimizers: Iterable[Any]) -> set[int]:
 def refuse_unheld(model: nn.Module, optimizers: Iterable[Any], advice: str) -> None:
     """Raise CallbackError for a run that would silently not train some weight-normed layers.
 
-    An optimizer may be given a part of a model. So a layer that is left out as a whole is an error
-    only if all of them are. One of which only g, only v or only the bias is held always is. The
-    message ends with the advice.
+    An optimizer may be given a part of a model, so a layer that is left out as a whole is an error
+    only if all are. One of which only g, only v or only the bias is held always is.
     """
     held = held_by(optimizers)
     lacking: list[str] = []

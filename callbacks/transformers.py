@@ -30,9 +30,8 @@ class WeightNormCallback(TrainerCallback):
     """Patches the model when the Trainer is made, so that its optimizer holds g and v.
 
     Give it to ``Trainer(callbacks=[...])``. With ``model_init``, call
-    :func:`wn_surgery.huggingface.patch_model` in that function instead: the Trainer makes a new
-    model for each run. Checkpoints hold g and v, so a resumed run continues bit for bit, and
-    ``load_best_model_at_end`` finds them.
+    :func:`wn_surgery.huggingface.patch_model` in that function instead. Checkpoints hold g and v,
+    so a resumed run continues bit for bit, and ``load_best_model_at_end`` finds them.
 
     When training begins, :class:`wn_surgery.CallbackError` is raised if the model is not patched,
     or the optimizer does not hold a trainable g or v. The Trainer gives weight decay to g as to

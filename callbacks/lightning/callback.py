@@ -322,10 +322,8 @@ class WeightNorm(Callback):
         self._module = None
         self._replaced = []
         self._folding = Folding()
-        self._first_batch = None
-        self._loaded = None
-        self._applied = False
-        self._finished = False
+        self._first_batch = self._loaded = None
+        self._applied = self._finished = False
 
     def _fuse(self, pl_module: LightningModule) -> None:
         if not self.init_from_batch or self.initialized:

@@ -29,10 +29,8 @@ def export(pl_module: LightningModule, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         temporary = Path(folder) / path.name
-        if path.suffix in _PROGRAMS:
-            _write_program(pl_module, temporary)
-        else:
-            _write_weights(plain_state_dict(pl_module), temporary)
+        write = _write_program if path.suffix in _PROGRAMS else _write_weights
+        write(pl_module, temporary)
         temporary.replace(path)
 
 
@@ -46,7 +44,8 @@ def check(pl_module: LightningModule, path: Path) -> None:
         )
 
 
-def _write_weights(state: dict[str, Any], path: Path) -> None:
+def _write_weights(pl_module: LightningModule, path: Path) -> None:
+    state = plain_state_dict(pl_module)
     if path.suffix == ".safetensors":
         from safetensors.torch import save_file
 

@@ -82,6 +82,6 @@ class Folding:
 
 
 def _is_split(site: wn.Site) -> bool:
-    wrapped = site.node.wrapped not in (None, "DistributedDataParallel")
-    tensor = site.tensor
-    return wrapped or type(tensor).__name__ == "DTensor" or hasattr(tensor, "ds_id")
+    if site.node.wrapped not in (None, "DistributedDataParallel"):
+        return True
+    return type(site.tensor).__name__ == "DTensor" or hasattr(site.tensor, "ds_id")

@@ -42,8 +42,8 @@ class Surgeon(Protocol):
 class LayoutIO(CheckpointIO):
     """A strategy's CheckpointIO, with weight norm in the callback's layout.
 
-    It is the last to see what is saved and the first to see what is read. So it also sees
-    weights-only checkpoints, and what weight averaging has exchanged.
+    The last to see what is saved and the first to see what is read, it also sees weights-only
+    checkpoints, and what weight averaging has exchanged.
     """
 
     def __init__(self, inner: Any, callback: Surgeon) -> None:
@@ -150,12 +150,12 @@ def check(checkpoint: Mapping[str, Any], pl_module: nn.Module, path: str) -> Non
         new = [site for name, site in here.items() if there.get(name) != site]
         lines = [f"- {records.line(site)}" for site in old]
         lines += [f"+ {records.line(site)}" for site in new]
-        more = f"\n... and {len(lines) - 20} more" if len(lines) > 20 else ""
+        if len(lines) > 20:
+            lines[20:] = [f"... and {len(lines) - 20} more"]
+        shown = "\n".join(lines)
         raise wn.CheckpointMismatchError(
             f"{path} was written with other weight-norm rules than the run has (- there, + here):\n"
-            + "\n".join(lines[:20])
-            + more
-            + "\ngo on with the rules of the checkpoint; or load it with them, call "
+            f"{shown}\ngo on with the rules of the checkpoint; or load it with them, call "
             "wn_surgery.remove(module), and start a new run from those plain weights"
         )
 
@@ -174,11 +174,10 @@ def _check_foreign(state: Mapping[str, Any], pl_module: nn.Module, path: str) ->
         part = part_of(name)
         if part is None or part.part == "v" or part.weight not in plain_here:
             continue
-        weight = part.weight
-        if keys_for(weight, part.layout)[1] in state:
+        if keys_for(part.weight, part.layout)[1] in state:
             raise wn.CheckpointMismatchError(
-                f"{path} has weight norm on {weight}, and the rules of this run do not: add a rule "
-                "that matches it, or strip the checkpoint first"
+                f"{path} has weight norm on {part.weight}, and the rules of this run do not: add a "
+                "rule that matches it, or strip the checkpoint first"
             )
 
 
@@ -195,8 +194,7 @@ def _packed(checkpoint: dict[str, Any], pl_module: nn.Module, callback: Surgeon)
         if not isinstance(state, Mapping) or not any(key.g in state for key in keys):
             continue
         if callback.save_layout == "legacy":
-            pairs = [zip((key.g, key.v), key.legacy, strict=True) for key in keys]
-            new = {old: legacy for pair in pairs for old, legacy in pair}
+            new = {key.g: key.legacy[0] for key in keys} | {key.v: key.legacy[1] for key in keys}
             checkpoint[name] = {new.get(old, old): value for old, value in state.items()}
         else:
             checkpoint[name] = stripped(state, keys)

@@ -23,11 +23,11 @@ def check(
 ) -> None:
     """Raise CallbackError where weight norm cannot work with what else the Trainer has."""
     callbacks: list[Any] = list(getattr(trainer, "callbacks", ()))
-    own = [other for other in callbacks if isinstance(other, type(callback))]
-    if len(own) > 1:
+    own = sum(isinstance(other, type(callback)) for other in callbacks)
+    if own > 1:
         raise wn.CallbackError(
-            f"the Trainer has {len(own)} WeightNorm callbacks; give one of them all the rules, "
-            "in order: the last one that matches wins"
+            f"the Trainer has {own} WeightNorm callbacks; give one of them all the rules, in "
+            "order: the last one that matches wins"
         )
     for position, other in enumerate(callbacks):
         name = type(other).__name__
@@ -68,12 +68,9 @@ def is_a(thing: object, name: str) -> bool:
 
 def _copies(other: Any, pl_module: LightningModule) -> bool:
     """Return whether a callback keeps a plain copy of the module, as averaging callbacks do."""
-    for value in vars(other).values():
-        if isinstance(value, nn.Module):
-            found = any(
-                type(module) is type(pl_module) and module is not pl_module
-                for module in value.modules()
-            )
-            if found and not normed(value):
-                return True
-    return False
+
+    def is_copy(module: nn.Module) -> bool:
+        return type(module) is type(pl_module) and module is not pl_module
+
+    held = [value for value in vars(other).values() if isinstance(value, nn.Module)]
+    return any(any(map(is_copy, value.modules())) and not normed(value) for value in held)

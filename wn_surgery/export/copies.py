@@ -23,13 +23,12 @@ M = TypeVar("M", bound=nn.Module)
 def stripped_copy(model: M) -> M:
     """A copy of ``model`` without weight norm; the live model is only read.
 
-    The copy's plain Parameters are new objects that share the memory of the live model's, so a
-    copy costs the memory of the computed weights only. So training the live model changes them
-    too, and an in-place write into one (``load_state_dict``, ``.data.mul_()``, an optimizer)
-    reaches the live model. ``copy.half()``, ``.to(device)``, ``requires_grad_`` and ``.grad``
-    affect only the copy. Everything else is copied: computed weights, buffers (so that a forward
-    of the copy in training mode leaves the live model's statistics alone), Parameters of special
-    classes, attributes. ``copy.deepcopy(stripped_copy(model))`` shares nothing.
+    The copy's plain Parameters are new objects that share the memory of the live model's: training
+    the live model changes them too, and an in-place write into one (``load_state_dict``,
+    ``.data.mul_()``, an optimizer) reaches the live model. ``copy.half()``, ``.to(device)``,
+    ``requires_grad_`` and ``.grad`` affect only the copy. Everything else is copied: computed
+    weights, buffers, Parameters of special classes, attributes.
+    ``copy.deepcopy(stripped_copy(model))`` shares nothing.
 
     Args:
         model: any module tree, in any layout, also fused or inside ``folded``, and after a
@@ -62,9 +61,8 @@ def stripped_copy(model: M) -> M:
         if site.node.wrapped:
             raise ModelError(
                 f"{site.node.paths[0] or type(source).__name__} is held by {site.node.wrapped}; "
-                "copy the model inside DistributedDataParallel, stripped_copy(ddp.module); for a "
-                "sharded model gather the full state dict and load it into a model that is not "
-                "sharded",
+                "copy the model inside DDP, stripped_copy(ddp.module); of a sharded model, gather "
+                "the full state dict and load it into a model that is not sharded",
                 kind="wrapped",
             )
     memo = {id(tensor): new for tensor, new in _replaced(source)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -43,9 +43,7 @@ _FOLDED_BY_ONNX = 8192
 _QUANTIZED_BY_TORCH = (nn.Linear, nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 
 
-class _Verdict(NamedTuple):
-    effect: Effect
-    why: str
+_Verdict: TypeAlias = tuple[Effect, str]
 
 
 @dataclass(frozen=True)
@@ -92,12 +90,8 @@ class Preflight:
 
     def to_dict(self) -> dict[str, Any]:
         """The findings as plain JSON data."""
-        return {
-            "target": self.target,
-            "ok": self.ok,
-            "normed": self.normed,
-            "findings": [finding.to_dict() for finding in self.findings],
-        }
+        findings = [finding.to_dict() for finding in self.findings]
+        return {"target": self.target, "ok": self.ok, "normed": self.normed, "findings": findings}
 
     def __repr__(self) -> str:
         return f"<Preflight for {self.target}: {len(self.findings)} findings, {self.normed} normed>"
@@ -162,22 +156,22 @@ def _has_weight_norm(site: Site) -> bool:
 
 
 def _stale(site: Site, target: Target) -> _Verdict | None:
-    """Attention reads ``out_proj.weight`` without calling the module: a legacy hook never runs."""
+    """Attention reads ``out_proj.weight`` without a call, so that a legacy hook never runs."""
     if site.layout != "legacy" or not runs_no_hook(site):
         return None
     if target in ("torch-quantize", "torchao", "torchscript-script"):
         return None
     if target == "torchscript-trace" and _has_graph(site):
-        return _Verdict("breaks", "attention reads a tensor with a graph, which is not a constant")
-    return _Verdict("stale", "attention never runs the hook, so it reads an old weight")
+        return "breaks", "attention reads a tensor with a graph, which is not a constant"
+    return "stale", "attention never runs the hook, so it reads an old weight"
 
 
 def _scripted(site: Site) -> _Verdict:
     if site.layout == "legacy":
-        return _Verdict("breaks", "torch.jit.script does not take hooks that are objects")
+        return "breaks", "torch.jit.script does not take hooks that are objects"
     if site.ours:
-        return _Verdict("breaks", "torch.jit.script cannot compile the property that computes it")
-    return _Verdict("breaks", "torch.jit.script fails, or what it saves raises when run")
+        return "breaks", "torch.jit.script cannot compile the property that computes it"
+    return "breaks", "torch.jit.script fails, or what it saves raises when run"
 
 
 def _folds(site: Site) -> bool:
@@ -188,7 +182,7 @@ def _onnx(site: Site) -> _Verdict | None:
     if _folds(site):
         return None
     why = f"norm, division and product stay in the graph: more than {_FOLDED_BY_ONNX} elements"
-    return _Verdict("bloats", why)
+    return "bloats", why
 
 
 def _quantized_by_ort(site: Site) -> _Verdict | None:
@@ -196,28 +190,24 @@ def _quantized_by_ort(site: Site) -> _Verdict | None:
     if _folds(site):
         return None
     if isinstance(module, _ConvTransposeNd | nn.RNNBase):
-        return _Verdict("bloats", f"{site.node.base.__name__} is not quantized; the norm stays")
-    if isinstance(module, _ConvNd):
-        if _has_bias(module):
-            return _Verdict("breaks", "quantize_dynamic raises: weight beside a bias is computed")
-        return _Verdict("unquantized", "stored in floating point and quantized at each call")
-    return _Verdict("unquantized", "quantize_dynamic passes over weights that are computed")
-
-
-def _has_bias(module: _ConvNd) -> bool:
-    # The exporter leaves out a bias of zeros, with which many vocoders are initialized.
+        return "bloats", f"{site.node.base.__name__} is not quantized; the norm stays"
+    if not isinstance(module, _ConvNd):
+        return "unquantized", "quantize_dynamic passes over weights that are computed"
     bias = module._parameters.get("bias")
-    return bias is not None and (bias.is_meta or bool(bias.any()))
+    # The exporter leaves out a bias of zeros, with which many vocoders are initialized.
+    if bias is not None and (bias.is_meta or bias.any()):
+        return "breaks", "quantize_dynamic raises: weight beside a bias is computed"
+    return "unquantized", "stored in floating point and quantized at each call"
 
 
 def _quantized_by_torch(site: Site) -> _Verdict | None:
     name = site.node.base.__name__
     if site.node.base in _QUANTIZED_BY_TORCH:
         if site.layout == "legacy":
-            return _Verdict("breaks", f"the hook runs in a {name} that no longer has g and v")
-        return _Verdict("breaks", f"quantize_dynamic refuses the class of a weight-normed {name}")
+            return "breaks", f"the hook runs in a {name} that no longer has g and v"
+        return "breaks", f"quantize_dynamic refuses the class of a weight-normed {name}"
     if site.layout == "legacy" and _has_graph(site):
-        return _Verdict("breaks", "it deep-copies the model, which fails for a weight with a graph")
+        return "breaks", "it deep-copies the model, which fails for a weight with a graph"
     return None
 
 
@@ -225,7 +215,7 @@ def _quantized_by_torchao(site: Site) -> _Verdict | None:
     module = site.module
     if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
         return None
-    return _Verdict("breaks", "quantize_ cannot assign a quantized weight where one is computed")
+    return "breaks", "quantize_ cannot assign a quantized weight where one is computed"
 
 
 def _has_graph(site: Site) -> bool:
@@ -235,14 +225,13 @@ def _has_graph(site: Site) -> bool:
 
 _JUDGES: dict[Target, Callable[[Site], _Verdict | None]] = {
     "onnx": _onnx,
-    "torch.export": lambda _: _Verdict(
-        "bloats", "an operator of the graph computes the weight at each use"
+    "torch.export": lambda _: (
+        "bloats",
+        "an operator of the graph computes the weight at each use",
     ),
-    "torchscript-trace": lambda _: _Verdict(
-        "bloats", "traced operators compute the weight at each use"
-    ),
+    "torchscript-trace": lambda _: ("bloats", "traced operators compute the weight at each use"),
     "torchscript-script": _scripted,
-    "aotinductor": lambda _: _Verdict("bloats", "compiled code computes the weight at each call"),
+    "aotinductor": lambda _: ("bloats", "compiled code computes the weight at each call"),
     "ort-quantize": _quantized_by_ort,
     "torch-quantize": _quantized_by_torch,
     "torchao": _quantized_by_torchao,

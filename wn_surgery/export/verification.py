@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -24,13 +24,9 @@ __all__ = ["Difference", "Verification", "verify"]
 class Session(Protocol):
     """The part of an onnxruntime ``InferenceSession`` that is used here."""
 
-    def get_inputs(self) -> list[Any]:
-        """The graph's inputs, each with a ``name``."""
-        ...
+    def get_inputs(self) -> list[Any]: ...
 
-    def run(self, output_names: None, input_feed: dict[str, Any], /) -> list[Any]:
-        """The outputs, as arrays."""
-        ...
+    def run(self, output_names: None, input_feed: dict[str, Any], /) -> list[Any]: ...
 
 
 Exported: TypeAlias = (
@@ -98,10 +94,10 @@ def verify(model: nn.Module, exported: Exported, inputs: Inputs) -> Verification
 
     Args:
         model: the model, in evaluation mode: weight-normed, or stripped. It is only run.
-        exported: a ``torch.export.ExportedProgram``, a TorchScript module, an onnxruntime
-            session, any other callable, or a file: ``.onnx``, ``.pt2`` (an exported program or an
-            AOTInductor package), ``.pt`` or ``.ts`` (TorchScript). Loading a ``.pt2`` or
-            TorchScript file may run code in it: only load your own.
+        exported: a ``torch.export.ExportedProgram``, an onnxruntime session, any callable, such
+            as a TorchScript module, or a file: ``.onnx``, ``.pt2`` (an exported program or an
+            AOTInductor package), ``.pt`` or ``.ts`` (TorchScript). Loading a file that is not
+            ``.onnx`` may run code in it: only load your own.
         inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments. An ONNX
             graph takes tensors by name from a dict, by position otherwise.
 
@@ -129,7 +125,10 @@ def verify(model: nn.Module, exported: Exported, inputs: Inputs) -> Verification
             "every run differ; call model.eval() before exporting and verifying"
         )
     run = _runner(exported)
-    args, kwargs = _arguments(inputs)
+    args = inputs if isinstance(inputs, tuple) else (inputs,)
+    kwargs: dict[str, Any] = {}
+    if isinstance(inputs, Mapping):
+        args, kwargs = (), dict(inputs)
     devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     outputs: list[Any] = []
     for function in (model, run):
@@ -153,32 +152,22 @@ def verify(model: nn.Module, exported: Exported, inputs: Inputs) -> Verification
     return Verification(tuple(found))
 
 
-def _arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, tuple):
-        return inputs, {}
-    return ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
-
-
 def _tensors(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a nested output, in order; other values are left out."""
+    items: Iterable[tuple[Any, Any]] = ()
     if isinstance(output, Tensor):
         yield name or "output", output.detach().cpu()
     elif hasattr(output, "__array__"):
         yield name or "output", torch.from_numpy(output)
-    else:
-        for key, value in _items(output):
-            yield from _tensors(value, f"{name}.{key}" if name else str(key))
-
-
-def _items(output: Any) -> Iterator[tuple[Any, Any]]:
     # Outputs of transformers are mappings and dataclasses; as mappings they leave out None.
-    if isinstance(output, Mapping):
-        yield from output.items()
+    elif isinstance(output, Mapping):
+        items = output.items()
     elif isinstance(output, list | tuple):
-        yield from enumerate(output)
+        items = enumerate(output)
     elif dataclasses.is_dataclass(output):
-        for entry in dataclasses.fields(output):
-            yield entry.name, getattr(output, entry.name)
+        items = [(each.name, getattr(output, each.name)) for each in dataclasses.fields(output)]
+    for key, value in items:
+        yield from _tensors(value, f"{name}.{key}" if name else str(key))
 
 
 def _runner(exported: Exported) -> Callable[..., Any]:
@@ -188,7 +177,7 @@ def _runner(exported: Exported) -> Callable[..., Any]:
     if isinstance(exported, torch.export.ExportedProgram):
         return cast("Callable[..., Any]", exported.module())
     if hasattr(exported, "get_inputs") and hasattr(exported, "run"):
-        return _Session(cast(Session, exported))
+        return _calling(cast(Session, exported))
     if callable(exported):
         return exported
     raise ExportError(
@@ -201,9 +190,15 @@ def _from_file(path: Path) -> Callable[..., Any]:
     if not path.is_file():
         raise ExportError(f"{path} is not a file; expected what was exported")
     if path.suffix == ".onnx":
-        return _Session(_open(path))
+        return _calling(_open(path))
     if path.suffix == ".pt2":
-        if _is_compiled(path):
+        if not zipfile.is_zipfile(path):
+            raise ExportError(
+                f"{path} is not a .pt2 archive; expected one that torch.export or AOTInductor wrote"
+            )
+        with zipfile.ZipFile(path) as archive:
+            compiled = any("/aotinductor/" in name for name in archive.namelist())
+        if compiled:
             from torch._inductor import aoti_load_package
 
             return cast("Callable[..., Any]", aoti_load_package(str(path)))
@@ -216,15 +211,6 @@ def _from_file(path: Path) -> Callable[..., Any]:
     )
 
 
-def _is_compiled(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        raise ExportError(
-            f"{path} is not a .pt2 archive; expected one that torch.export or AOTInductor wrote"
-        )
-    with zipfile.ZipFile(path) as archive:
-        return any("/aotinductor/" in name for name in archive.namelist())
-
-
 def _open(path: Path) -> Session:
     try:
         import onnxruntime
@@ -235,31 +221,31 @@ def _open(path: Path) -> Session:
     return cast(Session, onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]))
 
 
-class _Session:
-    """An onnxruntime session, called like the model."""
+def _calling(session: Session) -> Callable[..., list[Any]]:
+    """An onnxruntime session as a function, called like the model."""
+    names = [each.name for each in session.get_inputs()]
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._names = [each.name for each in session.get_inputs()]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> list[Any]:
-        feed = dict(zip(self._names, _flat(args), strict=False))
-        given = len(list(_flat(args))) + len(kwargs)
-        feed.update({name: value for name, value in kwargs.items() if isinstance(value, Tensor)})
-        if set(feed) != set(self._names) or given > len(self._names):
-            names = f", named {list(kwargs)}" if kwargs else ""
+    def call(*args: Any, **kwargs: Any) -> list[Any]:
+        tensors = list(_flat(args))
+        feed = dict(zip(names, tensors, strict=False))
+        feed |= {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+        given = len(tensors) + len(kwargs)
+        if set(feed) != set(names) or given > len(names):
+            named = f", named {list(kwargs)}" if kwargs else ""
             raise ExportError(
-                f"the ONNX graph takes {len(self._names)} inputs ({', '.join(self._names)}); got "
-                f"{given}{names}; give it what the model takes"
+                f"the ONNX graph takes {len(names)} inputs ({', '.join(names)}); got "
+                f"{given}{named}; give it what the model takes"
             )
-        return self._session.run(None, {name: _array(name, feed[name]) for name in feed})
+        return session.run(None, {name: _array(name, tensor) for name, tensor in feed.items()})
+
+    return call
 
 
 def _array(name: str, tensor: Tensor) -> Any:
     if tensor.dtype == torch.bfloat16:
         raise ExportError(
-            f"input {name} is bfloat16, which numpy does not know, so onnxruntime's run() cannot "
-            "take it; export with inputs in float32 or float16"
+            f"input {name} is bfloat16, which numpy and so onnxruntime's run() cannot take; export "
+            "with inputs in float32 or float16"
         )
     return tensor.detach().cpu().numpy()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -28,9 +28,8 @@ def without_adapters(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Rule, .
 def merge_and_unload(model: Any, **kwargs: Any) -> nn.Module:
     """Call ``model.merge_and_unload()`` on a PEFT model whose base has weight norm.
 
-    PEFT adds an adapter to ``layer.weight.data``. Of a weight-normed layer that is a computed
-    tensor, and the adapter is silently lost. Here the weights are Parameters during the call, and
-    g and v follow them.
+    PEFT adds an adapter to ``layer.weight.data``, which of a weight-normed layer is a computed
+    tensor: the adapter is silently lost. Here g and v follow the weights.
 
     Args:
         model: a PEFT model; LoRA, DoRA and others that merge.
@@ -52,8 +51,7 @@ def merge_and_unload(model: Any, **kwargs: Any) -> nn.Module:
         >>> wn.sites(merge_and_unload(tuned))[0].layout
         'parametrized'
     """
-    merged: nn.Module = _merged(model, "merge_and_unload", kwargs)
-    return merged
+    return cast(nn.Module, _merged(model, "merge_and_unload", kwargs))
 
 
 def merge_adapter(model: Any, **kwargs: Any) -> None:

@@ -7,7 +7,7 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -36,9 +36,8 @@ _GUARD = "fusion_config"
 class WeightNormConfig(QuantizationConfigMixin):
     """Rules for :func:`patch_model`, and once it has run the sites where they put weight norm.
 
-    It travels as the model config's ``quantization_config``, the one place where transformers lets
-    another library take part in loading. A reload replays the sites, so a checkpoint keeps its
-    meaning when rules match differently in another release or a preset changes.
+    It travels as the model config's ``quantization_config``, where transformers lets another
+    library take part in loading. A reload replays the sites, whatever the rules match by then.
 
     Args:
         rules: a rule, a list of rules or dicts, a path to YAML or JSON, or a preset's name;
@@ -134,9 +133,9 @@ class WeightNormConfig(QuantizationConfigMixin):
             except ValueError as error:
                 raise RuleError(f"{path} is not JSON: {error}", kind="file") from error
             if name != FILE:
-                data = data.get("quantization_config") or {}
-            if _is_ours(data):
-                return cls(**data)
+                data = data.get("quantization_config")
+            if note := _read(data):
+                return note
         raise RuleError(
             f"{folder} has neither {FILE} nor a config.json of a model that patch_model() patched",
             kind="file",
@@ -154,11 +153,7 @@ ConfigLike: TypeAlias = WeightNormConfig | RulesLike | None
 
 def as_config(config: ConfigLike) -> WeightNormConfig:
     """Return the config that is meant: the same one, one from JSON data, or a new one of rules."""
-    if isinstance(config, WeightNormConfig):
-        return config
-    if isinstance(config, Mapping) and _is_ours(config):
-        return WeightNormConfig(**config)
-    return WeightNormConfig(config)
+    return _read(config) or WeightNormConfig(cast("RulesLike | None", config))
 
 
 # The note in a model's config -------------------------------------------------------------------
@@ -166,18 +161,15 @@ def as_config(config: ConfigLike) -> WeightNormConfig:
 
 def recorded(config: Any) -> WeightNormConfig | None:
     """Return the note in a model's config; it is JSON data there if no model was loaded."""
-    held = getattr(config, "quantization_config", None)
-    if isinstance(held, WeightNormConfig):
-        return held
-    return WeightNormConfig(**held) if isinstance(held, Mapping) and _is_ours(held) else None
+    return _read(getattr(config, "quantization_config", None))
 
 
 def write(config: Any, note: WeightNormConfig) -> None:
     """Note in a model's config where weight norm is, with a guard for those who cannot read it.
 
-    transformers only warns of a quantization that it does not know, and goes on with random
-    weights. A fusion that it does not know is an error, before the model is built. So the config
-    also asks for a fusion whose name says what to install. ``False`` means that it does nothing.
+    transformers only warns of an unknown quantization, and goes on with random weights. An unknown
+    fusion is an error. So the config also asks for one whose name says what to install; ``False``
+    means that it does nothing.
     """
     config.quantization_config = note
     setattr(config, _GUARD, {**(getattr(config, _GUARD, None) or {}), METHOD: False})
@@ -189,12 +181,10 @@ def forget(config: Any) -> None:
         return
     vars(config).pop("quantization_config")
     fusions = dict(getattr(config, _GUARD, None) or {})
-    if fusions.pop(METHOD, None) is None:
-        return
-    if fusions:
-        setattr(config, _GUARD, fusions)
-    else:
+    if fusions.pop(METHOD, None) is not None:
         vars(config).pop(_GUARD)
+        if fusions:
+            setattr(config, _GUARD, fusions)
 
 
 def nested(config: Any) -> Iterator[Any]:
@@ -235,8 +225,11 @@ def fill_in(
     return filled
 
 
-def _is_ours(data: Any) -> bool:
-    return isinstance(data, Mapping) and "weight_norm" in str(data.get("quant_method"))
+def _read(data: Any) -> WeightNormConfig | None:
+    """Return a config as it is, or from its JSON data; None for anything else."""
+    if isinstance(data, Mapping) and "weight_norm" in str(data.get("quant_method")):
+        return WeightNormConfig(**data)
+    return data if isinstance(data, WeightNormConfig) else None
 
 
 # The usual rules of a model type ----------------------------------------------------------------
@@ -276,12 +269,6 @@ def rules_for(model_type: str) -> tuple[Rule, ...]:
     blocks, for vocoders and codecs every convolution (preset ``"hifigan"``), for wav2vec2, HuBERT
     and WavLM the positional convolution (preset ``"wav2vec2"``). Embeddings and heads are left as
     they are; for a classifier of ViT or DINOv2 there is the preset ``"dino-head"``.
-
-    Args:
-        model_type: as transformers names it.
-
-    Returns:
-        The rules.
 
     Raises:
         RuleError: there are none for this type.

@@ -72,14 +72,11 @@ def reading_plain(
 ) -> list[Any]:
     """Return converters by which a weight-normed model reads a checkpoint of plain weights."""
     fills = {site["name"]: site.get("g_init") for site in sites or ()}
-    return [
-        WeightConverter(
-            f"^{re.escape(key.weight)}$",
-            [key.g, key.v],
-            [_Split(key.site.norm, fills.get(key.site.name))],
-        )
-        for key in keys_of(model)
-    ]
+    result = []
+    for key in keys_of(model):
+        split = _Split(key.site.norm, fills.get(key.site.name))
+        result.append(WeightConverter(f"^{re.escape(key.weight)}$", [key.g, key.v], [split]))
+    return result
 
 
 def drop_ours(model: PreTrainedModel) -> None:
@@ -90,15 +87,15 @@ def drop_ours(model: PreTrainedModel) -> None:
 
 def _others(conversions: Iterable[Any]) -> Any:
     """Return the converters that are not ours, and do not read legacy names as parametrized."""
-    return [
-        each
-        for each in conversions
-        if not any(isinstance(op, (_Split, _Merge)) for op in getattr(each, "operations", ()))
-        and not any(
-            "parametrizations" in target and ".original" in target
-            for target in getattr(each, "target_patterns", ())
-        )
-    ]
+
+    def parametrizes(each: Any) -> bool:
+        targets = getattr(each, "target_patterns", ())
+        return any("parametrizations" in name and ".original" in name for name in targets)
+
+    def is_ours(each: Any) -> bool:
+        return any(isinstance(op, _OfNorm) for op in getattr(each, "operations", ()))
+
+    return [each for each in conversions if not is_ours(each) and not parametrizes(each)]
 
 
 def built_in(model: PreTrainedModel) -> list[Keys]:
@@ -116,8 +113,8 @@ def built_in(model: PreTrainedModel) -> list[Keys]:
 def save_as_built(model: PreTrainedModel, removed: Iterable[str]) -> None:
     """Have ``save_pretrained`` write g and v where the class of a stripped model looks for them.
 
-    A class that puts weight norm on in ``__init__`` does not read a plain ``weight``, and leaves
-    g and v as they happen to be in memory. ``removed`` has the keys of the weights that are plain.
+    A class that puts weight norm on in ``__init__`` does not read a plain ``weight``. ``removed``
+    has the keys of the weights that are plain.
     """
     gone = set(removed)
     # As if loading had merged the weights, which saving reverts.

@@ -31,13 +31,12 @@ def follow(model: PreTrainedModel, ties: dict[str, str]) -> None:
 
     ``ties`` is what :func:`ties_of` gave before it was patched.
     """
-    weights = {key.weight for key in keys_of(model)}
-    if weights & {*ties.keys(), *ties.values()}:
-        # On the instance: tie_weights(), from_pretrained and resizing ask it for the names.
+    if {key.weight for key in keys_of(model)} & {*ties.keys(), *ties.values()}:
+        # On the instance: tie_weights(), from_pretrained and resizing ask it for the names, and
+        # saving looks at the keys for which of two names of one tensor to leave out.
         vars(model)[_TIES] = partial(_translated, model, ties)
-        model.all_tied_weights_keys = _translated(model, ties)
-        # Saving looks here for which of two names of one tensor to leave out.
         vars(model)[_KEYS] = _translated(model, ties)
+        model.all_tied_weights_keys = _translated(model, ties)
     if any(site.module in _embeddings(model) for site in normed(model)):
         vars(model)[_RESIZE] = partial(_resize, model)
 

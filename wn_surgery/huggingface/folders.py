@@ -68,10 +68,8 @@ def model_on_meta(folder: str | os.PathLike[str]) -> PreTrainedModel:
 def built_in_keys(folder: str | os.PathLike[str]) -> frozenset[str]:
     """Return the plain keys of the weights on which the class of a model puts weight norm itself.
 
-    A checkpoint of such a class has to hold g and v: the class does not read a plain weight.
-
-    Args:
-        folder: with a ``config.json``. For a class that transformers does not know there are none.
+    A checkpoint of such a class has to hold g and v: the class does not read a plain weight. For
+    a class that transformers does not know there are none.
     """
     try:
         return frozenset(key.weight for key in keys_of(model_on_meta(folder)))
@@ -109,8 +107,7 @@ def apply_folder(
         78
     """
     folder = Path(source)
-    cls = type(model_on_meta(folder))
-    found = find(folder)
+    cls, found = type(model_on_meta(folder)), find(folder)
     if found.patched is not None:
         raise CheckpointError(f"{str(folder)!r} is weight-normed already; strip it first")
     model = cls.from_pretrained(folder, local_files_only=True, dtype="auto")

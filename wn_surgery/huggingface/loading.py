@@ -48,9 +48,9 @@ class WeightNormQuantizer(HfQuantizer):
     def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
         """Put weight norm on the empty model."""
         put(model, self.quantization_config, replace=True)
-        # Until the model is loaded, on the instance: a g and v that the checkpoint lacks, or has in
-        # another shape, have to be initialized. The class would write into ``layer.weight``, which
-        # is a computed tensor, and g and v would stay as they happen to be in memory.
+        # Until the model is loaded, on the instance: to initialize a g and v that the checkpoint
+        # lacks, or has in another shape. The class would write into ``layer.weight`` alone, which
+        # is a computed tensor.
         vars(model)[_INITIALIZE] = partial(_initialize, model, self.quantization_config)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
@@ -82,7 +82,7 @@ def register() -> None:
 def _initialize(model: PreTrainedModel, config: WeightNormConfig) -> None:
     unread = [site for site in normed(model) if _is_unread(site)]
     with ExitStack() as opened:
-        for module in {id(site.module): site.module for site in unread}.values():
+        for module in dict.fromkeys(site.module for site in unread):
             opened.enter_context(wn.writable(module))
         for site in unread:
             # v may have been read, where g alone was absent.
@@ -90,8 +90,7 @@ def _initialize(model: PreTrainedModel, config: WeightNormConfig) -> None:
         getattr(type(model), _INITIALIZE)(model)
     fills = {site["name"]: site.get("g_init") for site in config.sites or ()}
     for site in unread:
-        fill = fills.get(site.name)
-        if fill is not None:
+        if (fill := fills.get(site.name)) is not None:
             site.held.g.data.fill_(fill)
 
 

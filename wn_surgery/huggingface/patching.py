@@ -88,8 +88,8 @@ def unpatch_model(model: nn.Module, *, optimizers: Any = ()) -> wn.Report:
     This includes the weight norm that a model of transformers puts on itself, in either layout of
     torch: the vocoders and codecs whose own ``remove_weight_norm()`` raises (docs/huggingface.md).
     Where the class puts it on when it is built, ``model.save_pretrained`` still writes g and v, so
-    that the checkpoint loads as before. This holds for a model of diffusers or a
-    ``PyTorchModelHubMixin`` too, and for a model of which this is a part.
+    that the checkpoint loads as before. So does that of a model of diffusers, of a
+    ``PyTorchModelHubMixin``, and of a model of which this is a part.
 
     Args:
         model: any module.

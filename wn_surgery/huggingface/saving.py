@@ -79,11 +79,10 @@ def save_pretrained(
 def note(model: PreTrainedModel, call: Mapping[str, Any], ours: list[Keys]) -> Layouts:
     """Note weight norm in the folder that ``save_pretrained`` writes; return layouts to change.
 
-    The config of a model that :func:`patch_model` has patched has the note already. For a model
-    that got weight norm by ``wn_surgery.apply``, for a part of a patched model and for a whole of
-    which a part was patched, the config has no note or other names. Then the folder's config is
-    written once more. The model's own stays as it is: the whole may share it. ``call`` has the
-    variables of the model's ``save_pretrained``, which has written the config by now.
+    For a model that got weight norm by ``wn_surgery.apply``, a part of a patched model, or a whole
+    of which a part was patched, the config has no note or other names. Then the folder's config is
+    written once more; the model's own stays as it is, since the whole may share it. ``call`` has
+    the variables of the model's ``save_pretrained``, which has written the config by now.
     """
     if call.get("_hf_peft_config_loaded"):
         return {}  # adapters alone are saved, and no config
@@ -119,9 +118,8 @@ def _write_into(model: PreTrainedModel, call: Mapping[str, Any], sites: list[Any
     if folder is None:
         raise wn.CheckpointMismatchError(
             f"{name} has weight norm on {sites[0]['name'] if sites else 'a part'} which its config "
-            "does not name, and would be reloaded without: use "
-            "wn_surgery.huggingface.patch_model(model, rules) instead of wn_surgery.apply, or call "
-            "wn_surgery.remove(model) before saving"
+            "does not name, and would be reloaded without: use wn_surgery.huggingface."
+            "patch_model(model, rules) instead of wn_surgery.apply, or remove it before saving"
         )
     config = copy.deepcopy(model.config)
     for each in (config, *nested(config)):

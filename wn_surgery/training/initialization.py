@@ -37,8 +37,8 @@ class Initialization:
     Attributes:
         initialized: for each site, its mean and standard deviation before, over all channels.
         skipped: for each other weight-normed site, why it was left as it was.
-        constant: for some sites, how many output channels do not vary over the batch; these
-            only lose their mean.
+        constant: how many output channels of a site do not vary over the batch, where there are
+            such; these only lose their mean.
     """
 
     initialized: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -69,22 +69,21 @@ def initialize_from_batch(
 
     Args:
         model: weight-normed, before it is compiled or exported; best in training mode.
-        inputs: positional arguments of the model's forward: one batch.
-        names: patterns (docs/rules.md) over module paths; only these layers are set. With it you
-            leave a head as it is. A forward that has an argument ``names`` of its own is called
-            inside :func:`initializing`, which takes the patterns.
-        kwargs: keyword arguments of the model's forward.
+        inputs: positional arguments of the forward: one batch.
+        names: patterns (docs/rules.md) over module paths; only these layers are set. For a forward
+            with an argument ``names`` of its own, use :func:`initializing`.
+        kwargs: keyword arguments of the forward.
 
     Returns:
-        What was done. Layers without a bias, or with a frozen one, keep their mean. Of layers that
-        share a g or a bias, the first to be called is set. Where g does not have one element for
-        each output channel (``dim=None``, a transposed convolution with ``dim=0``), the whole
-        output is scaled by one number.
+        What was done. Layers without a trainable bias keep their mean. Of layers that share a g or
+        a bias, the first to be called is set. Where g does not have one element for each output
+        channel (``dim=None``, a transposed convolution with ``dim=0``), one number scales the
+        whole output.
 
     Raises:
         ModelError: no layer that can be initialized ran, a layer has one value for each channel
-            only, or its output is not finite, or so small that g would not be; or ``names`` could
-            be meant for the forward. Nothing has changed then, nor when the forward raises.
+            only, its output is not finite or too small for g to be, or ``names`` could be meant
+            for the forward. Nothing has changed then, nor when the forward raises.
 
     Example:
         >>> import torch, wn_surgery as wn
@@ -132,9 +131,8 @@ def initializing(
 ) -> Generator[Initialization]:
     """Inside, each weight-normed layer is initialized by its first call, whoever makes it.
 
-    For a first training step, which then goes on with the new g and biases;
-    :func:`initialize_from_batch` says what is set. Gradients flow as usual, since a layer is set
-    before its weight is used.
+    For a first training step, which goes on with the new g and biases: a layer is set before its
+    weight is used, so gradients flow as usual. :func:`initialize_from_batch` says what is set.
 
     Args:
         model: weight-normed.
@@ -236,13 +234,12 @@ class _Layer:
     """One layer that waits for its first call; ``taken`` names the owners of what is set, by id."""
 
     def __init__(self, site: NormedSite, result: Initialization, taken: dict[int, str]) -> None:
-        self.site = site
+        self.site, self._result, self._taken = site, result, taken
         self.done = False
-        self._g = site.held.g
         bias = site.module._parameters.get("bias")
-        self._bias = bias if bias is not None and bias.requires_grad else None
-        self._result = result
-        self._taken = taken
+        self._held: list[Tensor] = [site.held.g]  # what is set: g, and a bias that is trained
+        if bias is not None and bias.requires_grad:
+            self._held.append(bias)
         self._before: list[tuple[Tensor, Tensor]] = []
         # After the existing pre-hooks, so that it sees the arguments that forward will see.
         self.handle = site.module.register_forward_pre_hook(self._first_call, with_kwargs=True)
@@ -250,47 +247,42 @@ class _Layer:
     def _first_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.done:
             return
-        held = [self._g] if self._bias is None else [self._g, self._bias]
-        before = next((self._taken[id(t)] for t in held if id(t) in self._taken), None)
+        before = next((self._taken[id(t)] for t in self._held if id(t) in self._taken), None)
         if before is not None:
             # What they share already fits the layer that was called first.
             self._result.skipped[self.site.name] = f"its g or bias is that of {before}"
             return
-        self._taken.update((id(t), self.site.name) for t in held)
+        self._taken.update((id(t), self.site.name) for t in self._held)
         with torch.no_grad():
             self._set(cast(Tensor, module.forward(*args, **kwargs)))
         self.done = True
 
     def _set(self, y: Tensor) -> None:
-        module, name = self.site.module, self.site.name
-        axis = _channel_axis(module, y.ndim)
+        name, (g, *biases) = self.site.name, self._held
+        axis = _channel_axis(self.site.module, y.ndim)
         assert axis is not None  # or there would be no layer
         mean, variance = _moments(y, axis, name)
         total = math.sqrt(float(variance.mean()))
         std = variance.sqrt()
         # A channel that varies only by rounding has no scale to take away.
         constant = std <= 1e-7 * mean.abs()
-        per_channel = self._g_is_per_channel()
+        channels = output_axis(self.site)
+        per_channel = not isinstance(channels, WeightNormError) and (
+            set(kept_axes(self.site.dim)) == set(kept_axes(channels))
+        )
         std = torch.where(constant, 1.0, std) if per_channel else std.new_tensor(total or 1.0)
-        self._before = [(self._g, self._g.clone())]
-        self._g.div_(std.reshape(self._g.shape if per_channel else ()).to(self._g.dtype))
-        if self._bias is not None:
-            self._before.append((self._bias, self._bias.clone()))
-            self._bias.copy_((self._bias.to(mean.dtype) - mean) / std)
-        if not all(bool(tensor.isfinite().all()) for tensor, _ in self._before):
+        self._before = [(tensor, tensor.clone()) for tensor in self._held]
+        g.div_(std.reshape(g.shape if per_channel else ()).to(g.dtype))
+        for bias in biases:
+            bias.copy_((bias.to(mean.dtype) - mean) / std)
+        if not all(bool(tensor.isfinite().all()) for tensor in self._held):
             raise _error(
                 f"the output of {name} varies by {total:.3g}, and a g or bias that makes it 1 does "
-                f"not fit {dtype_name(self._g.dtype)}; scale the inputs"
+                f"not fit {dtype_name(g.dtype)}; scale the inputs"
             )
         self._result.initialized[name] = (float(mean.mean()), total)
         if count := int(constant.sum()):
             self._result.constant[name] = count
-
-    def _g_is_per_channel(self) -> bool:
-        channels = output_axis(self.site)
-        if isinstance(channels, WeightNormError):
-            return False
-        return set(kept_axes(self.site.dim)) == set(kept_axes(channels))
 
     def restore(self) -> None:
         with torch.no_grad():

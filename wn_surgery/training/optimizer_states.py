@@ -42,20 +42,12 @@ def names_in_layout(
     whose = {part: site for site, both in parts.items() for part in both}
     whose |= {part: site for site in legacy for part in keys_for(site, "legacy")}
     magnitudes = {g for g, _ in parts.values()} | {keys_for(site, "legacy")[0] for site in legacy}
-    result: list[list[str]] = []
-    for group in held:
-        here = set(group)
-        # g may be in a group of its own, without weight decay; the weight follows v.
-        ends = {(site, "g") for site, (g, _) in parts.items() if g in here}
-        ends |= {(site, "v") for site, (_, v) in parts.items() if v in here}
-        kept = []
-        for name in order:
-            site = whose.get(name, name)
-            end = "g" if name in magnitudes else "v"
-            if (site, end) in ends if site in parts else name in here:
-                kept.append(name)
-        result.append(kept)
-    return result
+    # g may be in a group of its own, without weight decay; the weight follows v.
+    now = dict.fromkeys(order, "")
+    for name in order:
+        site = whose.get(name, name)
+        now[name] = parts[site][0 if name in magnitudes else 1] if site in parts else name
+    return [[name for name in order if now[name] in group] for group in map(set, held)]
 
 
 def remap(
@@ -87,8 +79,8 @@ def remap(
     for number, name in zip(numbers, listed, strict=True):
         if number in state["state"] and name not in parts:
             key = now.get(name, name)
-            _check_shape(name, state["state"][number], shapes[key])
             renamed[key] = state["state"][number]
+            _check_shapes(name, renamed[key], shapes[key])
     result: dict[str, Any] = {**state, "state": {}, "param_groups": []}
     count = 0
     for group, names in zip(groups, new, strict=True):
@@ -104,12 +96,9 @@ def remap(
 
 
 def _order(
-    model: nn.Module,
-    parts: Mapping[str, tuple[str, str]],
-    legacy: set[str],
-    parametrized: set[str],
+    model: nn.Module, parts: Mapping[str, tuple[str, str]], legacy: set[str], parametrized: set[str]
 ) -> list[str]:
-    """All parameter names in the order of ``parameters()``, where those sites are so stored."""
+    """All parameter names in the order of ``parameters()``, with those sites in those layouts."""
     whose = {part: site for site, both in parts.items() for part in both}
     sites: dict[int, list[NormedSite]] = {}
     for site in normed(model):
@@ -148,14 +137,13 @@ def _plain_parameters(
     return list(entries.items())
 
 
-def _check_shape(name: str, state: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+def _check_shapes(name: str, state: Mapping[str, Any], shape: tuple[int, ...]) -> None:
     for key, value in state.items():
         if isinstance(value, Tensor) and value.ndim and tuple(value.shape) != shape:
             raise CheckpointMismatchError(
                 f"the checkpoint's optimizer has {key} of shape {tuple(value.shape)} where {name} "
-                f"would be, of shape {shape}: its parameters are in another order than the "
-                "model's. Load the weights alone: wn_surgery converts them in "
-                "model.load_state_dict()"
+                f"would be, of shape {shape}: it orders its parameters differently. Load the "
+                "weights alone: wn_surgery converts them in model.load_state_dict()"
             )
 
 

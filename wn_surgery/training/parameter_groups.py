@@ -33,17 +33,15 @@ class ParameterGroups(list[dict[str, Any]]):
         self.exempt = exempt
 
     def __repr__(self) -> str:
-        return (
-            f"<ParameterGroups: {len(self.decayed)} with weight decay, {len(self.exempt)} without>"
-        )
+        return f"<ParameterGroups: {self._counts()}>"
 
     def __str__(self) -> str:
         rows = [("decay", name, "") for name in self.decayed]
         rows += [("no_decay", name, reason) for name, reason in self.exempt.items()]
-        if not rows:
-            return "no parameters"
-        table = render(["group", "parameter", "why"], rows)
-        return f"{table}\n{len(self.decayed)} with weight decay, {len(self.exempt)} without"
+        return f"{render(['group', 'parameter', 'why'], rows)}\n{self._counts()}"
+
+    def _counts(self) -> str:
+        return f"{len(self.decayed)} with weight decay, {len(self.exempt)} without"
 
 
 def parameter_groups(
@@ -57,8 +55,8 @@ def parameter_groups(
     keeps ‖v‖, and with it the effective learning rate, from drifting.
 
     Args:
-        model: any module tree, weight-normed or not, in any layout. Frozen parameters are left
-            out. Apply weight norm first.
+        model: any module tree, in any layout. Apply weight norm first. Frozen parameters are left
+            out.
         weight_decay: of the first group, as the optimizer takes it.
         no_decay: patterns (docs/rules.md) over parameter names. A weight-normed weight has its
             name without weight norm: ``"**.embed.weight"``.
@@ -88,9 +86,7 @@ def parameter_groups(
         >>> optimizer = torch.optim.AdamW(groups)
     """
     if not isinstance(cast(object, weight_decay), Real) or not 0 <= weight_decay < math.inf:
-        raise ValueError(
-            f"weight_decay={weight_decay!r}; expected a finite number that is at least 0"
-        )
+        raise ValueError(f"weight_decay={weight_decay!r}; expected a finite number of at least 0")
     sources = fields.strings("no_decay", no_decay, or_none=True)
     patterns = {source: PatternSet.of([source]) for source in sources}
     unused = set(sources)

@@ -144,6 +144,8 @@ def statistics(model: nn.Module, optimizers: Optimizer | Iterable[Any] = ()) -> 
 
 
 def _of_sites(found: list[NormedSite], rates: dict[int, float]) -> Iterator[SiteStatistics]:
+    if not found:
+        return
     values: list[Tensor] = []
     for site in found:
         g, v = _whole(site.held.g), _whole(site.held.v)
@@ -151,9 +153,8 @@ def _of_sites(found: list[NormedSite], rates: dict[int, float]) -> Iterator[Site
         v_norm = norm_except(v.float() if v.dtype in _HALVES else v, site.dim)
         values += [g.float().flatten(), v_norm.float().flatten()]
     # Everything at once: a transfer for each site would stop a GPU hundreds of times.
-    sizes = [value.numel() for value in values]
-    whole = torch.cat([value.to(values[0].device) for value in values]).cpu() if values else None
-    parts = iter(() if whole is None else torch.split(whole, sizes))
+    whole = torch.cat([value.to(values[0].device) for value in values]).cpu()
+    parts = iter(torch.split(whole, [value.numel() for value in values]))
     for site in found:
         g, v_norm = next(parts), next(parts)
         lr = rates.get(id(site.held.v))
@@ -225,11 +226,7 @@ class History:
         for axes, (key, label, scale) in zip(figure.subplots(1, 3), _PANELS, strict=True):
             for number, name in enumerate(names):
                 steps = zip(self.steps, self.records, strict=True)
-                points = [
-                    (step, record[name][key])
-                    for step, record in steps
-                    if key in record.get(name, ())
-                ]
+                points = [(at, held[name][key]) for at, held in steps if key in held.get(name, ())]
                 if points:
                     shade = 0.9 * number / max(1, len(names) - 1)
                     axes.plot(*zip(*points, strict=True), color=colours(shade), lw=1, label=name)
