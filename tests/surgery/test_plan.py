@@ -101,6 +101,8 @@ def test_vectors_only_by_name() -> None:
         (nn.Conv2d(4, 6, 3, groups=2), "weight", 0),
         (nn.ConvTranspose1d(3, 5, 2), "weight", 1),
         (nn.ConvTranspose1d(4, 8, 2, groups=4), "weight", (0, 1)),
+        (nn.ConvTranspose1d(3, 5, 2), "bias", 0),
+        (nn.ConvTranspose1d(4, 8, 2, groups=2), "bias", 0),
         (nn.Embedding(5, 3), "weight", 1),
         (nn.EmbeddingBag(5, 3), "weight", 1),
         (nn.Bilinear(2, 3, 4), "weight", 0),

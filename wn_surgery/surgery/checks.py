@@ -168,6 +168,8 @@ _ROWS = (_ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.Multihe
 def output_axis(site: Site) -> Dim | WeightNormError:
     """The axes of the output channels in this type of layer, or an error if it is not known."""
     module = site.module
+    if len(site.shape) == 1 and (isinstance(module, _ConvTransposeNd) or is_conv1d(module)):
+        return 0  # of a bias
     if isinstance(module, _ConvTransposeNd):
         # The weight is (in, out / groups, kernel): with one channel a group, each output
         # channel is one slice along both axes; in between, no set of axes separates them.
