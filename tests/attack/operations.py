@@ -91,12 +91,12 @@ class Pair:
         names = self.names(*layouts)
         return self.rng.choice(names) if names else None
 
-    def close(self, found: Tensor, wanted: Tensor, what: str) -> None:
+    def close(self, found: Tensor, wanted: Tensor, what: str, atol: float = 1e-4) -> None:
         torch.testing.assert_close(
             found.detach().double(),
             wanted.detach(),
             rtol=1e-3,
-            atol=1e-4,
+            atol=atol,
             msg=lambda m: f"{what}: {m}",
         )
 
@@ -288,7 +288,9 @@ def second_order(pair: Pair) -> None:
     for key, parameter in pair.parameters().items():
         found, expected = parameter.grad, pair.twin.grads.get(key)
         if found is not None and expected is not None:
-            pair.close(found, expected, f"second order of {key}")
+            # A small element is a difference of large ones: in float32 the twin is as far off.
+            large = max(1.0, float(expected.abs().max()))
+            pair.close(found, expected, f"second order of {key}", atol=1e-4 * large)
         for other in (found, expected):
             assert (found is None) == (expected is None) or other is None or not other.any(), key
 
