@@ -192,10 +192,13 @@ def could(site: Site) -> bool:
 
 def sites_of(node: Node) -> Iterator[Site]:
     """The parameters of one module: plain ones, then computed ones."""
-    held = carried(node.module)
+    module = node.module
+    # A model has many modules, and most compute no parameter.
+    computed = "parametrizations" in module._modules or module._forward_pre_hooks
+    held = carried(module) if computed else {}
     legacy = [name for name, how in held.items() if how.layout == "legacy"]
     parts = {key for name in legacy for key in keys_for(name, "legacy")}
-    for name, parameter in node.module._parameters.items():
+    for name, parameter in module._parameters.items():
         if parameter is not None and name not in parts:
             yield Site(node, name, None, parameter)
     for name, how in held.items():
