@@ -151,7 +151,7 @@ def test_scripts_break(kind: str, layout: str, tmp_path: Path) -> None:
 
     with pytest.raises(Exception) as caught:  # noqa: PT011 - of which class is torch's affair
         save_and_run(model)
-    expected = {"legacy": "__name__", "ours": "module_class.py", "torch": ""}[layout]
+    expected = {"legacy": "__name__", "ours": "NamedExpr", "torch": ""}[layout]
     assert expected in str(caught.value)
     assert not isinstance(caught.value, AssertionError)
     save_and_run(stripped_copy(model))

@@ -12,7 +12,7 @@ from wn_surgery.checkpoints.request import Request
 from wn_surgery.checkpoints.spectral import spectral_weight
 from wn_surgery.errors import CheckpointError, ZeroNormError
 from wn_surgery.norm.limits import zero_slices
-from wn_surgery.norm.math import KERNEL_DTYPES, g_shape, magnitude, weight_norm
+from wn_surgery.norm.math import KERNEL_DTYPES, g_shape, magnitude, real_dtype, weight_norm
 from wn_surgery.norm.options import NormOptions
 
 __all__ = ["all_finite", "compute", "fold", "kind_of"]
@@ -49,7 +49,7 @@ def fold(g: Tensor, v: Tensor, options: NormOptions | None = None) -> Tensor:
     if said := unfoldable(kind_of(g), kind_of(v)):
         raise CheckpointError(f"g and v {said}")
     g = g.reshape(g_shape(v.shape, dim))
-    real = v.dtype.to_real() if v.dtype.is_complex else v.dtype
+    real = real_dtype(v.dtype)
     with torch.no_grad():
         if norm_dtype is not None:
             return weight_norm(v, g, dim, eps, norm_dtype)

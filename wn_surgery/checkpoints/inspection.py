@@ -17,7 +17,7 @@ from wn_surgery.checkpoints.plan import unfoldable
 from wn_surgery.checkpoints.reading import State, opened
 from wn_surgery.checkpoints.spectral import axes_of_spectral, find_spectral, spectral_weight
 from wn_surgery.errors import CheckpointError
-from wn_surgery.norm.math import norm_except
+from wn_surgery.norm.math import norm_except, real_dtype
 from wn_surgery.norm.options import dtype_name
 from wn_surgery.tables import render
 
@@ -199,7 +199,7 @@ def _look(state: State, pair: Pair) -> tuple[NormedTensor, list[CheckpointFindin
         message = f"g or v of {name!r} is on the meta device, without values"
         return row, [_error("dtype", name, message)]
     found: list[CheckpointFinding] = []
-    if g.dtype != (v.dtype.to_real() if v.dtype.is_complex else v.dtype):
+    if g.dtype != real_dtype(v.dtype):
         message = (
             f"g of {name!r} is {dtype_name(g.dtype)}, v is {dtype}: stripping computes in the "
             "wider one, a live model promotes or raises"

@@ -17,7 +17,7 @@ from wn_surgery.checkpoints.pairs import Pair, Shape, find_pairs
 from wn_surgery.checkpoints.request import Request
 from wn_surgery.checkpoints.spectral import find_spectral
 from wn_surgery.errors import CheckpointError, ModelError, UnmatchedRuleError
-from wn_surgery.norm.math import g_shape
+from wn_surgery.norm.math import g_shape, real_dtype
 from wn_surgery.norm.naming import keys_for
 from wn_surgery.norm.options import NormOptions, dtype_name
 from wn_surgery.rules.rule import has_axes, last_match
@@ -92,7 +92,7 @@ def plan(
     for key, options in chosen.items():
         shape, kind = shapes[key], kinds[key]
         assert isinstance(kind, torch.dtype)
-        real = kind.to_real() if kind.is_complex else kind
+        real = real_dtype(kind)
         g, v = keys_for(key, asked.to)
         magnitude = Line(g, "magnitude", (key,), g_shape(shape, options.dim), real, options)
         lines[key] = (magnitude, Line(v, "copy", (key,), shape, kind))

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from wn_surgery.model import layouts
 from wn_surgery.model.undo import UndoLog
 from wn_surgery.norm.drafts import follow_initializer
-from wn_surgery.norm.math import g_shape, magnitude
+from wn_surgery.norm.math import g_shape, magnitude, real_dtype
 from wn_surgery.norm.options import NormOptions
 from wn_surgery.norm.slots import settle
 from wn_surgery.rules.sources import Rule, RuleFields, RulesLike, given_rules
@@ -292,7 +292,7 @@ def _split(
         g = magnitude(weight, *norm)
     else:
         shape = g_shape(weight.shape, norm.dim)
-        g = torch.full(shape, g_init, dtype=weight.dtype.to_real(), device=weight.device)
+        g = torch.full(shape, g_init, dtype=real_dtype(weight.dtype), device=weight.device)
     v = nn.Parameter(weight.detach().clone() if copies else weight.detach(), weight.requires_grad)
     layouts.hand_over(weight, v)
     return nn.Parameter(g, weight.requires_grad and train_g), v
