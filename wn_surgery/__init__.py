@@ -39,6 +39,7 @@ from wn_surgery.surgery.plan import Plan, Step
 from wn_surgery.surgery.planning import UnmatchedRuleWarning, plan
 from wn_surgery.training.initialization import Initialization, initialize_from_batch, initializing
 from wn_surgery.training.parameter_groups import ParameterGroups, parameter_groups
+from wn_surgery.training.renormalization import renormalize
 from wn_surgery.training.statistics import SiteStatistics, Statistics, statistics
 
 __version__ = "0.1.0"
@@ -76,6 +77,7 @@ __all__ = [
     "parameter_groups",
     "plan",
     "remove",
+    "renormalize",
     "sites",
     "statistics",
     "unfuse",

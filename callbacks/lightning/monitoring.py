@@ -11,7 +11,7 @@ from wn_surgery.training.statistics import History
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["Monitor"]
+__all__ = ["Monitor", "batches_that_stepped"]
 
 
 class Monitor:
@@ -30,9 +30,7 @@ class Monitor:
         """Log, if this batch ended with an optimizer step that is to be logged."""
         if trainer.global_step == self._before:
             return
-        # Batches after which optimizers stepped; global_step counts each optimizer.
-        loop: Any = trainer.fit_loop.epoch_loop
-        step = int(getattr(loop, "_batches_that_stepped", self._before)) + 1
+        step = batches_that_stepped(trainer)
         if step % self.every:
             return
         # Sharded parameters are gathered, for which every rank is needed.
@@ -47,6 +45,13 @@ class Monitor:
             # From 0, as self.log() and LearningRateMonitor count, so that curves line up.
             logger.log_metrics(metrics, step=step - 1)
             _log_histograms(logger, statistics, step - 1)
+
+
+def batches_that_stepped(trainer: Trainer) -> int:
+    """Return after how many batches an optimizer has stepped, with the one of now."""
+    # global_step counts each optimizer.
+    loop: Any = trainer.fit_loop.epoch_loop
+    return int(getattr(loop, "_batches_that_stepped", trainer.global_step)) + 1
 
 
 def _log_histograms(logger: Any, statistics: wn.Statistics, step: int) -> None:

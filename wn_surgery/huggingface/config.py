@@ -215,12 +215,12 @@ def own_config(model: nn.Module) -> None:
 def fill_in(
     sites: Iterable[Mapping[str, Any]] | None, more: Iterable[Mapping[str, Any]] | None
 ) -> list[dict[str, Any]]:
-    """Return the sites with what ``more`` says of their g, where they do not say it themselves."""
+    """Return the sites with what ``more`` says of g and v, where they do not say it themselves."""
     known = {site["name"]: site for site in more or ()}
     filled = [dict(site) for site in sites or ()]
     for site in filled:
         for key, value in known.get(site["name"], {}).items():
-            if key in ("g_init", "train_g"):
+            if key in ("g_init", "train_g", "renormalize"):
                 site.setdefault(key, value)
     return filled
 

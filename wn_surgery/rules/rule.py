@@ -25,7 +25,7 @@ TypeSpec: TypeAlias = str | type
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 
 _DEFAULT_PARAMS = ("weight",)
-_OPTIONS = ("dim", "eps", "norm_dtype", "g_init", "train_g")
+_OPTIONS = ("dim", "eps", "norm_dtype", "g_init", "train_g", "renormalize")
 _APPLY_ONLY = (*_OPTIONS, "tied", "replace")
 
 
@@ -52,6 +52,8 @@ class Rule:
         norm_dtype: The dtype to compute norms in, such as ``"float32"``; None is the weight's.
         g_init: A number to fill g with; None keeps the weight as it is.
         train_g: False freezes g.
+        renormalize: The norm that :func:`wn_surgery.renormalize` puts each slice of v back to;
+            True is 1.0, ``"rms"`` is the square root of the slice's size; None leaves v alone.
         tied: What to do with a parameter tied to another: ``"error"``, ``"skip"``,
             ``"together"`` or ``"untie"``.
         replace: True replaces a weight norm that has other options.
@@ -82,6 +84,7 @@ class Rule:
     norm_dtype: torch.dtype | None = None
     g_init: float | None = None
     train_g: bool = True
+    renormalize: float | Literal["rms"] | None = None
     tied: Tied = "error"
     replace: bool = False
     label: str | None = field(default=None, compare=False)
@@ -104,6 +107,7 @@ class Rule:
         norm_dtype: torch.dtype | str | None = None,
         g_init: float | None = None,
         train_g: bool = True,
+        renormalize: bool | float | Literal["rms"] | None = None,
         tied: Tied = "error",
         replace: bool = False,
         label: str | None = None,
@@ -123,7 +127,7 @@ class Rule:
         return _spelled({name: getattr(self, name) for name in _FIELDS})
 
     def options(self) -> dict[str, Any]:
-        """The options of weight norm itself: dim, eps, norm_dtype, g_init and train_g."""
+        """The options of weight norm itself, from dim to renormalize."""
         return {name: getattr(self, name) for name in _OPTIONS}
 
     def describe(self) -> str:
@@ -171,8 +175,8 @@ class Rule:
         """Make a rule from a mapping of field names to values.
 
         Args:
-            data: As `to_dict` gives it. ``eps`` and ``g_init`` may be text: in YAML 1.1,
-                ``1e-12`` is a string.
+            data: As `to_dict` gives it. ``eps``, ``g_init`` and ``renormalize`` may be text: in
+                YAML 1.1, ``1e-12`` is a string.
 
         Raises:
             RuleError: A field is unknown, or its value is wrong.
@@ -190,7 +194,9 @@ class Rule:
                 detail = f"unknown field {key!r}{near}"
                 raise RuleError(f"rule {dict(data)!r}: {detail}", detail=detail)
         numbers = {
-            name: fields.number_from_text(data[name]) for name in ("eps", "g_init") if name in data
+            name: fields.number_from_text(data[name])
+            for name in ("eps", "g_init", "renormalize")
+            if name in data
         }
         return cls(**{**data, **numbers})
 
@@ -212,7 +218,7 @@ def _normalised(given: Mapping[str, Any]) -> dict[str, Any]:
             f"where: expected a Python function (name, module) -> bool, got {given['where']!r}; "
             "a rule in a file cannot have one"
         )
-    for name in ("dim", "eps", "norm_dtype", "g_init"):
+    for name in ("dim", "eps", "norm_dtype", "g_init", "renormalize"):
         values[name] = getattr(fields, name)(given[name])
     for name in ("train_g", "replace"):
         values[name] = fields.flag(name, given[name])

@@ -15,11 +15,11 @@ from wn_surgery.errors import WeightNormError
 from wn_surgery.model.layouts import Normed
 from wn_surgery.model.sites import Node, Site, is_folded
 from wn_surgery.norm.limits import has_easy_norms, zero_slices
-from wn_surgery.norm.math import weight_norm
+from wn_surgery.norm.math import wanted_norm, weight_norm
 from wn_surgery.norm.options import Dim, NormOptions, dtype_name, kept_axes
 from wn_surgery.rules.rule import Rule, has_axes
 
-__all__ = ["error_at", "output_axis", "quantizer", "resolve_norm", "runs_no_hook"]
+__all__ = ["error_at", "output_axis", "quantizer", "refused_norm", "resolve_norm", "runs_no_hook"]
 
 
 def error_at(site: Site, kind: str, message: str) -> WeightNormError:
@@ -79,13 +79,16 @@ def _unsuitable(site: Site, tensor: Tensor) -> tuple[str, str] | None:
     return None
 
 
-def before_norm(site: Site, norm: NormOptions, g_init: float | None) -> Iterator[WeightNormError]:
+def before_norm(site: Site, norm: NormOptions, rule: Rule) -> Iterator[WeightNormError]:
     """What is wrong with the options of the rule for the weight's dtype."""
     tensor = site.tensor
     assert tensor is not None  # checked by the caller
     working = norm.norm_dtype or tensor.dtype
+    wanted = None if rule.renormalize is None else wanted_norm(rule.renormalize, site.shape, norm.dim)
+    if wanted is not None and (problem := refused_norm(wanted, norm, tensor.dtype)):
+        yield error_at(site, "rule", f"{site.name} {problem}")
     for what, value, dtype in (
-        ("g_init", abs(g_init or 0.0), tensor.dtype),
+        ("g_init", abs(rule.g_init or 0.0), tensor.dtype),
         ("eps", norm.eps, working),
         ("eps", norm.eps, tensor.dtype),  # in which a g of that size is stored
     ):
@@ -104,6 +107,22 @@ def before_norm(site: Site, norm: NormOptions, g_init: float | None) -> Iterator
             f"use eps >= {least:.3g} or norm_dtype=torch.float32"
         )
         yield error_at(site, "zero_norm", message)
+
+
+def refused_norm(wanted: float, norm: NormOptions, dtype: torch.dtype) -> str:
+    """Why v cannot be put back to a norm, or nothing."""
+    limits = torch.finfo(dtype)
+    if wanted < norm.eps:
+        return (
+            f"has eps={norm.eps}, which bounds ‖v‖ from below, and v would be put back to norm "
+            f"{wanted:g}; give renormalize=, or a norm, of at least eps"
+        )
+    if not limits.smallest_normal <= wanted <= limits.max:
+        return (
+            f"has a v of {dtype_name(dtype)}, which norm {wanted:g} does not fit; expected "
+            f"{limits.smallest_normal:.3g} to {limits.max:.3g}"
+        )
+    return ""
 
 
 _TOGETHER = 1 << 18  # elements
