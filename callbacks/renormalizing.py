@@ -21,7 +21,9 @@ def renormalizing(rules: Sequence[wn.Rule], every: int | None) -> tuple[wn.Rule,
         raise ValueError(f"renormalize_every_n_steps={every}; expected at least 1, or None")
     if every is None or any(rule.renormalize for rule in rules):
         return tuple(rules)
-    return tuple(replace(rule, renormalize=1.0) if rule.action == "apply" else rule for rule in rules)
+    return tuple(
+        replace(rule, renormalize=1.0) if rule.action == "apply" else rule for rule in rules
+    )
 
 
 def asks(model: nn.Module) -> bool:

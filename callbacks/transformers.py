@@ -105,8 +105,8 @@ class WeightNormCallback(TrainerCallback):
         every = self.renormalize_every_n_steps
         if every is not None and not asks(model):
             raise wn.CallbackError(
-                f"renormalize_every_n_steps={every}, and no weight norm of the model says what norm "
-                "v is put back to: patch it by rules with `renormalize: true`"
+                f"renormalize_every_n_steps={every}, and no weight norm of the model says what "
+                "norm v is put back to: patch it by rules with `renormalize: true`"
             )
         if optimizer is not None and asks(model):
             if state.global_step == 0:  # what is resumed was put back already

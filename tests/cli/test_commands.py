@@ -20,6 +20,8 @@ from torch import nn
 import wn_surgery as wn
 from tests.checkpoints.makers import listing, same, shards, tensors
 from wn_surgery.cli import main
+from wn_surgery.rules.presets import PRESETS
+from wn_surgery.rules.sources import as_rules
 
 pytestmark = pytest.mark.processes
 
@@ -425,3 +427,14 @@ def test_names_that_are_no_text(run: Run, tmp_path: Path) -> None:
 def test_what_is_also_stripped_is_what_was_named(run: Run, file: Path) -> None:
     assert run("strip", file, "b.safetensors", "--also", "spectral_norm", "--verify").code == 0
     assert run("strip", file, "c.safetensors", "--also", "batch_norm").code == 2
+
+
+def test_presets_are_listed_with_their_papers(run: Run) -> None:
+    ran = run("presets")
+    assert ran.code == 0 and "edm2\n    apply types=" in ran.out
+    assert "arXiv:2312.02696" in ran.out and "arXiv:2410.01131" in ran.out
+    found = run("presets", "--json").json
+    assert list(found) == list(PRESETS)
+    for name, entry in found.items():
+        assert as_rules(entry["rules"]) == PRESETS[name].rules
+        assert entry["source"] == PRESETS[name].source

@@ -25,6 +25,7 @@ from wn_surgery.cli.app import (
 from wn_surgery.cli.printing import print_json, print_text, progress
 from wn_surgery.errors import RuleError
 from wn_surgery.norm.naming import Layout, NormedLayout
+from wn_surgery.rules.presets import PRESETS
 from wn_surgery.rules.sources import RulesLike
 
 __all__ = ["app"]
@@ -52,6 +53,18 @@ class Norm(StrEnum):
     """Other norms that can be stripped."""
 
     spectral_norm = "spectral_norm"
+
+
+@command("presets", "presets --json")
+def presets(as_json: Json = False) -> None:
+    """List the presets of rules, each with what it matches and the paper and code it follows."""
+    if as_json:
+        print_json({name: entry.to_dict() for name, entry in PRESETS.items()})
+        return
+    for name, entry in PRESETS.items():
+        print_text(name, "bold")
+        rules = [rule.describe() for rule in entry.rules]
+        print_text("\n".join(f"    {line}" for line in (*rules, entry.summary, entry.source)))
 
 
 @command("inspect model.safetensors", "inspect last.ckpt --json")

@@ -32,8 +32,8 @@ def record(model: nn.Module) -> list[dict[str, Any]]:
     """The sites on which this library has put weight norm, with their options.
 
     Weight norm that a model's own code puts on is left out: it is there when the model is built
-    again. ``g_init`` is where a rule has filled g, so that the same rule does not fill it again, and
-    ``renormalize`` the norm that v is put back to.
+    again. ``g_init`` is where a rule has filled g, so that the same rule does not fill it again;
+    ``renormalize`` is the norm that v is put back to.
 
     Example:
         >>> import torch, wn_surgery as wn
@@ -71,8 +71,8 @@ def replay(records: Iterable[Mapping[str, Any]], *, replace: bool = False) -> li
     """The rules that put weight norm where :func:`record` found it.
 
     Sites with the same options share a rule, and tied parameters stay tied. ``g_init``,
-    ``train_g`` and ``renormalize`` are taken from a site that has them, as of a rule. ``replace`` is for a model that
-    was just built and has weight norm with other options.
+    ``train_g`` and ``renormalize`` are taken from a site that has them, as of a rule. ``replace``
+    is for a model that was just built and has weight norm with other options.
     """
     alike: dict[tuple[Any, ...], list[str]] = {}
     for site in records:
@@ -90,9 +90,7 @@ def replay(records: Iterable[Mapping[str, Any]], *, replace: bool = False) -> li
 def bare(sites: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Sites by name, without what is about training: what two share that compute the same."""
     training = ("g_init", "train_g", "renormalize")
-    return {
-        site["name"]: {key: site[key] for key in site if key not in training} for site in sites
-    }
+    return {site["name"]: {key: site[key] for key in site if key not in training} for site in sites}
 
 
 def line(site: Mapping[str, Any]) -> str:

@@ -25,6 +25,11 @@ class Preset:
     source: str
     summary: str
 
+    def to_dict(self) -> dict[str, Any]:
+        """The preset as plain JSON data."""
+        rules = [rule.to_dict() for rule in self.rules]
+        return {"rules": rules, "source": self.source, "summary": self.summary}
+
 
 def preset(name: str) -> tuple[Rule, ...]:
     """The rules of a preset, labelled ``"preset NAME"``."""
@@ -37,9 +42,7 @@ def preset(name: str) -> tuple[Rule, ...]:
     return found.rules
 
 
-def _preset(
-    name: str, *more: dict[str, Any], source: str, summary: str, **fields: Any
-) -> Preset:
+def _preset(name: str, *more: dict[str, Any], source: str, summary: str, **fields: Any) -> Preset:
     rules = tuple(Rule(label=f"preset {name}", **each) for each in (fields, *more))
     return Preset(name, rules, source, summary)
 
@@ -86,7 +89,11 @@ _ALL = (
         summary="The WaveNets of the posterior encoder and the flow (in_layers, res_skip_layers, "
         "cond_layer), and the decoder's upsampling layers and residual blocks; unlike in HiFi-GAN, "
         "conv_pre and conv_post stay plain.",
-        names=["**.{in_layers,res_skip_layers,ups,upsampler}.*", "**.resblocks.**", "**.cond_layer"],
+        names=[
+            "**.{in_layers,res_skip_layers,ups,upsampler}.*",
+            "**.resblocks.**",
+            "**.cond_layer",
+        ],
         types=_CONV1D,
     ),
     _preset(

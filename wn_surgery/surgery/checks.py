@@ -84,7 +84,9 @@ def before_norm(site: Site, norm: NormOptions, rule: Rule) -> Iterator[WeightNor
     tensor = site.tensor
     assert tensor is not None  # checked by the caller
     working = norm.norm_dtype or tensor.dtype
-    wanted = None if rule.renormalize is None else wanted_norm(rule.renormalize, site.shape, norm.dim)
+    wanted = (
+        None if rule.renormalize is None else wanted_norm(rule.renormalize, site.shape, norm.dim)
+    )
     if wanted is not None and (problem := refused_norm(wanted, norm, tensor.dtype)):
         yield error_at(site, "rule", f"{site.name} {problem}")
     for what, value, dtype in (

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from wn_surgery.errors import ModelError, UnmatchedRuleError, WeightNormError
 from wn_surgery.model.sites import NormedSite, is_folded, normed
 from wn_surgery.norm.limits import least_norm
 from wn_surgery.norm.math import PLAIN_TYPES, real_dtype, wanted_norm
-from wn_surgery.norm.options import Dim, dtype_name, kept_axes
+from wn_surgery.norm.options import Dim, kept_axes
 from wn_surgery.rules import fields
 from wn_surgery.rules.patterns import PatternSet
 from wn_surgery.surgery.checks import error_at, refused_norm
@@ -95,12 +95,13 @@ def renormalize(
         _check(batches)
         for batch in batches:
             batch.absorb()
-        scales = [scale for batch in batches for scale in batch.scales()]
         vs = [direction.v for batch in batches for direction in batch.members]
+        scales = [scale for batch in batches for scale in batch.scales()]
         if vs:
             torch._foreach_mul_(vs, scales)
         for optimizer in held:
-            _follow(optimizer.state, chosen, {id(v): s for v, s in zip(vs, scales)}, project)
+            for batch in batches:
+                _follow(optimizer.state, batch, project)
     return tuple(direction.site.name for direction in chosen)
 
 
@@ -140,7 +141,7 @@ def _chosen(
         said = True
         v = site.held.v
         # No step moves a frozen v, and whoever froze it does not expect it to move.
-        if not v.requires_grad or (optimizers and id(v) not in held):
+        if not (v.requires_grad and v.numel()) or (optimizers and id(v) not in held):
             continue
         wanted = wanted_norm(how, tuple(v.shape), site.dim)
         if problem := _refused(site, wanted):
@@ -203,7 +204,7 @@ _TOGETHER = 1 << 18  # elements: where starting an operation costs more than a c
 
 @dataclass(slots=True, eq=False)
 class _Batch:
-    """Directions of one shape and one kind of norm, and their norms, stacked."""
+    """Directions of one shape and one kind of norm, all g frozen or none; their norms, stacked."""
 
     members: list[_Direction]
     norms: Tensor
@@ -214,12 +215,10 @@ class _Batch:
 
     def absorb(self) -> None:
         """Let g take over, exactly, what eps has held back; see :func:`_check`."""
-        eps = self.members[0].site.norm.eps
-        if eps == 0.0:
-            return
-        for direction, norms in zip(self.members, self.norms, strict=True):
-            if direction.site.held.g.requires_grad:  # others have nothing to absorb
-                direction.site.held.g.mul_(norms / norms.clamp_min(eps))
+        first = self.members[0].site
+        if first.norm.eps > 0.0 and first.held.g.requires_grad:
+            for direction, norms in zip(self.members, self.norms, strict=True):
+                direction.site.held.g.mul_(norms / norms.clamp_min(first.norm.eps))
 
 
 def _batches(chosen: list[_Direction]) -> Iterator[_Batch]:
@@ -227,7 +226,8 @@ def _batches(chosen: list[_Direction]) -> Iterator[_Batch]:
     for direction in chosen:
         v = direction.v
         alone = id(v) if 2 * v.numel() > _TOGETHER or type(v) not in PLAIN_TYPES else None
-        key = (v.shape, v.dtype, v.device, direction.site.norm, direction.wanted, alone)
+        trains = direction.site.held.g.requires_grad
+        key = (v.shape, v.dtype, v.device, direction.site.norm, direction.wanted, trains, alone)
         alike.setdefault(key, []).append(direction)
     for members in alike.values():
         count = max(1, _TOGETHER // max(1, members[0].v.numel()))
@@ -246,8 +246,7 @@ def _norms(stacked: Tensor, dim: Dim) -> Tensor:
     reduced = [axis for axis in range(x.ndim) if axis not in kept]
     if not reduced:
         return x.abs().to(wide)
-    norms: Tensor = torch.linalg.vector_norm(x, 2, reduced, keepdim=dim is not None, dtype=wide)
-    return norms
+    return torch.linalg.vector_norm(x, 2, reduced, keepdim=dim is not None, dtype=wide)
 
 
 def _check(batches: list[_Batch]) -> None:
@@ -269,20 +268,16 @@ def _check(batches: list[_Batch]) -> None:
                 f"{least:.1g}, and which have no direction to keep; initialise them, or leave the "
                 "site out",
             )
-        eps = batch.members[0].site.norm.eps
-        frozen = [d for d in batch.members if not d.site.held.g.requires_grad]
-        if low < eps and frozen:
-            rows = [i for i, d in enumerate(batch.members) if not d.site.held.g.requires_grad]
-            part = _Batch(frozen, batch.norms[rows])
-            if bool((part.norms < eps).any()):
-                raise _at_first(
-                    part,
-                    lambda norms, eps=eps: norms < eps,
-                    "model",
-                    f"{{count}} slice(s) along dim={{dim}} of v below eps={eps}, of which a longer "
-                    "v would change the weight, and its g is frozen and cannot make up for it; let "
-                    "g train, or scale v above eps before you freeze g",
-                )
+        first = batch.members[0].site
+        if low < (eps := first.norm.eps) and not first.held.g.requires_grad:
+            raise _at_first(
+                batch,
+                lambda norms, eps=eps: norms < eps,
+                "model",
+                f"{{count}} slice(s) along dim={{dim}} of v below eps={eps}, of which a longer v "
+                "would change the weight, and its g is frozen and cannot make up for it; let g "
+                "train, or scale v above eps before you freeze g",
+            )
 
 
 def _at_first(batch: _Batch, bad: Any, kind: str, message: str) -> WeightNormError:
@@ -290,21 +285,21 @@ def _at_first(batch: _Batch, bad: Any, kind: str, message: str) -> WeightNormErr
     for direction, norms in zip(batch.members, batch.norms, strict=True):
         if count := int(bad(norms).sum()):
             site = direction.site
-            return error_at(site, kind, f"{site.name} has " + message.format(count=count, dim=site.dim))
+            return error_at(
+                site, kind, f"{site.name} has " + message.format(count=count, dim=site.dim)
+            )
     raise AssertionError  # one of them has: aminmax says so
 
 
 _MOMENTA = ("exp_avg", "momentum_buffer")
 
 
-def _follow(
-    state: Any, chosen: list[_Direction], scales: dict[int, Tensor], project: bool
-) -> None:
+def _follow(state: Any, batch: _Batch, project: bool) -> None:
     """Bring along what an optimizer keeps of each v."""
-    for direction in chosen:
+    for direction, scale in zip(batch.members, batch.scales(), strict=True):
         v, kept = direction.v, state.get(direction.v, {})
         if isinstance(z := kept.get("z"), Tensor) and z.shape == v.shape:
-            z.mul_(scales[id(v)])
+            z.mul_(scale)
         for key in _MOMENTA if project else ():
             moment = kept.get(key)
             if isinstance(moment, Tensor) and moment.shape == v.shape:
