@@ -493,7 +493,7 @@ def test_gradient_descent_on_the_sphere() -> None:
 
 
 class MPLinear(nn.Module):
-    """Forced weight normalization by the equations of Karras et al. 2024 (section 2.3, eq. 47)."""
+    """Forced weight normalization by the equations of Karras et al. 2024 (equations 47 and 66)."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()

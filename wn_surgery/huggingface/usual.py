@@ -16,7 +16,7 @@ from wn_surgery.rules.sources import Rule, as_rules
 
 __all__ = ["rules_for"]
 
-_LINEAR = {"types": ["Linear", "transformers.pytorch_utils.Conv1D"], "dim": "out"}
+_LINEAR: dict[str, Any] = {"types": ["Linear", "transformers.pytorch_utils.Conv1D"], "dim": "out"}
 # Every projection of attention and of the MLP; no embedding, head or norm.
 _PROJECTIONS: dict[str, Any] = {
     "names": [

@@ -188,8 +188,8 @@ _ALL = (
     ),
     _preset(
         "edm2",
-        source="Karras et al. 2024, arXiv:2312.02696, section 2.3 and appendix B.4 (magnitude-"
-        "preserving layers, forced weight normalization)",
+        source="Karras et al. 2024, arXiv:2312.02696, section 2.3, equations 47 (magnitude-"
+        "preserving layers) and 66 (forced weight normalization); NVlabs/edm2, MPConv",
         summary="Every Conv2d and Linear: g is 1 and fixed, so that each output has the magnitude "
         "of its input, whatever the fan-in; v goes back to 1 per element (norm: the root of the "
         "fan-in) after each step, if you call renormalize. The layers should have no bias, and the "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -133,9 +133,9 @@ def parameter_groups(
         1 with weight decay, 4 without
         >>> optimizer = torch.optim.AdamW(groups)
     """
-    for argument, value in (("weight_decay", weight_decay), ("g_lr", g_lr)):
-        optional = argument == "g_lr" and value is None
-        if not optional and not (isinstance(value, Real) and 0 <= value < math.inf):
+    given = {"weight_decay": weight_decay, **({} if g_lr is None else {"g_lr": g_lr})}
+    for argument, value in given.items():
+        if not isinstance(cast(object, value), Real) or not 0 <= value < math.inf:
             raise ValueError(f"{argument}={value!r}; expected a finite number of at least 0")
     sources = fields.strings("no_decay", no_decay, or_none=True)
     patterns = {source: PatternSet.of([source]) for source in sources}

@@ -58,8 +58,9 @@ def renormalize(
             ``renormalize``, each with the norm that its rule says.
         names: patterns (docs/rules.md) over module paths; only these are scaled.
         optimizers: if given, only what they hold is scaled: after the step of a discriminator, say.
-        project: remove from ``exp_avg`` and ``momentum_buffer`` in ``optimizers`` the part along v.
-            It moves no weight but makes ‖v‖ grow (Heo et al. 2021, arXiv:2006.08217).
+        project: remove from ``exp_avg`` and ``momentum_buffer`` in ``optimizers`` the part along v,
+            which is left from earlier directions: it makes ‖v‖ grow faster (Heo et al. 2021,
+            arXiv:2006.08217).
 
     Returns:
         The names of the sites whose v was scaled.
@@ -95,8 +96,8 @@ def renormalize(
         _check(batches)
         for batch in batches:
             batch.absorb()
-        vs = [direction.v for batch in batches for direction in batch.members]
-        scales = [scale for batch in batches for scale in batch.scales()]
+        vs: list[Tensor] = [direction.v for batch in batches for direction in batch.members]
+        scales: Any = [scale for batch in batches for scale in batch.scales()]
         if vs:
             torch._foreach_mul_(vs, scales)
         for optimizer in held:
@@ -233,7 +234,7 @@ def _batches(chosen: list[_Direction]) -> Iterator[_Batch]:
         count = max(1, _TOGETHER // max(1, members[0].v.numel()))
         for start in range(0, len(members), count):
             some = members[start : start + count]
-            vs = [direction.v for direction in some]
+            vs: list[Tensor] = [direction.v for direction in some]
             stacked = torch.stack(vs) if len(vs) > 1 else vs[0].unsqueeze(0)
             yield _Batch(some, _norms(stacked, members[0].site.dim))
 
@@ -246,7 +247,8 @@ def _norms(stacked: Tensor, dim: Dim) -> Tensor:
     reduced = [axis for axis in range(x.ndim) if axis not in kept]
     if not reduced:
         return x.abs().to(wide)
-    return torch.linalg.vector_norm(x, 2, reduced, keepdim=dim is not None, dtype=wide)
+    norms: Tensor = torch.linalg.vector_norm(x, 2, reduced, keepdim=dim is not None, dtype=wide)
+    return norms
 
 
 def _check(batches: list[_Batch]) -> None:
