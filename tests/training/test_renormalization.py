@@ -294,7 +294,7 @@ def test_projecting_without_an_optimizer() -> None:
 )
 def test_a_rule_says_it_and_it_is_recorded(given: Any, kept: Any, tmp_path: Path) -> None:
     rule = wn.Rule(types="Linear", renormalize=given)
-    assert rule.renormalize == kept
+    assert rule.renormalize == kept and copy.deepcopy(rule) == rule
     for name in ("rules.yaml", "rules.json"):
         dump_rules([rule], tmp_path / name)
         assert load_rules(tmp_path / name) == (rule,)

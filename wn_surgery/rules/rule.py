@@ -84,13 +84,13 @@ class Rule:
     norm_dtype: torch.dtype | None = None
     g_init: float | None = None
     train_g: bool = True
-    renormalize: float | Literal["rms"] | None = None
     tied: Tied = "error"
     replace: bool = False
     label: str | None = field(default=None, compare=False)
     _names: PatternSet | None = field(init=False, compare=False)
     _params: PatternSet = field(init=False, compare=False)
     _exclude_names: PatternSet = field(init=False, compare=False)
+    renormalize: float | Literal["rms"] | None = None  # the last, see __setstate__
 
     def __init__(
         self,
@@ -122,6 +122,11 @@ class Rule:
         for name in ("names", "params", "exclude_names"):
             patterns = None if values[name] is None else PatternSet.of(values[name])
             object.__setattr__(self, f"_{name}", patterns)
+
+    def __setstate__(self, state: list[Any]) -> None:
+        # A pickle has the values in their order, and that of 0.1.0 no `renormalize`.
+        for name, value in zip(self.__dataclass_fields__, [*state, None], strict=False):
+            object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
         return _spelled({name: getattr(self, name) for name in _FIELDS})
