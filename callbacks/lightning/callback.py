@@ -348,7 +348,8 @@ class WeightNorm(Callback):
             fuse(pl_module, self.fused)
 
     def _is_due(self, trainer: Trainer) -> bool:
-        return batches_that_stepped(trainer) % self.renormalize_every_n_steps == 0
+        step = batches_that_stepped(trainer, trainer.global_step)
+        return step % self.renormalize_every_n_steps == 0
 
     def _apply(self, trainer: Trainer, pl_module: LightningModule, *, last: bool) -> None:
         # Whether a rule matches nothing is only known after the last hook that builds layers.

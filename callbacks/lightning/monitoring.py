@@ -30,7 +30,7 @@ class Monitor:
         """Log, if this batch ended with an optimizer step that is to be logged."""
         if trainer.global_step == self._before:
             return
-        step = batches_that_stepped(trainer)
+        step = batches_that_stepped(trainer, self._before)
         if step % self.every:
             return
         # Sharded parameters are gathered, for which every rank is needed.
@@ -47,11 +47,13 @@ class Monitor:
             _log_histograms(logger, statistics, step - 1)
 
 
-def batches_that_stepped(trainer: Trainer) -> int:
-    """Return after how many batches an optimizer has stepped, with the one of now."""
-    # global_step counts each optimizer.
+def batches_that_stepped(trainer: Trainer, before: int) -> int:
+    """Return after how many batches an optimizer has stepped, with the one of now.
+
+    ``before`` is the Trainer's global step before this batch, which counts each optimizer.
+    """
     loop: Any = trainer.fit_loop.epoch_loop
-    return int(getattr(loop, "_batches_that_stepped", trainer.global_step)) + 1
+    return int(getattr(loop, "_batches_that_stepped", before)) + 1
 
 
 def _log_histograms(logger: Any, statistics: wn.Statistics, step: int) -> None:
