@@ -21,7 +21,7 @@ import wn_surgery as wn
 
 PAGE = Path(__file__).with_name("recipes.md")
 MARKERS = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
-SEEDS, EPOCHS, BATCH = range(5), 20, 64
+SEEDS, EPOCHS, BATCH = range(5), 10, 64
 
 
 class Recipe(NamedTuple):

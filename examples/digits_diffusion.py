@@ -58,7 +58,8 @@ class Denoiser(nn.Module):
         for layer in self.hidden:
             x = F.silu(layer(x)) / 0.596  # which keeps the magnitude
         x = self.last(x) * self.gain
-        return noisy * (SIGMA_DATA / total).square() + x * sigma * SIGMA_DATA / total
+        denoised: Tensor = noisy * (SIGMA_DATA / total).square() + x * sigma * SIGMA_DATA / total
+        return denoised
 
 
 def loss_of(model: nn.Module, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -67,7 +68,8 @@ def loss_of(model: nn.Module, images: Tensor, generator: torch.Generator) -> Ten
     sigma = (normal * 1.2 - 1.0).exp()
     noise = torch.randn(images.shape, generator=generator)
     weight = (sigma.square() + SIGMA_DATA**2) / (sigma * SIGMA_DATA).square()
-    return (weight * (model(images + noise * sigma, sigma) - images).square()).mean()
+    loss: Tensor = (weight * (model(images + noise * sigma, sigma) - images).square()).mean()
+    return loss
 
 
 class Run(NamedTuple):
@@ -93,13 +95,15 @@ def train(rules: tuple[wn.Rule, ...], put_back: bool, steps: int, lr: float) -> 
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 1 / math.sqrt(max(1.0, step / (steps / 4)))
     )
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    averaging: Any = get_ema_multi_avg_fn  # torch leaves it untyped
+    average = AveragedModel(model, multi_avg_fn=averaging(0.99))
     generator = torch.Generator().manual_seed(1)
     effective: list[list[float]] = []
     for step in range(steps):
         batch = train_on[torch.randint(len(train_on), (128,), generator=generator)]
         optimizer.zero_grad()
-        loss_of(model, batch, generator).backward()
+        loss: Any = loss_of(model, batch, generator)
+        loss.backward()
         optimizer.step()
         schedule.step()
         if put_back:
@@ -120,12 +124,13 @@ def sample(model: nn.Module, count: int = 40, steps: int = 24) -> Tensor:
     """Images from noise, by Heun's method (Karras et al. 2022, algorithm 1)."""
     ramp = torch.linspace(0, 1, steps)
     high, low = 20.0 ** (1 / 7), 0.01 ** (1 / 7)
-    sigmas = [*(high + ramp * (low - high)).pow(7).tolist(), 0.0]
+    sigmas: list[float] = [*(high + ramp * (low - high)).pow(7).tolist(), 0.0]
     x = torch.randn(count, 64, generator=torch.Generator().manual_seed(3)) * sigmas[0]
 
     def slope(x: Tensor, sigma: float) -> Tensor:
         denoised: Tensor = model(x, torch.full((count, 1), sigma))
-        return (x - denoised) / sigma
+        found: Tensor = (x - denoised) / sigma
+        return found
 
     for now, then in pairwise(sigmas):
         first = slope(x, now)
