@@ -103,10 +103,16 @@ def _computed(name: str) -> _Computed:
         if plist is not None:
             weight: Tensor | None = None
             # torch.compile must look neither at the slot nor at the thread.
-            if (hold := getattr(plist, "hold", None)) is not None:
-                weight = hold.traced if _is_compiling() else hold.weight()
-            if weight is None and not _is_compiling() and (slot := getattr(plist, "slot", None)):
-                weight = slot.weight()
+            if _is_compiling():
+                hold = getattr(plist, "hold", None)
+                weight = None if hold is None else hold.traced
+            else:
+                # Read past nn.Module's own lookup: this is asked at each access.
+                held = plist.__dict__
+                if (hold := held.get("hold")) is not None:
+                    weight = hold.weight()
+                if weight is None and (slot := held.get("slot")) is not None:
+                    weight = slot.weight()
             return cast(Tensor, plist()) if weight is None else weight
         # torch may have given the shared class this name for another of its modules: here it
         # is then a plain attribute or a Parameter. nn.Module.__getattr__ would find the latter as
