@@ -132,7 +132,7 @@ class Stacks:
                 if len(shares) == 1:
                     parts.append(tensor)
                 else:
-                    parts += tensor.split(shares)
+                    parts += torch.split(tensor, shares)
             found = [parts[place] for place in self._places]
             for i in self._laid_out:
                 if found[i].is_contiguous() != v[i].is_contiguous():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from types import FrameType
 from typing import TypeAlias, cast
 from weakref import ReferenceType, ref
