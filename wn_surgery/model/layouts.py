@@ -23,7 +23,7 @@ from wn_surgery.norm.options import NormOptions
 from wn_surgery.norm.parametrization import WeightNorm, WeightNormList
 from wn_surgery.norm.slots import note_change
 
-__all__ = ["Foreign", "Normed", "SiteLayout", "carried", "clear", "put_plain"]
+__all__ = ["Foreign", "Normed", "SiteLayout", "carried", "clear", "leftovers", "put_plain"]
 
 _Order: TypeAlias = Sequence[str]
 SiteLayout: TypeAlias = Layout | Literal["other"]
@@ -137,6 +137,7 @@ def _dotted(cls: type) -> str:
 
 def clear(module: nn.Module, name: str) -> tuple[str, ...]:
     """Take parameter ``name`` out of any layout; the order of all where it is plain again."""
+    drop_load_hooks(module, name)
     if name in module._parameters:
         order = tuple(module._parameters)
         del module._parameters[name]
@@ -164,7 +165,6 @@ def _clear_parametrized(module: nn.Module, name: str) -> tuple[str, ...]:
     if not remaining:
         del module._modules["parametrizations"]
     object.__setattr__(module, "__class__", cls)
-    _drop_compatibility_hooks(module, name)
     return order
 
 
@@ -266,13 +266,32 @@ def _usual_order(module: nn.Module, name: str, registered: Iterable[str]) -> tup
     return tuple(order)
 
 
-def _drop_compatibility_hooks(module: nn.Module, name: str) -> None:
-    """Remove the load hook that torch's weight_norm leaves for ``name``."""
-    for key, wrapped in list(module._load_state_dict_pre_hooks.items()):
-        hook = getattr(wrapped, "hook", wrapped)
-        if (
-            getattr(hook, "__module__", None) == "torch.nn.utils.parametrizations"
-            and getattr(hook, "__name__", None) == "_weight_norm_compat_hook"
-            and inspect.getclosurevars(hook).nonlocals.get("name") == name
-        ):
+# Load hooks -----------------------------------------------------------------------------
+
+
+def leftovers(module: nn.Module) -> list[str]:
+    """The parameters whose weight norm is gone, and has left torch's load hook on the module."""
+    hooks = module._load_state_dict_pre_hooks.values()
+    names = dict.fromkeys(name for hook in hooks if (name := _loads(hook)) is not None)
+    if not names:
+        return []
+    present = {*module._modules.get("parametrizations", ()), *carried(module)}
+    return [name for name in names if name not in present]
+
+
+def drop_load_hooks(module: nn.Module, name: str) -> None:
+    """Remove the load hooks that torch's weight_norm leaves for ``name``, one at each call."""
+    for key, hook in list(module._load_state_dict_pre_hooks.items()):
+        if _loads(hook) == name:
             del module._load_state_dict_pre_hooks[key]
+
+
+def _loads(wrapped: Any) -> str | None:
+    """The parameter for which a load hook is that of torch's weight_norm."""
+    hook = getattr(wrapped, "hook", wrapped)
+    if (
+        getattr(hook, "__module__", None) != "torch.nn.utils.parametrizations"
+        or getattr(hook, "__name__", None) != "_weight_norm_compat_hook"
+    ):
+        return None
+    return cast("str | None", inspect.getclosurevars(hook).nonlocals.get("name"))
