@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _WeightNorm as TorchParametrization
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
-from wn_surgery.norm.module_class import base_class, class_for, computed_names, is_managed
+from wn_surgery.norm.module_class import adopt, base_class, class_for, computed_names, is_managed
 from wn_surgery.norm.naming import Layout, NormedLayout, keys_for
 from wn_surgery.norm.options import NormOptions
 from wn_surgery.norm.parametrization import WeightNorm, WeightNormList
@@ -270,7 +270,7 @@ def _usual_order(module: nn.Module, name: str, registered: Iterable[str]) -> tup
 
 
 def leftovers(module: nn.Module) -> list[str]:
-    """The parameters whose weight norm is gone, and has left torch's load hook on the module."""
+    """The parameters whose weight norm is gone, and has left a load hook on the module."""
     hooks = module._load_state_dict_pre_hooks.values()
     names = dict.fromkeys(name for hook in hooks if (name := _loads(hook)) is not None)
     if not names:
@@ -279,16 +279,49 @@ def leftovers(module: nn.Module) -> list[str]:
     return [name for name in names if name not in present]
 
 
+class LoadHook:
+    """Lets a parameter in the legacy layout load state dicts of the other layouts."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(
+        self,
+        module: nn.Module,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
+        _strict: bool,
+        _missing: list[str],
+        _unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        """Before the module reads its part of a state dict."""
+        held = carried(module).get(self.name)
+        if isinstance(held, Normed) and held.layout == "legacy":
+            now = held.g.detach(), held.v.detach()
+            adopt(state_dict, prefix + self.name, "legacy", now, held.norm, metadata, errors)
+
+
+def put_load_hook(module: nn.Module, name: str) -> None:
+    """Register a :class:`LoadHook`."""
+    hooks = module._load_state_dict_pre_hooks
+    handle = module.register_load_state_dict_pre_hook(LoadHook(name))
+    hooks[cast(int, f"wn_surgery.{name}")] = hooks.pop(handle.id)  # not by a number: see put_legacy
+
+
 def drop_load_hooks(module: nn.Module, name: str) -> None:
-    """Remove the load hooks that torch's weight_norm leaves for ``name``, one at each call."""
+    """Remove the load hooks for ``name``: torch's, of which each call leaves one, and ours."""
     for key, hook in list(module._load_state_dict_pre_hooks.items()):
         if _loads(hook) == name:
             del module._load_state_dict_pre_hooks[key]
 
 
 def _loads(wrapped: Any) -> str | None:
-    """The parameter for which a load hook is that of torch's weight_norm."""
+    """The parameter for which a load hook is that of torch's weight_norm, or ours."""
     hook = getattr(wrapped, "hook", wrapped)
+    if isinstance(hook, LoadHook):
+        return hook.name
     if (
         getattr(hook, "__module__", None) != "torch.nn.utils.parametrizations"
         or getattr(hook, "__name__", None) != "_weight_norm_compat_hook"

@@ -35,7 +35,7 @@ class Report:
         steps: every matched site, as :meth:`wn_surgery.Step.to_dict` gives it.
         optimizers: what changed in the optimizers that were given.
         table: the table.
-        leftovers: the parameters that had no weight norm, but torch's load hook, which is gone now.
+        leftovers: the parameters that had no weight norm, but its load hook, which is gone now.
 
     Example:
         >>> import wn_surgery as wn

@@ -86,8 +86,8 @@ class Plan:
         steps: one for each matched site.
         unmatched: rules that decide nothing, with the reason and suggestions.
         problems: why it cannot be carried out; empty for a plan that can.
-        leftovers: parameters without weight norm whose module still has the load hook of torch's
-            weight norm, which will be taken off; such a module cannot be pickled.
+        leftovers: parameters without weight norm whose module still has its load hook, which will
+            be taken off; with torch's, no module can be pickled.
         parameters: the model's number of parameters now.
 
     Example:
@@ -191,8 +191,8 @@ class Plan:
             more = f" and {count - 6} more" if count > 6 else ""
             taken = "to take" if verb == "change" else "taken"
             lines.append(
-                f"{count} load hook{'' if count == 1 else 's'} of torch, left behind by another "
-                f"removal, {taken} off: {', '.join(names)}{more}"
+                f"{count} load hook{'' if count == 1 else 's'} left behind by another removal, "
+                f"{taken} off: {', '.join(names)}{more}"
             )
         lines += [_legend(number, rule) for number, rule in enumerate(self.rules, 1)]
         lines += [f"rule {u.number} decides nothing: {u.reason}" for u in self.unmatched]
