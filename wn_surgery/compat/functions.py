@@ -118,8 +118,8 @@ def remove_weight_norm(module: M, name: str = "weight") -> M:
 
 
 def remove_parametrizations(
-    module: M, tensor_name: str, leave_parametrized: bool = True
-) -> M | nn.Module:
+    module: nn.Module, tensor_name: str, leave_parametrized: bool = True
+) -> nn.Module:
     """Take the parametrizations off a tensor, and return the module.
 
     It takes the place of ``torch.nn.utils.parametrize.remove_parametrizations``, and does the same
@@ -143,7 +143,7 @@ def remove_parametrizations(
         >>> _ = pickle.dumps(remove_parametrizations(layer, "weight"))
     """
     if not isinstance(carried(as_module(module)).get(tensor_name), Normed):
-        plain = _torchs_own(module, tensor_name, leave_parametrized)
+        plain: nn.Module = _torchs_own(module, tensor_name, leave_parametrized)
         drop_load_hooks(plain, tensor_name)
         return plain
     if not leave_parametrized:
@@ -200,7 +200,7 @@ def _axis(module: nn.Module, name: str, dim: int | None) -> int | None:
     """The axis that torch means by ``dim``."""
     if dim is None or dim == -1:
         return None
-    if not isinstance(dim, int) or isinstance(dim, bool):
+    if type(dim) is not int:  # a bool is one to isinstance
         raise TypeError(f"dim={dim!r}: expected an integer or None; wn_surgery.apply takes more")
     if dim >= 0:
         return dim

@@ -275,8 +275,9 @@ def leftovers(module: nn.Module) -> list[str]:
     names = dict.fromkeys(name for hook in hooks if (name := _loads(hook)) is not None)
     if not names:
         return []
-    present = {*module._modules.get("parametrizations", ()), *carried(module)}
-    return [name for name in names if name not in present]
+    lists: Any = module._modules.get("parametrizations") or ()
+    held = carried(module)
+    return [name for name in names if name not in lists and name not in held]
 
 
 class LoadHook:
@@ -306,7 +307,7 @@ class LoadHook:
 def put_load_hook(module: nn.Module, name: str) -> None:
     """Register a :class:`LoadHook`."""
     hooks = module._load_state_dict_pre_hooks
-    handle = module.register_load_state_dict_pre_hook(LoadHook(name))
+    handle = cast(Any, module).register_load_state_dict_pre_hook(LoadHook(name))
     hooks[cast(int, f"wn_surgery.{name}")] = hooks.pop(handle.id)  # not by a number: see put_legacy
 
 
