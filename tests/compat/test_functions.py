@@ -295,6 +295,15 @@ def test_what_else_is_removed() -> None:
         compat.remove_weight_norm(None)
 
 
+def test_the_error_says_which_parameter_and_can_be_pickled() -> None:
+    """From a worker process, for example; an AttributeError has fields of its own."""
+    with pytest.raises(wn.MissingSiteError) as caught:
+        compat.weight_norm(linear(), "wait")
+    error = pickle.loads(pickle.dumps(caught.value))
+    assert (type(error), str(error)) == (type(caught.value), str(caught.value))
+    assert (error.kind, error.site) == ("missing", "wait") and isinstance(error, wn.ModelError)
+
+
 def test_through_apply_as_parallel_wavegan_does() -> None:
     """Both loops visit every module, and rely on the errors of torch's functions."""
 

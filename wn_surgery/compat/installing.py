@@ -51,12 +51,6 @@ _STAND_INS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch.nn.utils.parametrizations", "weight_norm"): _parametrized,
     ("torch.nn.utils.parametrize", "remove_parametrizations"): _remove_parametrizations,
 }
-_NAMES = (
-    "torch.nn.utils.weight_norm",
-    "torch.nn.utils.remove_weight_norm",
-    "torch.nn.utils.parametrizations.weight_norm",
-    "torch.nn.utils.parametrize.remove_parametrizations",
-)
 
 
 class _Exchanged(NamedTuple):
@@ -110,7 +104,7 @@ def install() -> tuple[str, ...]:
                 function.__code__ = ours
                 function.__doc__ = f"Replaced by wn_surgery.compat.install().\n\n{doc}"
         _State.count += 1
-    return _NAMES
+    return tuple(f"{home.removesuffix('.weight_norm')}.{name}" for home, name in _STAND_INS)
 
 
 def uninstall() -> None:
@@ -164,7 +158,6 @@ def installed() -> Generator[tuple[str, ...]]:
 def _found() -> Generator[_Exchanged]:
     for (home, name), stand_in in _STAND_INS.items():
         function, ours = getattr(import_module(home), name), stand_in.__code__
-        torchs = getattr(function, "__code__", None)
         if (
             not isinstance(function, FunctionType)
             or function.__module__ != home
@@ -176,8 +169,7 @@ def _found() -> Generator[_Exchanged]:
                 f"{_place(function)}; call install() before it is replaced, or import from "
                 "wn_surgery.compat instead"
             )
-        assert isinstance(torchs, CodeType)
-        yield _Exchanged(function, ours, torchs, function.__doc__)
+        yield _Exchanged(function, ours, function.__code__, function.__doc__)
 
 
 def _arguments(code: CodeType) -> tuple[str, ...]:
