@@ -108,7 +108,7 @@ class WeightNormConfig(QuantizationConfigMixin):
         # from_config() builds a plain model on a config that names weight norm; this is its saving.
         frame = savers.asking()
         model = None if frame is None else frame.f_locals["self"]
-        if frame is None or not self.sites or is_model_of(model) not in PATCHED:
+        if frame is None or model is None or not self.sites or is_model_of(model) not in PATCHED:
             return
         if recorded(model.config) is self and not normed(model):
             savers.warn(
