@@ -18,6 +18,8 @@ import griffe
 from mkdocs.structure.files import File
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
@@ -77,13 +79,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, files: Files, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Point a page's links to where the pages are on the site."""
     path = page.file.src_uri
     if path.startswith("api/"):
         return markdown
     if path == "index.md":
         page.meta["hide"] = ["navigation"]
+    titles = dict(titled(config.nav))
     source = next((old for old, new in ADDED.items() if new == path), f"docs/{path}")
 
     def moved(link: re.Match[str]) -> str:
@@ -92,10 +95,10 @@ def on_page_markdown(markdown: str, page: Page, files: Files, **_: Any) -> str:
             return link[0]
         old = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
         new = {**ADDED, **REPLACED}.get(old, old.removeprefix("docs/"))
-        if (file := files.get_file_from_path(new)) is None:
+        if files.get_file_from_path(new) is None:
             return f"`{text}`" if text == old else text
-        if text in (target, old, Path(old).stem):  # a file's name; the site has titles
-            text = file.content_string.partition("\n")[0].removeprefix("# ")
+        if text in (target, old):  # a file's name; the site has titles
+            text = titles[new]
         new = posixpath.relpath(new, posixpath.dirname(path) or ".")
         return f"[{text}]({new}{'#' + anchor if anchor else ''})"
 
@@ -110,7 +113,20 @@ def on_page_markdown(markdown: str, page: Page, files: Files, **_: Any) -> str:
             text,
             flags=re.MULTILINE,
         )
-    return "".join(parts)
+    text = "".join(parts)
+    if path == "troubleshooting.md":  # messages are long lines, and no tables
+        text = text.replace("\n```text\n", "\n``` { .text .wrap }\n")
+    return text
+
+
+def titled(nav: Any) -> Iterator[tuple[str, str]]:
+    """Each page of the navigation with its title."""
+    for entry in nav:
+        ((title, value),) = entry.items()
+        if isinstance(value, str):
+            yield value, title
+        else:
+            yield from titled(value)
 
 
 # --- The API ----------------------------------------------------------------------------------
