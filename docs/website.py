@@ -47,6 +47,7 @@ FACES = {
     "wn_surgery.huggingface": "Guide: [Hugging Face](../huggingface.md).",
     "wn_surgery.callbacks.lightning": "Guide: [Lightning](../lightning.md).",
     "wn_surgery.callbacks.transformers": "Guide: [Hugging Face](../huggingface.md#the-trainer).",
+    "wn_surgery.compat": "Guide: [From your own loops](../migration.md).",
     "wn_surgery.fused": "Guide: [Fused weights](../fused.md).",
     "wn_surgery.norm": "The arithmetic by itself.",
 }
@@ -155,10 +156,13 @@ def names_of(face: str) -> list[str]:
 
 
 def hidden_of(face: str, name: str) -> str | None:
-    """Where a name is defined that griffe takes for the module of the same name."""
+    """What a name is that griffe does not show with its face: a module, or hidden by one."""
     for node in tree_of(face).body:
-        if isinstance(node, ast.ImportFrom) and node.module == f"{face}.{name}":
-            return f"{face}.{name}.{name}"
+        if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
+            if node.module == f"{face}.{name}":
+                return f"{face}.{name}.{name}"
+            if node.module == face and f"{face}.{name}" not in FACES:
+                return f"{face}.{name}"
     return None
 
 
