@@ -172,6 +172,16 @@ def test_equal_blocks_are_shown_once() -> None:
     assert "0 … 6" in names and "7" in names and "8 … 299" in names
 
 
+def test_a_page_grows_by_a_kilobyte_for_a_weight() -> None:
+    sizes = []
+    for count in (10, 210):
+        layers = (nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(count))
+        model = nn.ModuleList(layers)
+        wn.apply(model, "linears")
+        sizes.append(len(page(model, rules="linears")))
+    assert 600 < (sizes[1] - sizes[0]) / 200 < 1200
+
+
 def test_shared_modules_show_all_their_names_and_wrappers_none() -> None:
     layer = nn.Linear(3, 3)
     model = nn.DataParallel(nn.Sequential(layer, nn.ReLU(), layer))

@@ -2,5 +2,5 @@
 
 In: a model, rules, a history of its training; or the inspection of a checkpoint.
 Out: one HTML file.
-Imports: norm, rules, model, surgery, training, checkpoints.
+Imports: errors, norm, rules, model, surgery, training, checkpoints.
 """
