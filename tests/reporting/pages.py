@@ -28,7 +28,7 @@ HOSTILE = [
     "x" * 5000,
     " ",
 ]
-VOID = {"meta", "input"}
+VOID = {"meta", "input", "wbr"}
 
 
 class Page(HTMLParser):

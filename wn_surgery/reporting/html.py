@@ -7,7 +7,7 @@ import html
 __all__ = ["Html", "join", "tag", "text"]
 
 LONGEST = 1000
-_VOID = ("meta", "input")
+_VOID = ("meta", "input", "wbr")
 
 
 class Html(str):

@@ -295,22 +295,22 @@ def _columns(content: Content) -> list[tuple[str, str, str, str]]:
     """Of each column that is used: its class, its heading, what it explains, and its width."""
     weights = content.weights
     found = [
-        ("name", "weight" if content.live else "tensor", "", "minmax(13rem, 1fr)", True),
-        ("layout", "layout", "how it is stored", "8rem", True),
-        ("rule", "rule", "which rule decides", "6.5rem", bool(content.rules)),
-        ("shape", "shape", "of the weight; sorted by its size", "8.5rem", True),
+        ("name", "weight" if content.live else "tensor", "", "minmax(12rem, 1fr)", True),
+        ("layout", "layout", "how it is stored", "7.2rem", True),
+        ("rule", "rule", "which rule decides", "6rem", bool(content.rules)),
+        ("shape", "shape", "of the weight; sorted by its size", "7.5rem", True),
         (
             "g",
             "g",
             "the distribution; sorted by the mean",
-            "8rem",
+            "7rem",
             any(w.g is not None for w in weights),
         ),
         (
             "v",
             "‖v‖",
             "the distribution; sorted by the mean",
-            "8rem",
+            "7rem",
             any(w.v_norm is not None for w in weights),
         ),
         (
@@ -324,7 +324,7 @@ def _columns(content: Content) -> list[tuple[str, str, str, str]]:
             "rate",
             "lr/‖v‖²",
             "the effective learning rate",
-            "8rem",
+            "7rem",
             any(w.rate is not None for w in weights),
         ),
     ]
@@ -368,7 +368,13 @@ def _cells(weight: Weight) -> Iterator[tuple[str, Html]]:
     details = tag("small", " · ".join(filter(None, (weight.kind, weight.dtype))))
     yield (
         "name",
-        tag("td", tag("code", tag("span", place + dot), last), *also, details, class_="name"),
+        tag(
+            "td",
+            tag("code", tag("span", place + dot), tag("wbr"), last),
+            *also,
+            details,
+            class_="name",
+        ),
     )
     after = join(" → ", _chip(weight.becomes, weight.becomes)) if weight.becomes else ""
     yield "layout", tag("td", _chip(weight.layout, weight.layout), after, class_="layout")
