@@ -6,6 +6,7 @@ plain weight. So the list of g and v asks in which layout they will be looked fo
 
 from __future__ import annotations
 
+import importlib
 import sys
 import warnings
 import weakref
@@ -45,7 +46,7 @@ def layout_for(
     seen, layouts = _state.last
     if seen is None or seen() is not destination:
         frame = asking()
-        layouts = {} if frame is None or _state.decide is None else _state.decide(frame)
+        layouts = {} if frame is None else _decide(frame)
         # One decision for a state dict, of which every weight-normed layer asks.
         _state.last = (_reference(destination), layouts)
     return layouts.get(id(parts))
@@ -55,6 +56,14 @@ def warn(frame: FrameType, message: str) -> None:
     """Warn at the line that calls ``save_pretrained``, however deep below it this is."""
     caller = frame.f_back or frame
     warnings.warn_explicit(message, UserWarning, caller.f_code.co_filename, caller.f_lineno)
+
+
+def _decide(frame: FrameType) -> Layouts:
+    if _state.decide is None:
+        # It knows models, and so is in a room above. An unpickled model has imported only this one.
+        importlib.import_module("wn_surgery.model.reloading")
+    assert _state.decide is not None
+    return _state.decide(frame)
 
 
 class _State:
