@@ -231,7 +231,11 @@ with open({file}, "rb") as opened:
     model = pickle.load(opened)
 model.layer(torch.ones(1, 2)).sum().backward()
 assert model.layer.parametrizations.weight.original0.grad is not None
-assert "wn_surgery.model.reloading" not in sys.modules
+assert "wn_surgery.model" not in sys.modules
+before = model.layer.weight
+model.layer.reset_parameters()
+assert not torch.equal(model.layer.weight, before)
+assert torch.equal(model.layer.weight, model.layer.parametrizations.weight.original1)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     model.save_pretrained({str(tmp_path / "saved")!r})

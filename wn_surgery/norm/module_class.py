@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from importlib import import_module
 from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -21,21 +21,12 @@ from wn_surgery.norm.drafts import following
 from wn_surgery.norm.naming import keys_for
 from wn_surgery.norm.parametrization import WeightNorm, WeightNormList, is_weight_norm
 
-__all__ = ["FOLDED", "base_class", "class_for", "computed_names", "is_managed", "opener"]
+__all__ = ["FOLDED", "base_class", "class_for", "computed_names", "is_managed"]
 
 _is_compiling = torch.compiler.is_dynamo_compiling
 
 FOLDED: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 """The modules inside ``folded`` or ``writable`` now, and their parameters held as tensors."""
-
-
-class _Opener:
-    """Holds ``wn_surgery.model.contexts.writable``, which puts itself here from above."""
-
-    open: Callable[[nn.Module], AbstractContextManager[None]]
-
-
-opener = _Opener()
 
 
 def is_managed(cls: type) -> bool:
@@ -201,7 +192,8 @@ def _resetting(base: type[nn.Module], initializer: str) -> Callable[..., Any]:
     """The module's own initializer, with the effect that it has on a plain layer."""
 
     def reset(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with opener.open(self):
+        # In a room above, which an unpickled model has not imported.
+        with import_module("wn_surgery.model.contexts").writable(self):
             return getattr(base, initializer)(self, *args, **kwargs)
 
     return reset
