@@ -197,10 +197,13 @@ def interrupted(run: Run, x: Tensor) -> None:
     try:
         run.net(x)
     except KeyboardInterrupt:
-        return
+        pass
+    else:
+        raise AssertionError("not interrupted")
     finally:
         handle.remove()
-    raise AssertionError("not interrupted")
+    # Until then, or until unfuse, a fused network is held by the frame that was interrupted.
+    run.net(x)
 
 
 NEUTRAL = [

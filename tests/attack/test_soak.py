@@ -105,6 +105,18 @@ def fused(net: Net) -> None:
         net(X), net(X)
 
 
+def interrupted(net: Net) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    fused(net)
+    handle = net.rnn.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        net(X)
+    handle.remove()
+    wn.unfuse(net)
+
+
 def unfused(net: Net) -> None:
     fused(net)
     wn.unfuse(net)
@@ -187,6 +199,7 @@ def left(model: nn.Module) -> dict[str, weakref.ref[object]]:
         fused,
         in_the_legacy_layout,
         initialized,
+        interrupted,
         looked_at,
         refused,
         removed,
