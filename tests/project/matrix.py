@@ -1,9 +1,9 @@
 """Run the tests on other versions of torch, Lightning, transformers and Python.
 
 ``python tests/project/matrix.py [CELL ...]`` makes an environment for each cell in ``.matrix/``,
-runs each folder of tests by itself, and writes ``docs/matrix/CELL.json`` after each of them. So a run
-may be stopped, and ``--only norm model`` runs again what those folders hold. ``--python`` names the
-interpreters where they are not on the path. It needs no package: any Python 3.11 runs it.
+runs each folder of tests by itself, and writes ``docs/matrix/CELL.json`` after each of them. So a
+run may be stopped, and ``--only norm model`` runs again what those folders hold. ``--python``
+names an interpreter that is not on the path. It needs no package: any Python 3.11 runs it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "matrix"
@@ -134,7 +134,7 @@ def tested(python: Path, folder: str, strict: bool, report: Path) -> dict[str, o
 def counted(report: Path) -> dict[str, object]:
     """What pytest's XML file says."""
     failed, skipped, passed = [], 0, 0
-    for case in ElementTree.parse(report).iter("testcase"):
+    for case in ET.parse(report).iter("testcase"):
         kinds = {child.tag for child in case}
         if kinds & {"failure", "error"}:
             failed.append(f"{case.get('classname')}::{case.get('name')}")
@@ -177,8 +177,6 @@ def main() -> int:
         place = ROOT / ".matrix" / name
         install(cell, place, python, asked.torch_arguments.split())
         there = place / "bin" / "python"
-        file = RESULTS / f"{name}.json"
-        result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         for folder in asked.only or folders():
             strict = bool(cell.constraints)
             found = tested(there, folder, strict, place / f"{folder}.xml")
