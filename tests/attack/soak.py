@@ -280,7 +280,7 @@ def soak(
     """Train for so many steps; the sizes at MOMENTS at which no layer has weight norm."""
     disturbed, alone = Run(seed), Run(seed)
     both = random.Random(seed + 1)
-    x, y = torch.randn(3, 2, 8), torch.randn(3, 8, 4)
+    x, y = torch.randn(2, 2, 4), torch.randn(2, 4, 4)
     dropped: list[tuple[str, weakref.ref[Net]]] = []
     done: list[str] = []
     sizes = []

@@ -82,13 +82,6 @@ def applied(net: Net) -> None:
     net(X).sum().backward()
 
 
-def as_torch_does(net: Net) -> None:
-    parametrized(net.conv)
-    net(X).sum().backward()
-    with wn.folded(net):
-        net(X)
-
-
 def in_the_legacy_layout(net: Net) -> None:
     legacy(net.conv)
     net(X).sum().backward()
@@ -193,7 +186,6 @@ def left(model: nn.Module) -> dict[str, weakref.ref[object]]:
     "use",
     [
         applied,
-        as_torch_does,
         copied,
         folded,
         fused,
@@ -214,6 +206,16 @@ def test_a_model_that_is_dropped_is_freed_without_the_collector(use: Callable[[N
     parts = before | left(net)
     del net
     assert not [name for name, part in parts.items() if part() is not None]
+
+
+@pytest.mark.usefixtures("_no_collector")
+def test_torchs_own_parametrization_waits_for_the_collector() -> None:
+    layer = parametrized(nn.Linear(2, 2))
+    gone = weakref.ref(layer)
+    del layer
+    assert gone() is not None
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.usefixtures("_no_collector")
