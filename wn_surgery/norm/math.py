@@ -27,7 +27,7 @@ PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def _has_half_on_cpu() -> bool:
-    one = torch.ones(1, 1, dtype=torch.float16)
+    one = torch.ones(1, 1, dtype=torch.float16, device="cpu")  # whatever the default is
     try:
         torch._weight_norm_interface(one, one)
     except RuntimeError:  # torch 2.6
