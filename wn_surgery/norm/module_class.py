@@ -21,7 +21,9 @@ from wn_surgery.norm.drafts import following
 from wn_surgery.norm.naming import keys_for
 from wn_surgery.norm.parametrization import WeightNorm, WeightNormList, is_weight_norm
 
-__all__ = ["FOLDED", "base_class", "class_for", "computed_names", "is_managed", "opener"]
+__all__ = [
+    "FOLDED", "base_class", "beneath", "class_for", "computed_names", "is_managed", "opener",
+]  # fmt: skip
 
 _is_compiling = torch.compiler.is_dynamo_compiling
 
@@ -51,7 +53,11 @@ def computed_names(cls: type) -> tuple[str, ...]:
 
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The module's class beneath every parametrized class, torch's or ours."""
-    cls = type(module)
+    return beneath(type(module))
+
+
+def beneath(cls: type[nn.Module]) -> type[nn.Module]:
+    """A class without the parametrized classes that are made of it, torch's or ours."""
     while is_managed(cls) or _is_torch_parametrized(cls):
         cls = cls.__bases__[0]
     return cls
