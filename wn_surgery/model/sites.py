@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wn_surgery.model.layouts import Foreign, Normed, SiteLayout, carried
+from wn_surgery.norm.math import PLAIN_TYPES
 from wn_surgery.norm.module_class import FOLDED, beneath
 from wn_surgery.norm.naming import keys_for
 from wn_surgery.norm.options import Dim, NormOptions
@@ -292,6 +293,18 @@ class _Kind(NamedTuple):
             _find(kind, _READERS) or (),
             issubclass(kind, torch.jit.ScriptModule),
         )
+
+
+def identity(tensor: Tensor) -> Hashable:
+    """Equal for what is one tensor while it lives: the same object, or the same memory."""
+    if not has_address(tensor) or tensor.is_meta or tensor.numel() == 0:
+        return id(tensor)
+    return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+def has_address(tensor: Tensor) -> bool:
+    """Whether it is of torch's own classes, and dense."""
+    return type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided
 
 
 def is_folded(node: Node) -> bool:

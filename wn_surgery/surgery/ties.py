@@ -7,11 +7,10 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace as changed
 from typing import NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from wn_surgery.model.layouts import Normed, carried
-from wn_surgery.model.sites import Node, Site, sites_of
+from wn_surgery.model.sites import Node, Site, has_address, identity, sites_of
 from wn_surgery.surgery.checks import before_apply, error_at
 from wn_surgery.surgery.plan import Plan, Step
 
@@ -29,13 +28,7 @@ def tie_key(tensor: Tensor, normed: bool) -> Hashable:
     A direction v is compared by identity alone: torch's functions leave v aliasing the
     plain end of a former tie, and the two are no longer one parameter.
     """
-    if normed or not _has_address(tensor) or tensor.is_meta or tensor.numel() == 0:
-        return id(tensor)
-    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
-
-
-def _has_address(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return id(tensor) if normed else identity(tensor)
 
 
 class Index:
@@ -61,7 +54,7 @@ class Index:
 def _place(tensor: Tensor, normed: bool) -> int:
     """What tied tensors share, and few others."""
     # On the meta device, and where it is empty, the address is 0.
-    return (not normed and _has_address(tensor) and tensor.data_ptr()) or id(tensor)
+    return (not normed and has_address(tensor) and tensor.data_ptr()) or id(tensor)
 
 
 def _tensors(nodes: Sequence[Node]) -> Iterator[tuple[Node, str, Tensor, bool]]:
