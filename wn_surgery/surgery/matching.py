@@ -15,12 +15,13 @@ from wn_surgery.rules.rule import (
     is_universal,
     matches_class,
     matches_param,
+    matches_path,
     path_test,
     takes_rank,
 )
 from wn_surgery.surgery import checks
 
-__all__ = ["Match", "eligible", "match"]
+__all__ = ["Match", "eligible", "match", "takes"]
 
 
 Match: TypeAlias = tuple[Site, dict[str, int], list[int]]
@@ -58,6 +59,16 @@ def match(nodes: Sequence[Node], rules: Sequence[Rule]) -> Iterator[Match]:
                     every.add(i)
             if every:
                 yield site, winners, sorted(every)
+
+
+def takes(rule: Rule, site: Site) -> bool:
+    """Whether a rule matches a site under any of its paths."""
+    node = site.node
+    return (
+        matches_class(rule, node.base)
+        and matches_param(rule, site.param)
+        and any(matches_path(rule, path) and eligible(site, rule, path) for path in node.paths)
+    )
 
 
 def eligible(site: Site, rule: Rule, path: str) -> bool:

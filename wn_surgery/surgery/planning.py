@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from wn_surgery.errors import ModelError, WeightNormError
-from wn_surgery.model.layouts import Foreign, Normed, SiteLayout
+from wn_surgery.model.layouts import Foreign, Normed, SiteLayout, leftovers
 from wn_surgery.model.sites import Node, Site, sites_of, walk
 from wn_surgery.norm.module_class import FOLDED
 from wn_surgery.norm.options import NormOptions
 from wn_surgery.rules.sources import Rule, RuleFields, RulesLike, given_rules
 from wn_surgery.surgery import checks
 from wn_surgery.surgery.diagnosis import explain
-from wn_surgery.surgery.matching import Match, match
+from wn_surgery.surgery.matching import Match, match, takes
 from wn_surgery.surgery.plan import Plan, Step
 from wn_surgery.surgery.ties import Index, resolve_ties
 
@@ -111,6 +111,7 @@ def build(model: nn.Module, rules: tuple[Rule, ...], on_unmatched: OnUnmatched =
         for step in made.changes
         if step.norm is not None
     )
+    made.leftovers += _leftovers(nodes, rules)
     _report_unmatched(made, nodes, winning, on_unmatched)
     return made
 
@@ -122,6 +123,18 @@ def _nodes(model: nn.Module) -> list[Node]:
             "fixed; change weight norm before torch.jit.script or torch.jit.trace"
         )
     return walk(model)
+
+
+def _leftovers(nodes: list[Node], rules: tuple[Rule, ...]) -> Iterator[Site]:
+    """Where a rule removes weight norm that is gone already, but for its load hook."""
+    removes = any(rule.action == "remove" for rule in rules)
+    for node in nodes if removes else ():
+        for param in leftovers(node.module):
+            # torch's removal makes a frozen weight a buffer, which is no site.
+            site = Site(node, param, None, None)
+            deciding = [rule for rule in rules if takes(rule, site)]
+            if deciding and deciding[-1].action == "remove":
+                yield site
 
 
 def build_removal(model: nn.Module) -> Plan:
