@@ -24,7 +24,7 @@ from wn_surgery.norm.options import NormOptions
 from wn_surgery.norm.parametrization import WeightNorm, is_weight_norm, parts_of
 from wn_surgery.norm.writers import follow_writes, is_writer
 
-__all__ = ["FOLDED", "adopt", "base_class", "class_for", "computed_names", "is_managed"]
+__all__ = ["FOLDED", "adopt", "base_class", "beneath", "class_for", "computed_names", "is_managed"]
 
 _is_compiling = torch.compiler.is_dynamo_compiling
 
@@ -45,7 +45,11 @@ def computed_names(cls: type) -> tuple[str, ...]:
 
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The module's class beneath every parametrized class, torch's or ours."""
-    cls = type(module)
+    return beneath(type(module))
+
+
+def beneath(cls: type[nn.Module]) -> type[nn.Module]:
+    """A class without the parametrized classes that are made of it, torch's or ours."""
     while is_managed(cls) or _is_torch_parametrized(cls):
         cls = cls.__bases__[0]
     return cls
