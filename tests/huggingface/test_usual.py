@@ -104,6 +104,6 @@ def test_a_model_without_blocks() -> None:
     with torch.device("meta"):
         model = hf.ResNetModel(hf.ResNetConfig(depths=[1], hidden_sizes=[8], embedding_size=8))
     with pytest.raises(
-        wn.RuleError, match=r"'resnet': ResNetModel has no repeated blocks.*patch_m"
+        wn.RuleError, match=r"'resnet': ResNetModel is not a model.*repeated blocks.*patch_m"
     ):
         rules_for(model)

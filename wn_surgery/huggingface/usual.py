@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from wn_surgery.errors import RuleError
+from wn_surgery.huggingface.config import type_of
 from wn_surgery.rules.fields import did_you_mean
 from wn_surgery.rules.presets import preset
 from wn_surgery.rules.sources import Rule, as_rules
@@ -47,7 +48,7 @@ _RULES: dict[str, str | dict[str, Any]] = {
 _ROUTERS = ["**.{router,gate,gating,shared_expert_gate}", "**.{router,gate,gating}.**"]
 
 
-def rules_for(model: PreTrainedModel | str) -> tuple[Rule, ...]:
+def rules_for(model: nn.Module | str) -> tuple[Rule, ...]:
     """Return the usual rules for a model, or for a model type of the table below.
 
     For decoders every attention and MLP projection, for encoders the linear layers of their
@@ -63,7 +64,8 @@ def rules_for(model: PreTrainedModel | str) -> tuple[Rule, ...]:
             of their own.
 
     Raises:
-        RuleError: there are none: the model has no repeated blocks with linear layers in them.
+        RuleError: there are none: it is not a model of transformers, or it has no repeated blocks
+            with linear layers in them.
 
     Example:
         >>> from transformers import DistilBertConfig, DistilBertModel
@@ -74,7 +76,7 @@ def rules_for(model: PreTrainedModel | str) -> tuple[Rule, ...]:
         >>> rules_for(model)[0].names
         ('transformer.layer.*.**',)
     """
-    model_type = model if isinstance(model, str) else str(model.config.model_type)
+    model_type = model if isinstance(model, str) else type_of(model)
     rules = _RULES.get(model_type)
     if isinstance(rules, str):
         return preset(rules)
@@ -86,12 +88,12 @@ def rules_for(model: PreTrainedModel | str) -> tuple[Rule, ...]:
             f"{did_you_mean(model_type, _RULES)}; give the model: rules_for(model), which looks at "
             "how it is built"
         )
-    lists = list(_block_lists(model))
+    lists = list(_block_lists(model)) if isinstance(model, PreTrainedModel) else []
     if not lists:
         raise RuleError(
-            f"there are no usual rules for model type {model_type!r}: {type(model).__name__} has "
-            "no repeated blocks with linear layers in them; give the rules: "
-            "patch_model(model, [{...}])"
+            f"there are no usual rules for model type {model_type!r}: {type(model).__name__} is "
+            "not a model of transformers with repeated blocks that have linear layers; give the "
+            "rules: patch_model(model, [{...}])"
         )
     names = [f"{path}.*.**" for path in lists]
     label = f"usual rules for {model_type}, from its repeated blocks"
