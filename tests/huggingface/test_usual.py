@@ -73,7 +73,7 @@ def test_the_head_of_a_model_is_not_among_them() -> None:
     with torch.device("meta"):
         model = hf.SegformerForSemanticSegmentation(config)
     (rule,) = rules_for(model)
-    assert rule.names == ("segformer.stages.*.**",)  # and not decode_head.linear_c
+    assert rule.names and all(name.startswith("segformer.") for name in rule.names)
 
 
 def test_routers_stay_plain() -> None:

@@ -143,6 +143,7 @@ def test_what_is_renormalized_does_not_decay() -> None:
     assert groups.exempt[f"conv.{V}"] == "renormalized"
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 brings Muon")
 def test_muon_gets_the_directions_that_are_matrices() -> None:
     model = Model()
     wn.apply(model, [nn.Conv1d, nn.Linear, nn.Embedding])

@@ -54,7 +54,6 @@ class ParameterGroups(list[dict[str, Any]]):
             >>> for_muon, others = groups.split_matrices()
             >>> [len(group["params"]) for group in (*for_muon, *others)]
             [1, 1, 4]
-            >>> muon = torch.optim.Muon(for_muon, lr=0.02)
             >>> adamw = torch.optim.AdamW(others)
         """
         if not self._matrices:
