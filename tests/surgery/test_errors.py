@@ -291,11 +291,13 @@ def test_every_exception_has_a_case() -> None:
         wn.CheckpointError,
         wn.CheckpointFileError,
         wn.CheckpointMismatchError,
+        wn.CompatError,
         wn.ExportError,
         wn.InitializationError,
         wn.RuleFileError,
         wn.FoldedModelError,
         wn.FusionError,
+        wn.MissingSiteError,
         wn.ModelError,
         wn.WeightNormError,
     }
