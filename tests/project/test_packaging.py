@@ -126,7 +126,8 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         metadata = archive.read(f"{NAME}.dist-info/METADATA").decode()
         licenses = [name for name in archive.namelist() if name.endswith("LICENSE")]
-    assert names == MODULES | {"wn_surgery/py.typed"}
+    page = {f"wn_surgery/reporting/page.{kind}" for kind in ("css", "js")}
+    assert names == MODULES | page | {"wn_surgery/py.typed"}
     assert "License-Expression: BSD-3-Clause" in metadata
     assert len(licenses) == 1
 

@@ -1,21 +1,25 @@
-"""Weight norm on Hugging Face models, by a config that is saved and reloaded with them.
+"""Weight norm on models of transformers and diffusers, by a config that travels with them.
 
 Importing this package lets ``from_pretrained`` rebuild the weight norm that a checkpoint's config
 describes.
 
-In: models, configs and folders of transformers.
+In: models, configs and folders of transformers; models of diffusers.
 Out: the same with weight norm, or without.
 Imports: errors, norm, rules, model, checkpoints.
 """
 
 try:
-    import transformers.core_model_loading  # noqa: F401 - as an early test that it is there
-except ModuleNotFoundError as error:
+    # What transformers 5.6 added.
+    from transformers.core_model_loading import PrefixChange as _PrefixChange  # noqa: F401
+except ImportError as error:
     raise ModuleNotFoundError(
-        "wn_surgery.huggingface needs transformers 5 or newer: "
+        "wn_surgery.huggingface needs transformers 5.6 or newer: "
         "pip install 'wn-surgery[transformers]'",
         name=error.name,
     ) from error
+
+import warnings
+from contextlib import suppress
 
 from wn_surgery.huggingface.adapters import merge_adapter, merge_and_unload
 from wn_surgery.huggingface.config import WeightNormConfig, rules_for
@@ -30,3 +34,10 @@ __all__ = [
 ]  # fmt: skip
 
 register()
+
+# It may not be there, or be older than its quantizers: patch_model() raises then.
+with suppress(ImportError), warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from wn_surgery.huggingface import diffusion
+
+    diffusion.register()
