@@ -21,6 +21,7 @@ from wn_surgery.errors import ExistingSiteError as ExistingSiteError
 from wn_surgery.errors import FoldedModelError as FoldedModelError
 from wn_surgery.errors import FusionError as FusionError
 from wn_surgery.errors import InferenceModeError as InferenceModeError
+from wn_surgery.errors import RanksError as RanksError
 from wn_surgery.errors import InitializationError as InitializationError
 from wn_surgery.errors import LazyParameterError as LazyParameterError
 from wn_surgery.errors import NonFloatingError as NonFloatingError

@@ -15,6 +15,7 @@ from wn_surgery.errors import ModelError, ZeroNormError
 from wn_surgery.model import layouts
 from wn_surgery.model.sites import NormedSite, is_folded, normed
 from wn_surgery.model.undo import Snapshot
+from wn_surgery.norm.cuts import is_dtensor, on_any_rank, own_part
 from wn_surgery.norm.math import builds_graph, real_dtype
 from wn_surgery.norm.module_class import (
     FOLDED,
@@ -375,6 +376,11 @@ class _Weight:
                 f"{name} has dtype {weight.dtype} and layout {weight.layout} now; expected a dense "
                 "floating-point one of 16 bits or more; remove weight norm first to store it so"
             )
+        if is_dtensor(weight) != is_dtensor(self._before):
+            raise ValueError(
+                f"{name} is a {type(weight).__name__} now; expected a {type(self._before).__name__}"
+                "; write into it, or assign one of its kind"
+            )
         if weight.shape != self._before.shape:
             raise ValueError(
                 f"{name} has shape {tuple(weight.shape)} now; expected "
@@ -391,9 +397,10 @@ class _Weight:
     def _is_unwritten(self, weight: Tensor) -> bool:
         if weight.is_meta or self._before.is_meta:
             return weight.is_meta
+        part, before = own_part(weight), own_part(self._before)
         # Unlike torch.equal, this takes the NaNs of a diverged model as unchanged.
-        before = self._before.to(weight)
-        return torch.allclose(weight, before, rtol=0.0, atol=0.0, equal_nan=True)
+        same = torch.allclose(part, before.to(part), rtol=0.0, atol=0.0, equal_nan=True)
+        return not on_any_rank(not same, weight)
 
     def moved(self, weight: Tensor) -> _Values | None:
         """Both in the dtype and on the device of ``weight``; ``None`` if they are there."""

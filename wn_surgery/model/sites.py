@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ _T = TypeVar("_T")
 # The attribute under which a wrapper keeps what it wraps, by the wrapper's dotted name, which is
 # compared along the MRO: so nothing needs to be imported to know it.
 _FSDP = "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel"
+_FSDP2 = "torch.distributed.fsdp.FSDPModule"
 _CHECKPOINT = "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper"
 _TRANSPARENT = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
@@ -33,7 +35,7 @@ _TRANSPARENT = {
 _HOLDERS = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "DistributedDataParallel",
     _FSDP: "FSDP",
-    "torch.distributed.fsdp.FSDPModule": "fully_shard (FSDP2)",
+    _FSDP2: "fully_shard (FSDP2)",
 }
 # Modules that read the parameters of these children without calling them, so that no hook on the
 # children runs. (The fast path of nn.TransformerEncoderLayer does too, but not where a hook is.)
@@ -224,7 +226,27 @@ def walk(model: nn.Module) -> list[Node]:
     """
     found = _Walk()
     found.visit(as_module(model), "", None)
-    return list(found.nodes.values())
+    nodes = list(found.nodes.values())
+    _mark_sharded(nodes)
+    return nodes
+
+
+def _mark_sharded(nodes: list[Node]) -> None:
+    """Mark what FSDP2 holds where the model is only a part of what ``fully_shard`` was given."""
+    states = sys.modules.get("torch.distributed._composable_state")
+    if "torch.distributed.fsdp" not in sys.modules or states is None:
+        return
+    held = {
+        id(parameter.sharded_param)
+        for state in [ref() for ref in states._module_state_mapping.values()]
+        for group in getattr(state, "_fsdp_param_groups", ())
+        for parameter in group.fsdp_params
+    }
+    for node in nodes if held else ():
+        lists = node.module._modules.get("parametrizations")
+        own = [*node.module._parameters.values(), *(lists.parameters() if lists else ())]
+        if node.wrapped is None and any(id(parameter) in held for parameter in own):
+            node.wrapped = _HOLDERS[_FSDP2]
 
 
 class _Walk:

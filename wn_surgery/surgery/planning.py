@@ -15,6 +15,7 @@ from wn_surgery.errors import ModelError, WeightNormError
 from wn_surgery.model.layouts import Foreign, Normed, SiteLayout
 from wn_surgery.model.sites import Node, Site, sites_of, walk
 from wn_surgery.norm.module_class import FOLDED
+from wn_surgery.norm.options import NormOptions
 from wn_surgery.rules.sources import Rule, RuleFields, RulesLike, given_rules
 from wn_surgery.surgery import checks
 from wn_surgery.surgery.diagnosis import explain
@@ -22,7 +23,14 @@ from wn_surgery.surgery.matching import Match, match
 from wn_surgery.surgery.plan import Plan, Step
 from wn_surgery.surgery.ties import Index, resolve_ties
 
-__all__ = ["OnUnmatched", "UnmatchedRuleWarning", "build", "build_migration", "plan"]
+__all__ = [
+    "OnUnmatched",
+    "UnmatchedRuleWarning",
+    "build",
+    "build_migration",
+    "divided_in_parts",
+    "plan",
+]
 
 OnUnmatched: TypeAlias = Literal["error", "warn", "ignore"]
 
@@ -99,13 +107,20 @@ def build(model: nn.Module, rules: tuple[Rule, ...], on_unmatched: OnUnmatched =
     resolve_ties(made, index)
     # Checked after ties are resolved: a tied site that is skipped is never divided by its norm.
     # BERT's decoder is tied to embeddings whose padding is zero.
-    made.problems += checks.before_division(
-        (step.site, step.norm, None if step.rule is None else step.rule.g_init)
-        for step in made.changes
-        if step.norm is not None
-    )
+    made.problems += checks.before_division(_divided(made), in_parts=False)
     _report_unmatched(made, nodes, winning, on_unmatched)
     return made
+
+
+def divided_in_parts(plan: Plan) -> list[WeightNormError]:
+    """What :func:`build` leaves out, since every rank has to ask: weights that no rank has whole."""
+    return list(checks.before_division(_divided(plan), in_parts=True))
+
+
+def _divided(plan: Plan) -> Iterator[tuple[Site, NormOptions, float | None]]:
+    for step in plan.changes:
+        if step.norm is not None and step.action != "migrate":
+            yield step.site, step.norm, None if step.rule is None else step.rule.g_init
 
 
 def _nodes(model: nn.Module) -> list[Node]:
