@@ -34,6 +34,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import wn_surgery as wn
+from wn_surgery.model import layouts
 from wn_surgery.norm.math import magnitude, weight_norm
 
 DOWN = "blocks.0.down.weight"  # cut by columns, and normed by rows
@@ -227,9 +228,7 @@ def verbs(mesh: DeviceMesh) -> Any:
     wn.apply(one, ALL)
     found["changed"] = list(report.changed)
     found["kept bits"] = all(
-        torch.equal(whole(model.get_parameter(name) if name in plain else value), plain[name])
-        for name, value in ((key, wn_weight(model, key)) for key in plain)
-        if value is not None
+        torch.equal(whole(weight_of(model, name)), weight) for name, weight in plain.items()
     )
     found["again"] = list(wn.apply(model, ALL).changed)
     found["in the optimizer"] = {id(p) for p in optimizer.param_groups[0]["params"]} == {
@@ -246,7 +245,7 @@ def verbs(mesh: DeviceMesh) -> Any:
         with wn.writable(each):
             for key, value in plain.items():
                 if "weight" in key and "norm" not in key:
-                    target = each.get_parameter(key)
+                    target = weight_of(each, key)
                     new = value.flip(0) * 3
                     if isinstance(target, DTensor):
                         new = distribute_tensor(new, mesh, target.placements)
@@ -272,7 +271,7 @@ def verbs(mesh: DeviceMesh) -> Any:
     wn.apply(model, {**ALL[0], "dim": 1, "replace": True})
     wn.apply(one, {**ALL[0], "dim": 1, "replace": True})
     compare("replaced")
-    weights_now = {name: whole(wn_weight(model, name)) for name in report.changed}  # type: ignore[arg-type]
+    weights_now = {name: whole(weight_of(model, name)) for name in report.changed}
     wn.remove(model, optimizers=[optimizer])
     wn.remove(one)
     found["removed bits"] = all(
@@ -284,10 +283,10 @@ def verbs(mesh: DeviceMesh) -> Any:
     return found
 
 
-def wn_weight(model: nn.Module, name: str) -> Tensor | None:
+def weight_of(model: nn.Module, name: str) -> Tensor:
     path, _, param = name.rpartition(".")
-    module = model.get_submodule(path)
-    return getattr(module, param) if param == "weight" and hasattr(module, "parametrizations") else None
+    weight: Tensor = getattr(model.get_submodule(path), param)
+    return weight
 
 
 def writes_of_one_rank(mesh: DeviceMesh) -> Any:
@@ -317,10 +316,78 @@ def error(call: Callable[[], Any]) -> str:
         mine = "no error"
     except Exception as raised:  # noqa: BLE001 - the test compares it
         site = getattr(raised, "site", None)
-        mine = f"{type(raised).__name__}[{site}]: {raised}"
+        notes = "".join(f"\n{note}" for note in getattr(raised, "__notes__", ()))
+        mine = f"{type(raised).__name__}[{site}]: {raised}{notes}"
     heard: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(heard, mine)
     return "\n--\n".join(heard)
+
+
+def refusals(mesh: DeviceMesh) -> Any:
+    """What one rank cannot do, or would do in another way, no rank does."""
+    rank = mesh.get_rank()
+    found: dict[str, Any] = {}
+
+    def refused(name: str, model: nn.Module, call: Callable[[], Any]) -> None:
+        before = {key: (id(value), whole(value).clone()) for key, value in model.named_parameters()}
+        kinds = [type(module) for module in model.modules()]
+        told = error(call)
+        now = {key: (id(value), whole(value)) for key, value in model.named_parameters()}
+        same = before.keys() == now.keys() and all(
+            before[key][0] == now[key][0] and torch.equal(before[key][1], now[key][1])
+            for key in before
+        )
+        found[name] = told, same and kinds == [type(module) for module in model.modules()]
+
+    model = cut(USUAL, mesh)
+    dims: list[Any] = [{**ALL[0], "dim": 0}, {**ALL[0], "dim": 1}]
+    refused("other rules", model, lambda: wn.apply(model, dims[rank]))
+    refused("more rules", model, lambda: wn.apply(model, ALL + dims[:rank] + SKIPS[:rank]))
+    refused("no rule", model, lambda: wn.apply(model, [{"types": "Linea"}] if rank else ALL))
+    refused("not a rule", model, lambda: wn.apply(model, [{"typos": "Linear"}] if rank else ALL))
+
+    down: Any = model.get_submodule("blocks.0.down")
+    put = layouts.put_parametrized
+
+    def put_fails(module: nn.Module, *args: Any) -> None:
+        if module is down and rank == 1:
+            raise MemoryError("no memory for this one")
+        put(module, *args)
+
+    layouts.put_parametrized = put_fails
+    refused("fails in the middle", model, lambda: wn.apply(model, ALL))
+    layouts.put_parametrized = put
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    held = [id(p) for p in optimizer.param_groups[0]["params"]]
+    wrong: Any = [optimizer, "not an optimizer"][: rank + 1]
+    refused("an optimizer", model, lambda: wn.apply(model, ALL, optimizers=wrong))
+    found["optimizer as before"] = held == [id(p) for p in optimizer.param_groups[0]["params"]]
+
+    up: Any = model.get_submodule("blocks.0.up")
+    row = whole(up.weight)[-1].clone()
+    with torch.no_grad():  # the last row, which is rank 1's
+        up.weight.copy_(distribute_tensor(whole(up.weight).index_fill(0, tensor(7), 0.0), mesh, [Shard(0)]))
+    refused("a zero row of one rank", model, lambda: wn.apply(model, ALL))
+    found["planned by one rank"] = rank == 1 or wn.plan(model, ALL).changes != []
+    with torch.no_grad():
+        up.weight.copy_(distribute_tensor(whole(up.weight).index_copy(0, tensor(7), row[None]), mesh, [Shard(0)]))
+    with torch.no_grad():
+        column = whole(down.weight).index_fill(0, tensor(2), 0.0)
+        down.weight.copy_(distribute_tensor(column, mesh, [Shard(1)]))
+    refused("a zero row in parts", model, lambda: wn.apply(model, ALL))
+
+    partial = nn.Linear(4, 4)
+    part = DTensor.from_local(partial.weight.detach(), mesh, [Partial()], run_check=False)
+    partial.weight = nn.Parameter(part)
+    found["a partial sum"] = error(lambda: wn.apply(partial, ALL))
+    return found
+
+
+SKIPS: list[Any] = [{"action": "skip", "names": "head"}]
+
+
+def tensor(index: int) -> Tensor:
+    return torch.tensor([index])
 
 
 CASES: dict[str, Callable[[DeviceMesh], Any]] = {
@@ -328,6 +395,7 @@ CASES: dict[str, Callable[[DeviceMesh], Any]] = {
     "second derivatives": second_derivatives,
     "training": training,
     "verbs": verbs,
+    "refusals": refusals,
 }
 
 

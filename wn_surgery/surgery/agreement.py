@@ -7,8 +7,9 @@ computed together, and how it went before anything is final.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import torch.distributed as dist
@@ -20,6 +21,17 @@ from wn_surgery.norm.cuts import is_dtensor
 from wn_surgery.surgery.plan import Step
 
 __all__ = ["Ranks"]
+
+
+@dataclass
+class Body:
+    """What a body says of itself: the steps that have to be the same on all ranks, and its place.
+
+    ``at`` is the name of the parameter that it works on.
+    """
+
+    steps: Sequence[Step] = ()
+    at: str | None = None
 
 
 class _Said(NamedTuple):
@@ -45,29 +57,30 @@ class Ranks:
         self._groups = [group for group in found if dist.get_backend(group) != "fake"]
 
     @contextmanager
-    def agree(self, verb: str) -> Generator[list[Step]]:
-        """Run the body on every rank; an error on one is an error on all.
-
-        The steps that the body puts into the list have to be the same everywhere.
-        """
-        steps: list[Step] = []
+    def agree(self, verb: str) -> Generator[Body]:
+        """Run the body on every rank; an error on one is an error on all."""
+        body = Body()
         error: BaseException | None = None
         try:
-            yield steps
+            yield body
         except BaseException as raised:
             error = raised
         if self._groups:
-            self._compare(verb, steps, error)
+            self._compare(verb, body, error)
         if error is not None:
             raise error
 
-    def _compare(self, verb: str, steps: list[Step], error: BaseException | None) -> None:
-        lines = [_line(step) for step in steps]
+    def _compare(self, verb: str, body: Body, error: BaseException | None) -> None:
+        lines = [_line(step) for step in body.steps]
         digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
         mine = _Said(digest)
         if error is not None:
+            site = getattr(error, "site", None) or body.at
             told = f"{type(error).__name__}: {error}"
-            mine = _Said(error=told, site=getattr(error, "site", None))
+            if site is not None and site not in told:
+                told = f"{site}: {told}"
+                error.add_note(f"wn_surgery cannot {verb} at {site}; no rank has changed")
+            mine = _Said(error=told, site=site)
         try:
             said = self._gather(mine)
             if error is not None:

@@ -222,19 +222,20 @@ def _carry_out(
     verb: str, model: nn.Module, planned: Callable[[], Plan], optimizers: Optimizer | Iterable[Any]
 ) -> Report:
     ranks = Ranks(model)
-    with ranks.agree(verb) as agreed:
+    with ranks.agree(verb) as body:
         plan = planned()
         edit = OptimizerEdit(optimizers)
         plan.check()
-        agreed += plan.changes
+        body.steps = plan.changes
     log = UndoLog()
     work = _Work(log)
     plan.problems += divided_in_parts(plan)
     work.compute_parts(plan.changes)
     try:
-        with ranks.agree(verb):
+        with ranks.agree(verb) as body:
             plan.check()
             for step in plan.changes:
+                body.at = step.site.name
                 work.do(step)
             for step in plan.changes:
                 layouts.refresh(step.site.module)
