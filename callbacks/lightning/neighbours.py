@@ -19,7 +19,7 @@ _SHARDING = ("ModelParallelStrategy", "FSDPStrategy", "DeepSpeedStrategy")
 
 
 def check(
-    trainer: Trainer, pl_module: LightningModule, callback: Callback, save_layout: str
+    trainer: Trainer, pl_module: LightningModule, callback: Any, save_layout: str
 ) -> None:
     """Raise CallbackError where weight norm cannot work with what else the Trainer has."""
     callbacks: list[Any] = list(getattr(trainer, "callbacks", ()))
@@ -41,6 +41,14 @@ def check(
             raise wn.CallbackError(
                 f"{name} comes before WeightNorm in callbacks= and has copied the model without "
                 f"weight norm; put WeightNorm first: callbacks=[WeightNorm(...), {name}(...)]"
+            )
+    if shards(trainer) and getattr(trainer.strategy, "_data_parallel_size", 2) != 1:
+        scalar = [rule for rule in callback.rules if rule.action == "apply" and rule.dim is None]
+        for rule in scalar:
+            raise wn.CallbackError(
+                f"the rule ({rule.describe()}) has dim=None, for which g is a scalar, and "
+                f"{type(trainer.strategy).__name__} cannot cut scalars; write dim=[] (no axes): the "
+                "same norm, with a g that has as many axes as the weight"
             )
     if save_layout != "parametrized" and shards(trainer):
         raise wn.CallbackError(

@@ -10,12 +10,14 @@ import copy
 import datetime
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -24,7 +26,6 @@ from torch.distributed.tensor import (
     Shard,
     distribute_tensor,
 )
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -33,9 +34,28 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
 import wn_surgery as wn
-from wn_surgery.model import layouts
+from wn_surgery.model import gathering, layouts
 from wn_surgery.norm.math import magnitude, weight_norm
+
+
+class Sent(TorchDispatchMode):
+    """Counts collectives. torch's CommDebugMode also follows modules, and trips over FSDP2's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(kind is DTensor for kind in types):
+            return NotImplemented  # which makes it compute with its parts
+        space, _, name = func.name().partition("::")
+        if space in ("c10d", "_c10d_functional") and "wait" not in name:
+            self.ops.append(name)
+        return func(*args, **(kwargs or {}))
+
 
 DOWN = "blocks.0.down.weight"  # cut by columns, and normed by rows
 
@@ -73,7 +93,7 @@ class Net(nn.Module):
 
 
 def tokens(step: int = 0) -> Tensor:
-    return torch.randint(0, 10, (3, 4), generator=torch.Generator().manual_seed(step))
+    return torch.randint(0, 10, (4, 4), generator=torch.Generator().manual_seed(step))
 
 
 USUAL: dict[str, Any] = {
@@ -106,12 +126,12 @@ def cut(plan: dict[str, Any], mesh: DeviceMesh) -> nn.Module:
     return parallelize_module(Net(), mesh, dict(plan))
 
 
-def train(model: nn.Module, steps: int = 20) -> None:
+def train(model: nn.Module, part: slice = slice(None), steps: int = 20) -> None:
     groups = wn.parameter_groups(model, weight_decay=0.1)
     optimizer = torch.optim.AdamW(groups, lr=1e-2, foreach=False)
     for step in range(steps):
         optimizer.zero_grad()
-        model(tokens(step)).square().mean().backward()
+        model(tokens(step)[part]).square().mean().backward()
         optimizer.step()
 
 
@@ -152,9 +172,9 @@ def one_cut(mesh: DeviceMesh, weight: Tensor, up: Tensor, placement: Placement, 
     one_v = weight.clone().requires_grad_()
     one_g = (magnitude(weight, *options) * 2).requires_grad_()
     gradient = distribute_tensor(up, mesh, [placement])
-    with CommDebugMode() as forward:
+    with Sent() as forward:
         w = weight_norm(v, g, *options)
-    with CommDebugMode() as backward:
+    with Sent() as backward:
         w.backward(gradient)
     one = weight_norm(one_v, one_g, *options)
     one.backward(up)
@@ -165,8 +185,8 @@ def one_cut(mesh: DeviceMesh, weight: Tensor, up: Tensor, placement: Placement, 
         "normed axis cut": isinstance(placement, Shard) and placement.dim not in kept,
         "difference": max(float((whole(a) - b.detach()).abs().max()) for a, b in pairs),  # type: ignore[arg-type,union-attr]
         "dtype": str(weight.dtype),
-        "forward": forward.get_total_counts(),
-        "backward": backward.get_total_counts(),
+        "forward": len(forward.ops),
+        "backward": len(backward.ops),
         "placed alike": w.placements == v.placements == v.grad.placements  # type: ignore[attr-defined,union-attr]
         and g.grad.placements == g.placements,  # type: ignore[attr-defined,union-attr]
     }
@@ -195,11 +215,11 @@ def training(mesh: DeviceMesh) -> Any:
     found = {}
     for name, (plan, rules) in PLANS.items():
         model, one = cut(plan, mesh), Net()
-        with CommDebugMode() as plain:
+        with Sent() as plain:
             model(tokens()).square().mean().backward()
         wn.apply(model, rules)
         wn.apply(one, rules)
-        with CommDebugMode() as normed:
+        with Sent() as normed:
             model(tokens()).square().mean().backward()
         model.zero_grad()
         before = difference(state(model), state(one))
@@ -208,7 +228,7 @@ def training(mesh: DeviceMesh) -> Any:
         found[name] = {
             "before": before,
             "after": difference(state(model), state(one)),
-            "sent": normed.get_total_counts() - plain.get_total_counts(),
+            "sent": len(normed.ops) - len(plain.ops),
             "all reduced": all(
                 not isinstance(p.grad, DTensor) or p.grad.placements == p.placements  # type: ignore[attr-defined]
                 for name, p in model.named_parameters()
@@ -262,9 +282,9 @@ def verbs(mesh: DeviceMesh) -> Any:
     )
     with torch.no_grad(), wn.folded(model):
         found["folded"] = float((model(tokens()) - one(tokens())).abs().max())
-        with CommDebugMode() as sent:
+        with Sent() as sent:
             weights = [model.get_submodule("blocks.0.down").weight for _ in range(2)]
-        found["read twice inside"] = sent.get_total_counts(), weights[0] is weights[1]
+        found["read twice inside"] = len(sent.ops), weights[0] is weights[1]
     twin = copy.deepcopy(model)
     found["migrated"] = list(wn.migrate(twin).changed)
     found["migrate to legacy"] = error(lambda: wn.migrate(twin, to="legacy"))
@@ -390,12 +410,130 @@ def tensor(index: int) -> Tensor:
     return torch.tensor([index])
 
 
+def shard(model: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module:
+    for module in (*model.get_submodule("blocks").children(), model):
+        fully_shard(module, mesh=mesh, **options)
+    return model
+
+
+NO_AXES = [{**ALL[0], "dim": []}]
+
+
+def fsdp(mesh: DeviceMesh) -> Any:
+    """Fold, and take off, what FSDP2 has cut."""
+    model, one = Net(), Net()
+    rules = [*ALL, {"types": "Linear", "dim": []}]
+    for each in (model, one):
+        wn.apply(each, rules)
+    shard(model, mesh)
+    part = slice(mesh.get_rank(), None, 2)
+    found: dict[str, Any] = {}
+    with torch.no_grad(), wn.folded(model):  # before any forward
+        found["folded at first"] = float((model(tokens()) - one(tokens())).abs().max())
+    train(model, part)
+    train(one)
+    found["after"] = difference(state(model), state(one))
+    expected = one(tokens()).detach()
+
+    def sent(call: Callable[[], Tensor]) -> tuple[int, float]:
+        with Sent() as counted:
+            result = call()
+        return len(counted.ops), float((result - expected).detach().abs().max())
+
+    with torch.no_grad():
+        found["not folded"] = [sent(lambda: model(tokens())) for _ in range(3)]
+        with ExitStack() as stack:
+            with Sent() as entering:
+                stack.enter_context(wn.folded(model))
+            inside = [sent(lambda: model(tokens())) for _ in range(3)]
+            with wn.folded(model):
+                inside.append(sent(lambda: model(tokens())))
+            inside.append(sent(lambda: model(tokens())))
+        found["folded"] = inside
+        found["entering"] = len(entering.ops)
+        found["after it"] = sent(lambda: model(tokens()))
+    train(model, part, 3)
+    train(one, steps=3)
+    found["trained on"] = difference(state(model), state(one))
+    found["with grad"] = error(lambda: wn.folded(model).__enter__())
+    gathering.free_bytes = lambda _: 10 if mesh.get_rank() else 1 << 40
+    with torch.no_grad():
+        found["without memory"] = error(lambda: wn.folded(model).__enter__())
+    gathering.free_bytes = lambda _: None
+    found["remove"] = error(lambda: wn.remove(model))
+    found["remove from a part"] = error(lambda: wn.remove(model.get_submodule("head")))
+    # What the message says.
+    said = found["remove"].partition("\n--\n")[0].splitlines()
+    names: dict[str, Any] = {"model": model, "wn_surgery": wn}
+    exec("\n".join(line.strip() for line in said if line.startswith("    ")), names)  # noqa: S102
+    wn.remove(one)
+    found["plain"] = difference(names["plain"], state(one))
+    scalar = Net()
+    wn.apply(scalar, {**ALL[0], "dim": None})
+    found["scalar"] = error(lambda: shard(scalar, mesh))
+    return found
+
+
+def mixed_precision(mesh: DeviceMesh) -> Any:
+    """How far the weights of a bfloat16 forward are from those of the float32 originals."""
+    found = {}
+    for norm_dtype in (None, "float32"):
+        torch.manual_seed(0)
+        layer = nn.Linear(256, 64, bias=False)
+        wn.apply(layer, {"types": "Linear", "norm_dtype": norm_dtype})
+        plist: Any = layer.parametrizations.weight  # type: ignore[union-attr]
+        with torch.no_grad():
+            plist.original1.mul_(torch.rand(64, 1) + 0.5)
+        exact = plist().detach()
+        fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        with torch.no_grad():
+            got = layer(torch.eye(256)).T.float()
+        weights = (got - exact).norm() / exact.norm()
+        norms = (got.norm(dim=1) / exact.norm(dim=1) - 1).abs().max()
+        found[str(norm_dtype)] = float(weights), float(norms)
+    rounded = exact.bfloat16().float()
+    found["the best bfloat16"] = (
+        float((rounded - exact).norm() / exact.norm()),
+        float((rounded.norm(dim=1) / exact.norm(dim=1) - 1).abs().max()),
+    )
+    return found
+
+
+def two_dimensions(mesh: DeviceMesh) -> Any:
+    """Cut by tensor parallelism, normed, and cut again by FSDP2; on four processes."""
+    found = {}
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    for name, rules in (("rows", ALL), ("columns", [{**ALL[0], "dim": 1}]), ("whole", NO_AXES)):
+        model, one = cut(USUAL, square["tp"]), Net()
+        for each in (model, one):
+            wn.apply(each, rules)
+        shard(model, square["dp"])
+        train(model, slice(square.get_local_rank("dp"), None, 2))
+        train(one)
+        mine, theirs = wn.statistics(model), wn.statistics(one)
+        with torch.no_grad(), wn.folded(model):
+            with Sent() as sent:
+                result = model(tokens())
+        found[name] = {
+            "after": difference(state(model), state(one)),
+            "statistics": max(
+                float((a.v_norm_values - b.v_norm_values).abs().max())
+                for a, b in zip(mine.sites, theirs.sites, strict=True)
+            ),
+            "folded": float((result - one(tokens())).detach().abs().max()),
+            "gathers when folded": sum("gather" in op for op in sent.ops),
+        }
+    return found
+
+
 CASES: dict[str, Callable[[DeviceMesh], Any]] = {
     "math": math,
     "second derivatives": second_derivatives,
     "training": training,
     "verbs": verbs,
     "refusals": refusals,
+    "fsdp": fsdp,
+    "mixed precision": mixed_precision,
 }
 
 
@@ -403,9 +541,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
     try:
-        chosen = sys.argv[2:] or list(CASES)
-        two = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-        results = {name: CASES[name](two) for name in chosen}
+        cases = CASES if dist.get_world_size() == 2 else {"two dimensions": two_dimensions}
+        every = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("all",))
+        results = {name: cases[name](every) for name in sys.argv[2:] or cases}
         if dist.get_rank() == 0:
             torch.save(results, sys.argv[1])
     finally:

@@ -296,6 +296,7 @@ def test_every_exception_has_a_case() -> None:
         wn.RuleFileError,
         wn.FoldedModelError,
         wn.FusionError,
+        wn.RanksError,
         wn.ModelError,
         wn.WeightNormError,
     }

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from wn_surgery.errors import ModelError, ZeroNormError
 from wn_surgery.model import layouts
+from wn_surgery.model.gathering import FSDP2, gather, release
 from wn_surgery.model.sites import NormedSite, is_folded, normed
 from wn_surgery.model.undo import Snapshot
 from wn_surgery.norm.cuts import is_dtensor, on_any_rank, own_part
@@ -67,13 +68,17 @@ def folded(model: nn.Module) -> Generator[None]:
     live model. A fold belongs to its thread; another thread computes its weights as usual, or
     has a fold of its own. (But call a compiled model and fold it in one thread.)
 
+    Under FSDP2 the units of the weights are gathered on entry and stay so until the end, so that no
+    forward gathers them again: each rank has v and the weight whole meanwhile. Every rank enters.
+
     Args:
         model: any module tree, any layouts. Contexts may be nested and may overlap.
 
     Raises:
         ModelError: a folded weight was assigned or deleted: at once, or for the hook of
             ``torch.nn.utils.weight_norm`` on exit. Nothing has changed then. Also for surgery
-            inside; and for that hook's layout where another thread folds or calls the layer.
+            inside; for that hook's layout where another thread folds or calls the layer; and under
+            FSDP2 with grad enabled, or where a rank has no memory for it.
 
     Example:
         >>> import torch, wn_surgery as wn
@@ -85,10 +90,12 @@ def folded(model: nn.Module) -> Generator[None]:
     found: list[NormedSite] = []
     entered: list[tuple[str, _Fold]] = []
     replaced: list[str] = []
+    units: list[nn.Module] = []
     try:
         # One step for all threads: the last to leave must not tear down what another enters.
         with _LOCK:
             found = normed(model)
+            units = gather((site.held.g, site.held.v) for site in found if _is_cut(site))
             for site in found:
                 fold = _fold_of(site)
                 fold.enter()
@@ -98,6 +105,7 @@ def folded(model: nn.Module) -> Generator[None]:
     finally:
         with _LOCK:
             replaced = [name for name, fold in reversed(entered) if not fold.leave()]
+            release(units)
             _refresh(found)
     if replaced:
         raise ModelError(
@@ -105,6 +113,20 @@ def folded(model: nn.Module) -> Generator[None]:
             "only read, and is as it was before; write to it inside writable(), or outside",
             kind="folded",
         )
+
+
+def _is_cut(site: NormedSite) -> bool:
+    """Whether FSDP2 holds the parts of the weight."""
+    if site.node.wrapped != FSDP2:
+        return False
+    if builds_graph() and (site.held.g.requires_grad or site.held.v.requires_grad):
+        raise ModelError(
+            f"{site.name} is held by {FSDP2}, which takes gradients only of what it gathers for "
+            "one forward; fold it inside torch.no_grad()",
+            kind="folded",
+            site=site.name,
+        )
+    return True
 
 
 def _fold_of(site: NormedSite) -> _Fold:

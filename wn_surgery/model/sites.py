@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from wn_surgery.model.gathering import FSDP2, held_by_fsdp
 from wn_surgery.model.layouts import Foreign, Normed, SiteLayout, carried
 from wn_surgery.norm.module_class import FOLDED, base_class
 from wn_surgery.norm.naming import keys_for
@@ -22,7 +22,6 @@ _T = TypeVar("_T")
 # The attribute under which a wrapper keeps what it wraps, by the wrapper's dotted name, which is
 # compared along the MRO: so nothing needs to be imported to know it.
 _FSDP = "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel"
-_FSDP2 = "torch.distributed.fsdp.FSDPModule"
 _CHECKPOINT = "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper"
 _TRANSPARENT = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
@@ -35,7 +34,7 @@ _TRANSPARENT = {
 _HOLDERS = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "DistributedDataParallel",
     _FSDP: "FSDP",
-    _FSDP2: "fully_shard (FSDP2)",
+    "torch.distributed.fsdp.FSDPModule": FSDP2,
 }
 # Modules that read the parameters of these children without calling them, so that no hook on the
 # children runs. (The fast path of nn.TransformerEncoderLayer does too, but not where a hook is.)
@@ -233,20 +232,12 @@ def walk(model: nn.Module) -> list[Node]:
 
 def _mark_sharded(nodes: list[Node]) -> None:
     """Mark what FSDP2 holds where the model is only a part of what ``fully_shard`` was given."""
-    states = sys.modules.get("torch.distributed._composable_state")
-    if "torch.distributed.fsdp" not in sys.modules or states is None:
-        return
-    held = {
-        id(parameter.sharded_param)
-        for state in [ref() for ref in states._module_state_mapping.values()]
-        for group in getattr(state, "_fsdp_param_groups", ())
-        for parameter in group.fsdp_params
-    }
+    held = held_by_fsdp()
     for node in nodes if held else ():
         lists = node.module._modules.get("parametrizations")
         own = [*node.module._parameters.values(), *(lists.parameters() if lists else ())]
         if node.wrapped is None and any(id(parameter) in held for parameter in own):
-            node.wrapped = _HOLDERS[_FSDP2]
+            node.wrapped = FSDP2
 
 
 class _Walk:

@@ -13,6 +13,7 @@ from wn_surgery.model import layouts
 from wn_surgery.model.undo import UndoLog
 from wn_surgery.norm.cuts import is_dtensor
 from wn_surgery.norm.drafts import follow_initializer
+from wn_surgery.norm.local_reads import follow_styles
 from wn_surgery.norm.math import filled, magnitude
 from wn_surgery.norm.slots import settle
 from wn_surgery.rules.sources import Rule, RuleFields, RulesLike, given_rules
@@ -247,6 +248,7 @@ def _carry_out(
     if plan.changes:
         settle(plan.model)
         follow_initializer(plan.model)
+        follow_styles(plan.model)
     return Report(
         tuple(step.site.name for step in plan.changes),
         tuple(step.to_dict() for step in plan.steps),
