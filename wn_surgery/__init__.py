@@ -21,11 +21,11 @@ from wn_surgery.errors import ExistingSiteError as ExistingSiteError
 from wn_surgery.errors import FoldedModelError as FoldedModelError
 from wn_surgery.errors import FusionError as FusionError
 from wn_surgery.errors import InferenceModeError as InferenceModeError
-from wn_surgery.errors import RanksError as RanksError
 from wn_surgery.errors import InitializationError as InitializationError
 from wn_surgery.errors import LazyParameterError as LazyParameterError
 from wn_surgery.errors import NonFloatingError as NonFloatingError
 from wn_surgery.errors import QuantizedWeightError as QuantizedWeightError
+from wn_surgery.errors import RanksError as RanksError
 from wn_surgery.errors import RuleFileError as RuleFileError
 from wn_surgery.errors import StackedParametrizationError as StackedParametrizationError
 from wn_surgery.errors import TiedParameterError as TiedParameterError

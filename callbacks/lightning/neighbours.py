@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 import wn_surgery as wn
-from wn_surgery.callbacks.lightning.bases import Callback
 from wn_surgery.model.sites import normed
 
 if TYPE_CHECKING:
@@ -18,9 +17,7 @@ __all__ = ["check", "in_worker_processes", "is_a", "shards"]
 _SHARDING = ("ModelParallelStrategy", "FSDPStrategy", "DeepSpeedStrategy")
 
 
-def check(
-    trainer: Trainer, pl_module: LightningModule, callback: Any, save_layout: str
-) -> None:
+def check(trainer: Trainer, pl_module: LightningModule, callback: Any, save_layout: str) -> None:
     """Raise CallbackError where weight norm cannot work with what else the Trainer has."""
     callbacks: list[Any] = list(getattr(trainer, "callbacks", ()))
     own = sum(isinstance(other, type(callback)) for other in callbacks)
@@ -47,8 +44,8 @@ def check(
         for rule in scalar:
             raise wn.CallbackError(
                 f"the rule ({rule.describe()}) has dim=None, for which g is a scalar, and "
-                f"{type(trainer.strategy).__name__} cannot cut scalars; write dim=[] (no axes): the "
-                "same norm, with a g that has as many axes as the weight"
+                f"{type(trainer.strategy).__name__} cannot cut scalars; write dim=[] (no axes): "
+                "the same norm, with a g that has as many axes as the weight"
             )
     if save_layout != "parametrized" and shards(trainer):
         raise wn.CallbackError(

@@ -71,7 +71,14 @@ def test_verbs_on_a_cut_model(two: Any) -> None:
     assert found["again"] == found["migrated"] == []
     for name in ("kept bits", "in the optimizer", "removed bits", "still cut"):
         assert found[name], name
-    for name in ("initialize_from_batch", "writable", "statistics", "folded", "replaced", "removed"):
+    for name in (
+        "initialize_from_batch",
+        "writable",
+        "statistics",
+        "folded",
+        "replaced",
+        "removed",
+    ):
         assert found[name] <= 1e-5, name
     assert found["writable, nothing written"] == 0.0
     assert found["read twice inside"] == (0, True)
@@ -97,10 +104,8 @@ def test_what_one_rank_writes_is_seen_by_all(two: Any) -> None:
         ("not a rule", "RanksError[None]: rank 1 cannot apply: RuleError: rule 1", "RuleError"),
         (
             "fails in the middle",
-            "RanksError[blocks.0.down.weight]: rank 1 cannot apply: "
-            "blocks.0.down.weight: MemoryError: no memory",
-            "MemoryError[None]: no memory for this one\n"
-            "wn_surgery cannot apply at blocks.0.down.weight",
+            "RanksError[blocks.0.down.weight]: rank 1 cannot apply: blocks.0.down.weight: Memory",
+            "MemoryError[None]: no memory for this one\nwn_surgery cannot apply at blocks.0.down",
         ),
         ("an optimizer", "RanksError[None]: rank 1 cannot apply: TypeError", "TypeError"),
         ("a zero row of one rank", *["ZeroNormError[blocks.0.up.weight]"] * 2),
@@ -148,6 +153,16 @@ def test_fsdp2_says_how_to_get_plain_weights(two: Any) -> None:
 def test_one_norm_under_fsdp2_needs_a_g_with_axes(two: Any) -> None:
     # dim=[] is in the rules of the case; torch refuses the scalar of dim=None.
     assert "doesn't support scalar parameters" in two["fsdp"]["scalar"]
+
+
+def test_bfloat16_rounds_g_more_than_norms(two: Any) -> None:
+    weights, norms = zip(*two["mixed precision"].values(), strict=True)
+    for errors in (weights, norms):
+        usual, in_float32, best = errors
+        # norm_dtype sums in float32, as torch's kernel does anyway. What is lost is lost in the
+        # gather, which rounds g to eight bits.
+        assert usual == pytest.approx(in_float32, rel=0.01)
+        assert 1.5 * best < usual < 2**-8
 
 
 def test_both_together(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ __all__ = ["FSDP2", "gather", "held_by_fsdp", "release"]
 FSDP2 = "fully_shard (FSDP2)"
 """How messages name it, and ``Node.wrapped``."""
 
+
 def _states() -> Iterator[tuple[Any, Any]]:
     """Every module that ``fully_shard`` was given, and its state; grouped modules once."""
     table = sys.modules.get("torch.distributed._composable_state")

@@ -409,7 +409,9 @@ class _PartsNode(torch.autograd.Function):
             whole_g = cut.magnitude(grad_g, g.shape).redistribute(placements=g.placements)
             found = cut.weight(grad_v, v), whole_g
         need = ctx.needs_input_grad
-        return tuple(each if n else None for each, n in zip(found, need, strict=False)) + (None,) * 3
+        return (
+            tuple(each if n else None for each, n in zip(found, need, strict=False)) + (None,) * 3
+        )
 
 
 def _values_of_parts(
@@ -420,9 +422,7 @@ def _values_of_parts(
     return cut.weight(w, v), norms, cut
 
 
-def _of_parts(
-    v: Tensor, g: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None
-) -> Tensor:
+def _of_parts(v: Tensor, g: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None) -> Tensor:
     if not is_dtensor(g):
         raise ValueError(f"v is a DTensor and g a {type(g).__name__}; expected both to be DTensors")
     if builds_graph() and (v.requires_grad or g.requires_grad):

@@ -63,7 +63,7 @@ class Ranks:
         error: BaseException | None = None
         try:
             yield body
-        except BaseException as raised:
+        except BaseException as raised:  # noqa: BLE001 - it is raised again, after all have heard
             error = raised
         if self._groups:
             self._compare(verb, body, error)
@@ -136,4 +136,3 @@ def _refuse_different(verb: str, mine: list[str], said: dict[int, list[str]]) ->
         kind="ranks",
         site=site,
     )
-

@@ -125,6 +125,7 @@ def apply(
         ['0.bias', '0.parametrizations.weight.original0',
          '0.parametrizations.weight.original1']
     """
+
     def planned() -> Plan:
         return build(model, given_rules("apply", rules, fields), on_unmatched)
 

@@ -113,7 +113,7 @@ def build(model: nn.Module, rules: tuple[Rule, ...], on_unmatched: OnUnmatched =
 
 
 def divided_in_parts(plan: Plan) -> list[WeightNormError]:
-    """What :func:`build` leaves out, since every rank has to ask: weights that no rank has whole."""
+    """What :func:`build` leaves out, since every rank has to ask: what is wrong with DTensors."""
     return list(checks.before_division(_divided(plan), in_parts=True))
 
 
