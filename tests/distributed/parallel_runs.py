@@ -34,6 +34,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import wn_surgery as wn
 from wn_surgery.model import gathering, layouts
@@ -464,6 +465,11 @@ def fsdp(mesh: DeviceMesh) -> Any:
     train(model, part, 3)
     train(one, steps=3)
     found["trained on"] = difference(state(model), state(one))
+    for each in (model, one):
+        with wn.writable(each):
+            for name in ("head.weight", "embed.weight"):
+                weight_of(each, name).data.mul_(-2.0)
+    found["writable"] = difference(state(model), state(one))
     found["with grad"] = error(lambda: wn.folded(model).__enter__())
     gathering.free_bytes = lambda _: 10 if mesh.get_rank() else 1 << 40
     with torch.no_grad():
@@ -481,6 +487,34 @@ def fsdp(mesh: DeviceMesh) -> Any:
     wn.apply(scalar, {**ALL[0], "dim": None})
     found["scalar"] = error(lambda: shard(scalar, mesh))
     return found
+
+
+def kept_weights(mesh: DeviceMesh) -> Any:
+    """The bytes of whole weights of a block that are alive between its forward and its backward."""
+
+    def alive(normed: bool, checkpointed: bool) -> int:
+        model = Net()
+        if normed:
+            wn.apply(model, ALL)
+        shard(model, mesh)
+        block = model.get_submodule("blocks.0")
+        inner = block.forward
+        if checkpointed:
+            block.forward = lambda x: checkpoint(inner, x, use_reentrant=False)  # type: ignore[method-assign]
+        kept: list[Tensor] = []
+
+        def keep(saved: Tensor) -> Tensor:
+            kept.append(saved)
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+            loss = model(tokens()).square().mean()
+        weights = [each for each in kept if sorted(each.shape) == [6, 8]]
+        size = sum(each.untyped_storage().size() for each in weights)
+        loss.backward()
+        return size
+
+    return alive(False, False), alive(True, False), alive(True, True)
 
 
 def mixed_precision(mesh: DeviceMesh) -> Any:
@@ -541,6 +575,7 @@ CASES: dict[str, Callable[[DeviceMesh], Any]] = {
     "verbs": verbs,
     "refusals": refusals,
     "fsdp": fsdp,
+    "kept weights": kept_weights,
     "mixed precision": mixed_precision,
 }
 

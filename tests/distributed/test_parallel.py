@@ -129,6 +129,7 @@ def test_other_refusals(two: Any) -> None:
 def test_fsdp2_gathers_once_for_all_that_is_folded(two: Any) -> None:
     found = two["fsdp"]
     assert found["after"] <= 1e-5 and found["trained on"] <= 1e-5
+    assert found["writable"] <= 1e-5
     assert found["folded at first"] <= 1e-5
     # The root stays whole after a forward; the block is gathered for each.
     assert all(sent >= 1 for sent, _ in found["not folded"])
@@ -153,6 +154,12 @@ def test_fsdp2_says_how_to_get_plain_weights(two: Any) -> None:
 def test_one_norm_under_fsdp2_needs_a_g_with_axes(two: Any) -> None:
     # dim=[] is in the rules of the case; torch refuses the scalar of dim=None.
     assert "doesn't support scalar parameters" in two["fsdp"]["scalar"]
+
+
+def test_fsdp2_frees_what_it_gathered_and_not_what_was_computed(two: Any) -> None:
+    plain, normed, checkpointed = two["kept weights"]
+    assert plain == checkpointed == 0
+    assert normed == 2 * 6 * 8 * 4
 
 
 def test_bfloat16_rounds_g_more_than_norms(two: Any) -> None:

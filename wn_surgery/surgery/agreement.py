@@ -7,6 +7,7 @@ computed together, and how it went before anything is final.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ class Ranks:
     def __init__(self, model: object) -> None:
         # The same in the same order on every rank, whatever its rules are.
         found: dict[Any, None] = {}
-        if isinstance(model, nn.Module):
+        # Without that module nobody has made a DTensor.
+        if isinstance(model, nn.Module) and "torch.distributed.tensor" in sys.modules:
             for tensor in _changeable(model):
                 if is_dtensor(tensor):
                     mesh = tensor.device_mesh
