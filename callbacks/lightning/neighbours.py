@@ -12,7 +12,7 @@ from wn_surgery.model.sites import normed
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["check", "in_worker_processes", "is_a", "shards"]
+__all__ = ["check", "cuts_tensors", "in_worker_processes", "is_a", "shards"]
 
 _SHARDING = ("ModelParallelStrategy", "FSDPStrategy", "DeepSpeedStrategy")
 
@@ -64,6 +64,11 @@ def in_worker_processes(trainer: Trainer) -> bool:
 def shards(trainer: Trainer) -> bool:
     """Return whether the strategy splits parameters."""
     return any(is_a(trainer.strategy, name) for name in _SHARDING)
+
+
+def cuts_tensors(trainer: Trainer) -> bool:
+    """Return whether the strategy has a mesh for tensor parallelism."""
+    return getattr(trainer.strategy, "_tensor_parallel_size", 1) != 1
 
 
 def is_a(thing: object, name: str) -> bool:

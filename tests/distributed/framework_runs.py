@@ -100,7 +100,7 @@ def from_transformers(name: str, folder: Path, rules: list[dict[str, Any]]) -> A
 class Module(lp.LightningModule):
     """Layers that are cut in configure_model, and normed there."""
 
-    cut = True
+    cut = applies = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,8 @@ class Module(lp.LightningModule):
                 "down": RowwiseParallel(),
             }
             parallelize_module(self, mesh, plan)
-        wn.apply(self, "linears")
+        if self.applies:
+            wn.apply(self, "linears")
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         result: Tensor = (self.down(torch.tanh(self.up(batch[0]))) - batch[1]).square().mean()
@@ -138,6 +139,12 @@ class Whole(Module):
     cut = False
 
 
+class Leaves(Module):
+    """Leaves weight norm to the callback, which has to wait for the cut."""
+
+    applies = False
+
+
 def lightning() -> Any:
     one = Whole()
     one.configure_model()
@@ -147,7 +154,10 @@ def lightning() -> Any:
             optimizer.zero_grad()
             one.training_step(batch, 0).backward()
             optimizer.step()
-    module = Module()
+    return [fitted(module, one) for module in (Module(), Leaves())]
+
+
+def fitted(module: Module, one: Module) -> Any:
     callback = WeightNorm("linears", log_every_n_steps=1)
     trainer = lp.Trainer(
         strategy=lp.strategies.ModelParallelStrategy(1, 2),

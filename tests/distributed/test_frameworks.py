@@ -48,8 +48,9 @@ def test_models_of_transformers_that_it_has_cut(found: Any, name: str, changed: 
     assert there > left == 0
 
 
-def test_a_lightning_module_that_cuts_its_layers(found: Any) -> None:
-    results = found["lightning"]
+@pytest.mark.parametrize("who", [0, 1], ids=["configure_model", "callback"])
+def test_a_lightning_module_that_cuts_its_layers(found: Any, who: int) -> None:
+    results = found["lightning"][who]
     assert results["cut"]
     assert results["trained"] <= 1e-5
     assert results["steps"] == list(range(1, 21))

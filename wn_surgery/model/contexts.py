@@ -16,7 +16,7 @@ from wn_surgery.model import layouts
 from wn_surgery.model.gathering import FSDP2, gather, release
 from wn_surgery.model.sites import NormedSite, is_folded, normed
 from wn_surgery.model.undo import Snapshot
-from wn_surgery.norm.cuts import is_dtensor, on_any_rank, own_part
+from wn_surgery.norm.cuts import is_dtensor, on_any_rank, own_part, write
 from wn_surgery.norm.math import builds_graph, real_dtype
 from wn_surgery.norm.module_class import (
     FOLDED,
@@ -437,7 +437,7 @@ class _Weight:
         moves = _differ(values[1], self._v)
         for parameter, value in zip((self._g, self._v), values, strict=True):
             if not moves:
-                parameter.copy_(value)
+                write(parameter, value)
             elif parameter.is_meta != value.is_meta:  # no assignment leads out of meta
                 new = exchanged.setdefault(id(parameter), nn.Parameter(value, False))
                 self._exchange(parameter, new)

@@ -18,7 +18,16 @@ from wn_surgery.norm.options import Dim, kept_axes
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["Cut", "gathered", "is_dtensor", "on_any_rank", "own_part", "spread", "why_uncut"]
+__all__ = [
+    "Cut",
+    "gathered",
+    "is_dtensor",
+    "on_any_rank",
+    "own_part",
+    "spread",
+    "why_uncut",
+    "write",
+]
 
 
 def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
@@ -138,6 +147,17 @@ def spread(value: Tensor, like: DTensor | Cut) -> DTensor:
     everywhere = [Replicate()] * mesh.ndim
     whole = DTensor.from_local(value, mesh, everywhere, run_check=False)
     return _placed(whole, like.placements)
+
+
+def write(tensor: Tensor, value: Tensor) -> None:
+    """Copy ``value`` into ``tensor``, which for a DTensor has to be placed alike."""
+    if is_dtensor(tensor):
+        value = value.to(tensor.dtype)
+        if is_dtensor(value):
+            value = _placed(value, tensor.placements)
+        else:
+            value = spread(value, tensor)
+    tensor.copy_(value)
 
 
 def on_any_rank(flag: bool, tensor: Tensor) -> bool:

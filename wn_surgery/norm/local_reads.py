@@ -33,7 +33,7 @@ class _Part(NotCopied):
         return self._part
 
 
-class _Enter(NotCopied):
+class _Enter:
     """Before a forward on plain tensors: compute each weight, once, and show the part."""
 
     def __init__(self, style: Any) -> None:
@@ -50,7 +50,7 @@ class _Enter(NotCopied):
                 plist.__dict__["hold"] = _Part(weight.to_local(), held)
 
 
-class _Leave(NotCopied):
+class _Leave:
     """After it, also when it has raised."""
 
     def __call__(self, module: nn.Module, _inputs: Any, _output: Any) -> None:

@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from wn_surgery.errors import ModelError, WeightNormError
 from wn_surgery.model.sites import NormedSite, as_module, normed, walk
-from wn_surgery.norm.cuts import gathered, is_dtensor, spread
+from wn_surgery.norm.cuts import gathered, is_dtensor, write
 from wn_surgery.norm.options import dtype_name, kept_axes
 from wn_surgery.rules import fields
 from wn_surgery.rules.patterns import PatternSet
@@ -284,9 +284,9 @@ class _Layer:
         std = torch.where(constant, 1.0, std) if per_channel else std.new_tensor(total or 1.0)
         self._before = [(tensor, tensor.clone()) for tensor in self._held]
         scale = std.expand(g.numel()) if not per_channel else std
-        _write(g, gathered(g) / scale.reshape(g.shape).to(g.dtype))
+        write(g, gathered(g) / scale.reshape(g.shape).to(g.dtype))
         for bias in biases:
-            _write(bias, (gathered(bias).to(mean.dtype) - mean) / std)
+            write(bias, (gathered(bias).to(mean.dtype) - mean) / std)
         if not all(bool(gathered(tensor).isfinite().all()) for tensor in self._held):
             raise _error(
                 f"the output of {name} varies by {total:.3g}, and a g or bias that makes it 1 does "
@@ -300,11 +300,6 @@ class _Layer:
         with torch.no_grad():
             for tensor, before in self._before:
                 tensor.copy_(before)
-
-
-def _write(tensor: Tensor, value: Tensor) -> None:
-    value = value.to(tensor.dtype)
-    tensor.copy_(spread(value, tensor) if is_dtensor(tensor) else value)
 
 
 def _moments(y: Tensor, axis: int, name: str) -> tuple[Tensor, Tensor]:
