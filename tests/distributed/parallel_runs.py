@@ -364,7 +364,7 @@ def refusals(mesh: DeviceMesh) -> Any:
     model = cut(USUAL, mesh)
     dims: list[Any] = [{**ALL[0], "dim": 0}, {**ALL[0], "dim": 1}]
     refused("other rules", model, lambda: wn.apply(model, dims[rank]))
-    refused("more rules", model, lambda: wn.apply(model, ALL + dims[:rank] + SKIPS[:rank]))
+    refused("more rules", model, lambda: wn.apply(model, ALL + SKIPS[:rank]))
     refused("no rule", model, lambda: wn.apply(model, [{"types": "Linea"}] if rank else ALL))
     refused("not a rule", model, lambda: wn.apply(model, [{"typos": "Linear"}] if rank else ALL))
 

@@ -153,10 +153,7 @@ def write(tensor: Tensor, value: Tensor) -> None:
     """Copy ``value`` into ``tensor``, which for a DTensor has to be placed alike."""
     if is_dtensor(tensor):
         value = value.to(tensor.dtype)
-        if is_dtensor(value):
-            value = _placed(value, tensor.placements)
-        else:
-            value = spread(value, tensor)
+        value = _placed(value, tensor.placements) if is_dtensor(value) else spread(value, tensor)
     tensor.copy_(value)
 
 

@@ -79,7 +79,7 @@ def follow_styles(model: nn.Module) -> None:
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
                 if isinstance(hook, _Enter | _Leave):
-                    del hooks[key]  # type: ignore[attr-defined]
+                    del hooks[key]
                     module._forward_hooks_always_called.pop(key, None)
         if hasattr(style, _QUESTION) and _lists(module):
             module.register_forward_pre_hook(_Enter(style))

@@ -404,8 +404,9 @@ class _PartsNode(torch.autograd.Function):
         if torch.is_grad_enabled():
             found = differentiable_gradients(grad, v, g, *ctx.options)
         else:
-            dw = cut.part_of(grad)
-            grad_v, grad_g = gradients(dw, *cut.parts(v, g), norms, *ctx.options, cut.total)
+            dim, eps, norm_dtype = ctx.options
+            parts = cut.part_of(grad), *cut.parts(v, g)
+            grad_v, grad_g = gradients(*parts, norms, dim, eps, norm_dtype, cut.total)
             whole_g = cut.magnitude(grad_g, g.shape).redistribute(placements=g.placements)
             found = cut.weight(grad_v, v), whole_g
         need = ctx.needs_input_grad
@@ -426,7 +427,7 @@ def _of_parts(v: Tensor, g: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtyp
     if not is_dtensor(g):
         raise ValueError(f"v is a DTensor and g a {type(g).__name__}; expected both to be DTensors")
     if builds_graph() and (v.requires_grad or g.requires_grad):
-        return cast(Tensor, _PartsNode.apply(v, g, dim, eps, norm_dtype))
+        return cast(Tensor, cast(Any, _PartsNode).apply(v, g, dim, eps, norm_dtype))
     with torch.no_grad():
         return _values_of_parts(v, g, dim, eps, norm_dtype)[0]
 
