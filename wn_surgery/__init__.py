@@ -6,6 +6,7 @@ from wn_surgery.errors import (
     CheckpointError,
     CheckpointFileError,
     CheckpointMismatchError,
+    CompatError,
     ExportError,
     ModelError,
     RuleError,
@@ -23,6 +24,7 @@ from wn_surgery.errors import FusionError as FusionError
 from wn_surgery.errors import InferenceModeError as InferenceModeError
 from wn_surgery.errors import InitializationError as InitializationError
 from wn_surgery.errors import LazyParameterError as LazyParameterError
+from wn_surgery.errors import MissingSiteError as MissingSiteError
 from wn_surgery.errors import NonFloatingError as NonFloatingError
 from wn_surgery.errors import QuantizedWeightError as QuantizedWeightError
 from wn_surgery.errors import RanksError as RanksError
@@ -49,6 +51,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointFileError",
     "CheckpointMismatchError",
+    "CompatError",
     "ExportError",
     "Fusion",
     "Initialization",

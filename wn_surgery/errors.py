@@ -14,6 +14,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointFileError",
     "CheckpointMismatchError",
+    "CompatError",
     "ExportError",
     "ModelError",
     "RuleError",
@@ -105,6 +106,10 @@ class CallbackError(WeightNormError, kind="callback"):
     """A training framework's callbacks, strategy or optimizers leave no place for weight norm."""
 
 
+class CompatError(WeightNormError, RuntimeError, kind="compat"):
+    """torch's functions cannot be exchanged for those of ``wn_surgery.compat``, or given back."""
+
+
 # The names of 0.1.0, one for each kind: for `except wn.TiedParameterError` and for pickles. The
 # library raises them as `ModelError(..., kind="tied")`.
 
@@ -117,7 +122,7 @@ class ConflictingNamesError(ModelError, kind="names"):
     """A module or parameter with several names is given different instructions by them."""
 
 
-class ExistingSiteError(ModelError, kind="existing"):
+class ExistingSiteError(ModelError, RuntimeError, kind="existing"):
     """The parameter already carries weight norm with other options."""
 
 
@@ -125,8 +130,12 @@ class TiedParameterError(ModelError, kind="tied"):
     """The parameter is tied to another one and the rule does not say what to do about it."""
 
 
-class LazyParameterError(ModelError, kind="lazy"):
+class LazyParameterError(ModelError, ValueError, kind="lazy"):
     """The parameter is uninitialised: its module is lazy and has seen no input yet."""
+
+
+class MissingSiteError(ModelError, AttributeError, ValueError, kind="missing"):
+    """The module has no such parameter, or the parameter no weight norm."""
 
 
 class NonFloatingError(ModelError, TypeError, kind="dtype"):

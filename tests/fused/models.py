@@ -21,7 +21,9 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.front = nn.Conv1d(2, 6, 3, padding=1)
-        self.middle = nn.Sequential(nn.Conv1d(6, 6, 3, padding=1), nn.Tanh(), nn.Conv1d(6, 6, 1))
+        self.middle = nn.Sequential(
+            nn.Conv1d(6, 6, 3, padding=1), nn.Tanh(), nn.Conv1d(6, 6, 3, padding=1)
+        )
         self.up = nn.ConvTranspose1d(6, 4, 2, 2)
         self.head = nn.Linear(16, 3)
         self.recompute = recompute

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from torch import nn
 
 import wn_surgery as wn
 
@@ -96,9 +97,16 @@ def test_the_models_own_remover(family: str) -> None:
     model = entry.normed()
     owners = entry.owners(model)
     if entry.own_remover:
+        acoustic = nn.ModuleList([model.acoustic_encoder, model.acoustic_decoder])
+        carried = [site.name for site in wn.sites(acoustic) if site.normed]
         for layer in owners:
             layer.remove_weight_norm()
-        assert residue(model.acoustic_encoder) != []  # torch's load hooks stay behind
+        # torch's load hooks stay behind.
+        with pytest.raises(AttributeError, match="_weight_norm_compat_hook"):
+            pickle.dumps(acoustic)
+        assert list(wn.remove(acoustic).leftovers) == carried and carried
+        assert residue(acoustic) == []
+        pickle.dumps(acoustic)
     else:
         with pytest.raises(ValueError, match="weight_norm of 'weight' not found"):
             owners[-1].remove_weight_norm()

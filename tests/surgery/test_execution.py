@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 import wn_surgery as wn
-from tests.makers import legacy, ours, parametrized
+from tests.makers import Double, legacy, ours, parametrized
 from wn_surgery.model import records
 from wn_surgery.rules.sources import RuleFields
 
@@ -476,3 +476,87 @@ def test_what_is_shown_at_a_prompt_is_short() -> None:
     assert repr(report.optimizers[0]) == "<OptimizerChange SGD: 80 -> 160 in group 0; 80 reset>"
     assert repr(wn.plan(model, nn.Linear).steps[0]) == "<Step 0.weight: keep, dim=0>"
     assert "80 of 80 matched parameters changed;" in str(report)
+
+
+# What torch's removal leaves ---------------------------------------------------------------------
+
+
+def leaving(layer: nn.Module, name: str = "weight", times: int = 1) -> Any:
+    """Put weight norm on and take it off with torch's functions, which leaves their load hook."""
+    for _ in range(times):
+        parametrize.remove_parametrizations(parametrizations.weight_norm(layer, name), name)
+    return layer
+
+
+def test_a_load_hook_that_was_left_behind_is_taken_off_and_reported() -> None:
+    model = nn.Sequential(leaving(nn.Linear(2, 3), times=3), leaving(nn.GRU(3, 2), "weight_hh_l0"))
+    model.append(parametrizations.weight_norm(nn.Linear(2, 2)))
+    weights = {name: tensor.clone() for name, tensor in model[:2].state_dict().items()}
+    with pytest.raises(AttributeError, match="_weight_norm_compat_hook"):
+        pickle.dumps(model[:2])
+    says = "2 load hooks left behind by another removal, to take off: 0.weight, 1.weight_hh_l0"
+    plan = wn.plan(model, action="remove", params="*")
+    assert says in str(plan)
+    assert plan.to_dict()["leftovers"] == ["0.weight", "1.weight_hh_l0"]
+    assert len(model[0]._load_state_dict_pre_hooks) == 3  # a plan only reads
+
+    report = wn.remove(model)
+    assert report.changed == ("2.weight",)
+    assert report.leftovers == ("0.weight", "1.weight_hh_l0")
+    assert report.to_dict()["leftovers"] == list(report.leftovers)
+    assert repr(report) == "<Report: 1 parameter changed, 2 load hooks>"
+    assert says.replace("to take", "taken") in str(report)
+    assert not any(module._load_state_dict_pre_hooks for module in model.modules())
+    pickle.loads(pickle.dumps(model))
+    assert all(
+        torch.equal(tensor, weights[name]) for name, tensor in model[:2].state_dict().items()
+    )
+    again = wn.remove(model)
+    assert again.leftovers == () and "left behind" not in str(again)
+    assert repr(again) == "<Report: 0 parameters changed>"
+
+
+def test_a_load_hook_on_what_torch_has_made_a_buffer() -> None:
+    layer = nn.Linear(2, 3)
+    layer.weight.requires_grad_(False)
+    assert "weight" in leaving(layer)._buffers
+    assert wn.remove(layer).leftovers == ("weight",)
+    pickle.dumps(layer)
+
+
+def test_a_load_hook_in_use_stays() -> None:
+    """Older ones beside it too: they do the same, and are taken off together with weight norm."""
+    layer = parametrizations.weight_norm(leaving(nn.Linear(2, 3), times=2))
+    other = parametrizations.weight_norm(nn.Linear(3, 2))
+    parametrize.register_parametrization(other, "weight", Double())
+    model = nn.Sequential(layer, other)
+    for rules in ({"action": "remove", "names": "1", "params": "bias"}, {"action": "skip"}):
+        assert wn.apply(model, rules).leftovers == ()
+    assert [len(module._load_state_dict_pre_hooks) for module in model] == [3, 1]
+    with pytest.raises(wn.StackedParametrizationError):
+        wn.remove(model)
+    assert [len(module._load_state_dict_pre_hooks) for module in model] == [3, 1]
+    wn.remove(model, names="0")
+    assert [len(module._load_state_dict_pre_hooks) for module in model] == [0, 1]
+
+
+def test_leftovers_are_taken_off_where_a_rule_removes() -> None:
+    model = nn.Sequential(*[leaving(nn.Linear(2, 2)) for _ in range(4)])
+    model.append(model[1])
+    model[1].register_load_state_dict_pre_hook(lambda *_: None)  # of somebody else
+    rules = [{"action": "remove", "names": "{1,2}"}, {"action": "skip", "names": "2"}]
+    assert wn.apply(model, rules).leftovers == ("1.weight",)
+    assert [len(module._load_state_dict_pre_hooks) for module in model] == [1, 1, 1, 1, 1]
+    only = wn.remove(model, where=lambda path, module: path == "3")
+    assert only.leftovers == ("3.weight",) and only.changed == ()
+
+
+@pytest.mark.parametrize("make", [legacy, ours])
+def test_a_leftover_is_gone_where_weight_norm_comes_or_goes(make: Maker) -> None:
+    """It would send the g and v of a legacy checkpoint to where they are not."""
+    layer = make(leaving(nn.Linear(2, 3)))
+    if make is ours:
+        assert not layer._load_state_dict_pre_hooks
+        pickle.dumps(layer)
+    assert wn.remove(layer).leftovers == ()  # it went with the weight norm
+    assert not layer._load_state_dict_pre_hooks

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 import wn_surgery as wn
 from tests.fingerprints import assert_same, difference, of_model, of_optimizer
@@ -84,7 +84,9 @@ _LINES = _try_lines()
 
 
 def model_of_every_layout() -> nn.Module:
-    """Plain, legacy, torch's, ours; tied, shared, frozen; a layer that lists its own weights."""
+    """Plain, legacy, torch's, ours; tied, shared, frozen; a layer that lists its own weights; one
+    with a load hook that torch's removal has left behind.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Embedding(4, 3),
@@ -94,6 +96,7 @@ def model_of_every_layout() -> nn.Module:
         nn.Linear(4, 2),
         nn.Linear(2, 2),
     )
+    parametrize.remove_parametrizations(parametrizations.weight_norm(model[4]), "weight")
     model[1].weight = model[0].weight
     model.append(model[4])
     with warnings.catch_warnings():

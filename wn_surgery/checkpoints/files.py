@@ -20,7 +20,8 @@ from wn_surgery.checkpoints.io.atomic import atomic, atomic_folder, is_same, wri
 from wn_surgery.checkpoints.io.safetensors_file import File
 from wn_surgery.checkpoints.io.torch_file import SUFFIXES, Parking, check_written, load
 from wn_surgery.checkpoints.pairs import Axes
-from wn_surgery.checkpoints.plan import Plan
+from wn_surgery.checkpoints.parts import Parts
+from wn_surgery.checkpoints.plan import Plan, refuse_unused_rules
 from wn_surgery.checkpoints.request import Also, Choice, Layout, Request
 from wn_surgery.checkpoints.streaming import Progress, Stream
 from wn_surgery.errors import CheckpointError, CheckpointFileError
@@ -70,10 +71,11 @@ def convert_file(
 
     Args:
         source: a ``.safetensors``, ``.pt``, ``.pth``, ``.ckpt`` or ``.bin`` file; a
-            ``*.index.json``; or a folder that has ``model.safetensors``, its index, or
-            ``pytorch_model.bin``.
+            ``*.index.json``; a folder that has ``model.safetensors``, its index, or
+            ``pytorch_model.bin``; or a folder of ``torch.distributed.checkpoint``.
         target: the file to write, of the same kind; for a folder or an index a folder, which
-            also gets the configs and tokenizers of a source folder.
+            also gets the configs and tokenizers of a source folder. A distributed checkpoint
+            goes into a folder of the same kind, or its model into a ``.safetensors`` file.
         to: ``"plain"``, ``"parametrized"`` or ``"legacy"``.
         rules: this and the next five are as in :func:`wn_surgery.checkpoints.convert`.
         ranks: see there.
@@ -115,6 +117,10 @@ def convert_file(
         keep=frozenset(keep or ()),
     )
     work = _Work(found, asked, full_pickle, verify, progress)
+    if found.is_distributed:
+        if is_same(found.path, goal):
+            raise CheckpointError("a folder goes into a folder of its own, never in place")
+        return work.distributed(goal)
     if found.is_folder:
         if in_place or is_same(found.main.parent, goal):
             # A kill between two renames would leave shards of two layouts under one index.
@@ -168,9 +174,24 @@ class _Work:
             return self._torch_file(goal)
         with File(self.found.main) as file:
             stream = Stream([file], self.asked)
+            refuse_unused_rules(self.asked, [stream.plan])
             check = partial(stream.check, file=file, verify=self.verify)
             with atomic(goal, like=file.path, check=check) as out:
                 stream.write(out, file, self.progress)
+        return _summary([goal], [stream.plan])
+
+    def distributed(self, goal: Path) -> Converted:
+        """Write a distributed checkpoint as one, or its model as a safetensors file."""
+        parts = Parts(self.found.path, self.asked)
+        if goal.suffix != ".safetensors":
+            with atomic_folder(goal, like=parts.source.path) as made:
+                parts.write(made, self.verify)
+            parts.warn_of_forgotten()
+            return _summary([goal], parts.plans)
+        part, stream = parts.only_model()
+        check = partial(stream.check, file=part, verify=self.verify)
+        with atomic(goal, like=self.found.main, check=check) as out:
+            stream.write(out, part, self.progress)
         return _summary([goal], [stream.plan])
 
     def _torch_file(self, goal: Path) -> Converted:
@@ -199,6 +220,7 @@ class _Work:
                         f"says it does: {other[0]!r} is only in one of them"
                     )
             stream = Stream(files, self.asked)
+            refuse_unused_rules(self.asked, [stream.plan])
             places: dict[str, str] = {}
             written: list[Path] = []
             for file in files:

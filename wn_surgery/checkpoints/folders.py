@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wn_surgery.checkpoints.containers import recorded
+from wn_surgery.checkpoints.io.distributed import METADATA
 from wn_surgery.checkpoints.io.safetensors_file import reading
 from wn_surgery.checkpoints.io.torch_file import SUFFIXES
 from wn_surgery.errors import CheckpointError, CheckpointFileError
@@ -18,7 +19,7 @@ from wn_surgery.norm.options import NormOptions
 __all__ = ["Source", "copy_companions", "find", "read_json"]
 
 INDEX = "model.safetensors.index.json"
-_IN_FOLDERS = (INDEX, "model.safetensors", "pytorch_model.bin")
+_IN_FOLDERS = (INDEX, "model.safetensors", "pytorch_model.bin", METADATA)
 # What a transformers folder has beside weights: configs, tokenizers, templates, code, cards.
 _COMPANIONS = (".json", ".txt", ".model", ".md", ".py", ".jinja", ".yaml", ".yml", ".tiktoken")
 
@@ -37,6 +38,11 @@ class Source:
     def is_torch(self) -> bool:
         """Whether it is a PyTorch file."""
         return self.main.suffix in SUFFIXES
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether it is a folder that ``torch.distributed.checkpoint`` has written."""
+        return self.main.name == METADATA
 
     @property
     def is_folder(self) -> bool:
@@ -61,6 +67,11 @@ def find(path: Path) -> Source:
     """The files of a checkpoint: of a file, an index, or a folder with transformers' names."""
     if path.is_dir():
         main = next((path / name for name in _IN_FOLDERS if (path / name).is_file()), None)
+        if main is None and any(path.glob("*.distcp")):
+            raise CheckpointFileError(
+                f"{str(path)!r} has .distcp files but no {METADATA}, which is written last: its "
+                "save did not end; take an earlier checkpoint"
+            )
         if main is None:
             raise CheckpointFileError(
                 f"{str(path)!r} has none of {', '.join(_IN_FOLDERS)}; name the file itself"
@@ -69,6 +80,8 @@ def find(path: Path) -> Source:
         main = path
     else:
         raise CheckpointFileError(f"{str(path)!r} is neither a file nor a folder")
+    if main.name == METADATA:
+        return Source(main.parent, main, (), None, None)
     if main.suffix not in (*SUFFIXES, ".safetensors", ".json"):
         raise CheckpointError(
             f"{str(path)!r}: the ending {main.suffix!r} is none of .safetensors, .index.json, "

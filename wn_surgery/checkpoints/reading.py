@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +12,14 @@ from torch import Tensor
 from wn_surgery.checkpoints.containers import shapes_of, walk
 from wn_surgery.checkpoints.folders import find
 from wn_surgery.checkpoints.folding import kind_of
+from wn_surgery.checkpoints.io.distributed import Distributed
 from wn_surgery.checkpoints.io.safetensors_file import File, owners_of
 from wn_surgery.checkpoints.io.torch_file import load
 from wn_surgery.checkpoints.pairs import Shape
 from wn_surgery.checkpoints.plan import Kind
 from wn_surgery.norm.options import NormOptions
 
-__all__ = ["State", "opened"]
+__all__ = ["State", "is_model", "opened"]
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,13 @@ class State:
     @property
     def is_model(self) -> bool:
         """Whether its keys are names of parameters, and not those of an optimizer's moments."""
-        return any(
-            "." in key or key.startswith(("weight", "bias", "parametrizations"))
-            for key in self.shapes
-        )
+        return is_model(self.shapes)
+
+
+def is_model(keys: Iterable[str]) -> bool:
+    """Whether keys are names of parameters, and not those of an optimizer's moments."""
+    starts = ("weight", "bias", "parametrizations")
+    return any("." in key or key.startswith(starts) for key in keys)
 
 
 @contextlib.contextmanager
@@ -55,6 +59,14 @@ def opened(path: Path, *, full_pickle: bool = False) -> Iterator[list[State]]:
                 kinds = {key: kind_of(mapping[key]) for key in shapes}
                 states.append(State(place, shapes, kinds, known, mapping.__getitem__))
         yield states
+        return
+    if found.is_distributed:
+        yield [
+            State("".join(f"{step}/" for step in place), shapes, kinds, {}, part.tensor)
+            for place, part in Distributed(found.path).parts.items()
+            for shapes in [{name: entry.shape for name, entry in part.entries.items()}]
+            for kinds in [{name: entry.kind for name, entry in part.entries.items()}]
+        ]
         return
     with contextlib.ExitStack() as stack:
         owners = owners_of(stack.enter_context(File(each)) for each in found.files)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import io
 import math
 from collections.abc import Callable, Sequence
@@ -14,12 +14,14 @@ from torch import Tensor
 
 from wn_surgery.checkpoints.folding import all_finite, compute, fold
 from wn_surgery.checkpoints.io.atomic import start_writeback
+from wn_surgery.checkpoints.io.distributed import Part
 from wn_surgery.checkpoints.io.header import BITS, NAMES, TORCH, written
-from wn_surgery.checkpoints.io.safetensors_file import File, Sink, owners_of
-from wn_surgery.checkpoints.plan import Line, plan, refuse_unused_rules
+from wn_surgery.checkpoints.io.safetensors_file import File, Sink, owners_of, write_tensor
+from wn_surgery.checkpoints.plan import Line, plan
 from wn_surgery.checkpoints.request import Request
-from wn_surgery.errors import CheckpointFileError
+from wn_surgery.errors import CheckpointError, CheckpointFileError
 from wn_surgery.norm.math import g_shape
+from wn_surgery.norm.options import dtype_name
 
 __all__ = ["Progress", "Stream"]
 
@@ -33,15 +35,14 @@ WRITEBACK = 1 << 25
 
 
 class Stream:
-    """The files of one checkpoint, planned together and written one by one."""
+    """The files of one checkpoint, or a part of a distributed one: planned together."""
 
-    def __init__(self, files: Sequence[File], asked: Request) -> None:
+    def __init__(self, files: Sequence[File] | Sequence[Part], asked: Request) -> None:
         self._asked = asked
         self._owners = owners_of(files)
         entries = {name: file.entries[name] for name, file in self._owners.items()}
         shapes = {name: entry.shape for name, entry in entries.items()}
         self.plan = plan(shapes, {k: e.kind for k, e in entries.items()}, asked, asked.known)
-        refuse_unused_rules(asked, [self.plan])
         lines = {f: [line for name in f.entries for line in self.plan.lines[name]] for f in files}
         self._lines = {file: _aligned(each) for file, each in lines.items()}
         self._buffer = bytearray()
@@ -51,11 +52,11 @@ class Stream:
         """Bytes of all tensors of the output."""
         return sum(_size(line) for lines in self._lines.values() for line in lines)
 
-    def keys(self, file: File) -> list[str]:
+    def keys(self, file: File | Part) -> list[str]:
         """The keys that the counterpart of a file will have."""
         return [line.key for line in self._lines[file]]
 
-    def check(self, made: Path, file: File, verify: bool) -> None:
+    def check(self, made: Path, file: File | Part, verify: bool) -> None:
         """Raise unless the counterpart of a file was written whole; ``verify``: byte for byte."""
         with File(made) as found:
             head = {key: (e.dtype, e.shape, e.size) for key, e in found.entries.items()}
@@ -65,7 +66,7 @@ class Stream:
             with made.open("rb") as written_file:
                 self.write(_Comparison(written_file), file)
 
-    def write(self, out: Sink, file: File, progress: Progress | None = None) -> None:
+    def write(self, out: Sink, file: File | Part, progress: Progress | None = None) -> None:
         """Write the counterpart of a file to an open one."""
         out.write(written(self._head(file), file.metadata))
         waiting = 0
@@ -79,24 +80,36 @@ class Stream:
             if progress is not None:
                 progress(_size(line))
 
-    def _head(self, file: File) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    def _head(self, file: File | Part) -> dict[str, tuple[str, tuple[int, ...], int]]:
         return {line.key: (_dtype(line), line.shape, _size(line)) for line in self._lines[file]}
 
     def _tensor(self, name: str) -> Tensor:
         return self._owners[name].tensor(name)
 
-    def _write(self, line: Line, out: Sink) -> None:
-        if line.do == "copy":
-            self._owners[line.sources[0]].copy(line.sources[0], out)
-        elif line.do == "fold" and line.options.dim == 0 and _size(line):
-            self._fold_rows(line, out)
-        else:
-            _write_tensor(out, compute(line, self._tensor, self._asked))
+    def lines(self, file: File | Part) -> list[Line]:
+        """What the counterpart of a file is made of."""
+        return self._lines[file]
 
-    def _fold_rows(self, line: Line, out: Sink) -> None:
+    def tensors(self, file: File | Part) -> dict[str, Callable[[], Tensor]]:
+        """What computes each tensor of the counterpart of a file."""
+        return {
+            line.key: functools.partial(compute, line, self._tensor, self._asked)
+            for line in self._lines[file]
+        }
+
+    def _write(self, line: Line, out: Sink) -> None:
+        file = self._owners[line.sources[-1]]
+        if line.do == "copy":
+            file.copy(line.sources[0], out)
+        elif line.do == "fold" and line.options.dim == 0 and _size(line) and isinstance(file, File):
+            self._fold_rows(line, file, out)
+        else:
+            write_tensor(out, compute(line, self._tensor, self._asked))
+
+    def _fold_rows(self, line: Line, file: File, out: Sink) -> None:
         """Fold some rows at a time: they have norms of their own, and stay in the cache."""
         g_key, v_key = line.sources
-        file, shape = self._owners[v_key], line.shape
+        shape = line.shape
         entry = file.entries[v_key]
         g = self._tensor(g_key).reshape(g_shape(shape, 0))
         row = entry.size // shape[0]
@@ -111,7 +124,7 @@ class Stream:
             w = fold(g[start : start + count], v.reshape(count, *shape[1:]), line.options)
             if self._asked.non_finite == "error" and not all_finite(w):
                 compute(line, self._tensor, self._asked)  # which raises, and counts them all
-            _write_tensor(out, w)
+            write_tensor(out, w)
 
 
 class _Comparison:
@@ -134,19 +147,16 @@ class _Comparison:
 
 
 def _dtype(line: Line) -> str:
-    return NAMES[line.kind] if isinstance(line.kind, torch.dtype) else str(line.kind)
+    if not isinstance(line.kind, torch.dtype):
+        return str(line.kind)
+    if line.kind not in NAMES:  # of a distributed checkpoint
+        said = f"{line.key!r} is {dtype_name(line.kind)}, which a safetensors file cannot hold"
+        raise CheckpointError(f"{said}; write a folder instead")
+    return NAMES[line.kind]
 
 
 def _size(line: Line) -> int:
     return math.prod(line.shape) * BITS[_dtype(line)] // 8
-
-
-def _write_tensor(out: Sink, tensor: Tensor) -> None:
-    tensor = tensor.contiguous()
-    if tensor.nbytes:
-        # torch gives bytes only through numpy, which the core does without.
-        array = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-        out.write(memoryview(array).cast("B"))
 
 
 def _aligned(lines: list[Line]) -> list[Line]:

@@ -56,7 +56,8 @@ Source = Annotated[
     Path,
     typer.Argument(
         metavar="IN",
-        help="A .safetensors, .pt, .pth, .ckpt or .bin file, an index of shards, or a folder.",
+        help="A .safetensors, .pt, .pth, .ckpt or .bin file, an index of shards, or a folder (of "
+        "transformers, or of torch.distributed.checkpoint).",
         show_default=False,
     ),
 ]

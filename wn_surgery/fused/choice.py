@@ -128,7 +128,7 @@ def cut(choices: Sequence[Choice]) -> Iterator[list[Choice]]:
     for choice in choices:
         if choice.path == "off":
             continue
-        if gradient_hooks((choice.site.held.g, choice.site.held.v)):
+        if gradient_hooks(choice.site.held.g, choice.site.held.v):
             yield [choice]
             continue
         weight = choice.site.tensor.nbytes

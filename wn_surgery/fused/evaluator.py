@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +15,16 @@ from wn_surgery.norm.math import (
     check_unwritten,
     differentiable_gradients,
     gradients,
+    like,
     values,
     versions,
 )  # fmt: skip
 from wn_surgery.norm.options import NormOptions
 
-__all__ = ["Evaluator", "Gradients", "Spec", "evaluate"]
+__all__ = ["Evaluator", "Gradients", "Spec", "Stacks", "evaluate"]
+
+# Where copying costs as much as it saves.
+_STACKED_BYTES = 32 * 2**10
 
 
 class Spec(NamedTuple):
@@ -75,20 +80,107 @@ class Evaluator:
         ])  # fmt: skip
 
 
+class Stacks:
+    """Small weights with rows of one shape, stacked: each stack is computed as one tall weight.
+
+    The rows of a weight do not depend on each other, so the bits are the same, and a hundred small
+    weights cost a call of torch's kernel for each shape of a row. A stack is a copy, which would
+    cost more than it saves for large weights: those are computed one by one.
+
+    Attributes:
+        specs: one for each stack, for the evaluator.
+    """
+
+    def __init__(self, specs: Sequence[Spec], itemsize: int) -> None:
+        found: dict[Hashable, list[int]] = {}
+        for i, (shape, norm) in enumerate(specs):
+            # In rows, and by torch's kernel: of its sums one knows that a row is summed by itself.
+            small = len(shape) > 1 and math.prod(shape) * itemsize <= _STACKED_BYTES
+            rows = norm == NormOptions() and small
+            found.setdefault(shape[1:] if rows else i, []).append(i)
+        self.stacks = list(found.values())
+        self._shares = [[specs[i].shape[0] for i in stack] for stack in self.stacks]
+        self.specs = [
+            Spec((sum(shares), *specs[stack[0]].shape[1:]), specs[stack[0]].norm)
+            if len(stack) > 1 else specs[stack[0]]
+            for stack, shares in zip(self.stacks, self._shares, strict=True)
+        ]  # fmt: skip
+        order = [i for stack in self.stacks for i in stack]
+        self._places = sorted(range(len(order)), key=order.__getitem__)
+        # Of these there are other layouts than one.
+        self._laid_out = [
+            i for stack in self.stacks if len(stack) > 1 for i in stack if len(specs[i].shape) > 3
+        ]
+
+    def stack(self, members: Sequence[Tensor]) -> list[Tensor]:
+        """A tensor for each stack, from one for each member."""
+        return [
+            torch.cat([members[i] for i in stack]) if len(stack) > 1 else members[stack[0]]
+            for stack in self.stacks
+        ]
+
+    def unstack(self, stacked: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
+        """A tensor for each member, in the layout of its v, from one for each stack.
+
+        Outside of autograd.
+        """
+        parts: list[Tensor] = []
+        # Below autograd, a part of a tensor is not a view of it: each weight has a version of its
+        # own, and may be written to as any other output of a node.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            for tensor, shares in zip(stacked, self._shares, strict=True):
+                if len(shares) == 1:
+                    parts.append(tensor)
+                else:
+                    parts += torch.split(tensor, shares)
+            found = [parts[place] for place in self._places]
+            for i in self._laid_out:
+                if found[i].is_contiguous() != v[i].is_contiguous():
+                    found[i] = like(found[i].contiguous(), v[i])
+        return found
+
+    def stack_gradients(
+        self, grads: Sequence[Tensor | None], v: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """As :meth:`stack`; zero for a member without a gradient, ``None`` for a stack of them."""
+        found: list[Tensor | None] = []
+        for stack in self.stacks:
+            mine = [grads[i] for i in stack]
+            if len(stack) == 1 or all(grad is None for grad in mine):
+                found.append(mine[0])
+            else:
+                filled = (
+                    torch.zeros_like(v[i]) if grad is None else grad
+                    for i, grad in zip(stack, mine, strict=True)
+                )
+                found.append(torch.cat(list(filled)))
+        return found
+
+
 # The autograd node ----------------------------------------------------------------------------
 
 
 def evaluate(
-    evaluator: Evaluator, v: Sequence[Tensor], g: Sequence[Tensor], out: torch.dtype | None = None
+    evaluator: Evaluator,
+    v: Sequence[Tensor],
+    g: Sequence[Tensor],
+    out: torch.dtype | None = None,
+    stacks: Stacks | None = None,
 ) -> Sequence[Tensor]:
-    """The weights of a group, from one node if any of them needs a gradient; in dtype ``out``."""
+    """The weights of a group, from one node if any of them needs a gradient; in dtype ``out``.
+
+    ``evaluator`` is that of the ``stacks``, where there are any.
+    """
     if builds_graph():
-        needed = [x.requires_grad or m.requires_grad for x, m in zip(v, g, strict=True)]
+        needed = tuple(x.requires_grad or m.requires_grad for x, m in zip(v, g, strict=True))
         if any(needed):
-            return _group(evaluator, tuple(needed), out, *v, *g)
+            x, m = (v, g) if stacks is None else (stacks.stack(v), stacks.stack(g))
+            return _group(evaluator, stacks, (v, g), needed, out, *x, *m)
     # Not inference tensors: those have no version, by which a write into them is seen.
     with torch.inference_mode(False), torch.no_grad():
-        return evaluator.forward(v, g, out)[0]
+        if stacks is None:
+            return evaluator.forward(v, g, out)[0]
+        return stacks.unstack(evaluator.forward(stacks.stack(v), stacks.stack(g), out)[0], v)
 
 
 class _Group(torch.autograd.Function):
@@ -104,43 +196,77 @@ class _Group(torch.autograd.Function):
     def forward(
         ctx: Any,
         evaluator: Evaluator,
+        stacks: Stacks | None,
+        members: tuple[Sequence[Tensor], Sequence[Tensor]],
         needed: tuple[bool, ...],
         out_dtype: torch.dtype | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         v, g = _halves(tensors)
         weights, norms = evaluator.forward(v, g, out_dtype)
+        if stacks is not None:
+            weights = stacks.unstack(weights, members[0])
         ctx.set_materialize_grads(False)
         if not all(needed):
             frozen = (w for w, wanted in zip(weights, needed, strict=True) if not wanted)
             ctx.mark_non_differentiable(*frozen)
-        ctx.evaluator, ctx.tensors, ctx.norms = evaluator, tensors, norms
-        ctx.versions = list(map(versions, v, g))
+        ctx.evaluator, ctx.stacks, ctx.members, ctx.norms = evaluator, stacks, members, norms
+        ctx.versions = list(map(versions, *members))
         return tuple(weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        v, g = _halves(ctx.tensors)
+        v, g = ctx.members
         # A backward may reach a part of the group only. It does not concern the rest.
         for x, m, before, grad in zip(v, g, ctx.versions, grads, strict=True):
             if grad is not None:
                 check_unwritten(x, m, before)
+        whole: Sequence[Tensor | None] = grads
+        if (stacks := ctx.stacks) is not None:
+            whole = stacks.stack_gradients(grads, v)
+            edges = ctx.next_functions
+            for place, stack in enumerate(stacks.stacks):
+                reached = [grads[i] is not None for i in stack]
+                if any(reached) and not all(reached):
+                    _reach_only(edges[place][0], reached)
+                    _reach_only(edges[place + len(stacks.stacks)][0], reached)
+            # Again, so that the stacks of the forward need not be kept for so long.
+            v, g = stacks.stack(v), stacks.stack(g)
         if torch.is_grad_enabled():  # with create_graph
-            every = zip(ctx.evaluator.specs, v, g, grads, strict=True)
+            every = zip(ctx.evaluator.specs, v, g, whole, strict=True)
             found = Gradients.of([
                 (None, None) if grad is None else differentiable_gradients(grad, x, m, *spec.norm)
                 for spec, x, m, grad in every
             ])  # fmt: skip
         else:
-            found = ctx.evaluator.backward(v, g, ctx.norms, grads)
-        wanted = ctx.needs_input_grad[3:]
+            found = ctx.evaluator.backward(v, g, ctx.norms, whole)
+        wanted = ctx.needs_input_grad[5:]
         both = zip((*found.v, *found.g), wanted, strict=True)
-        return (None, None, None, *(grad if want else None for grad, want in both))
+        return (None, None, None, None, None, *(grad if want else None for grad, want in both))
 
 
 # Past Function.apply, as in norm/math.py; torch leaves it untyped.
 _past: Any = super(torch.autograd.Function, _Group)
 _group: Callable[..., tuple[Tensor, ...]] = _past.apply
+
+
+def _reach_only(node: Any, reached: Sequence[bool]) -> None:
+    """In this backward, let the node of a ``torch.cat`` give a gradient to some inputs only.
+
+    By itself it would give zeros to the others: a step of an optimizer would then decay a weight
+    that took no part.
+    """
+    if node is None:  # nothing in the stack needs a gradient
+        return
+    task = torch._C._current_graph_task_id()
+
+    def after(grad_inputs: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...] | None:
+        if torch._C._current_graph_task_id() != task:  # another backward through the same graph
+            return None
+        handle.remove()
+        return tuple(x if got else None for x, got in zip(grad_inputs, reached, strict=True))
+
+    handle = node.register_hook(after)
 
 
 def _halves(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from wn_surgery.errors import ModelError
 from wn_surgery.fused.choice import Choice, Mode, Path, choose, cut
-from wn_surgery.fused.evaluator import Evaluator
+from wn_surgery.fused.evaluator import Evaluator, Stacks
 from wn_surgery.fused.sharing import Group, Scope, Slot, infrastructure_mode
 from wn_surgery.model.sites import as_module, is_folded, normed, walk
 from wn_surgery.norm.math import traced, transformed
@@ -253,11 +253,14 @@ class Fusion:
 
     def _group(self, members: Sequence[Choice]) -> Group:
         tensor, specs = members[0].site.tensor, [choice.spec for choice in members]
-        evaluator = Evaluator(specs)
         if members[0].path == "triton":
             triton = importlib.import_module("wn_surgery.fused.triton.evaluator")
             evaluator = triton.TritonEvaluator(specs, tensor.dtype, tensor.device)
-        group = Group(self.scope, tensor.dtype, tensor.device, evaluator)
+            group = Group(self.scope, tensor.dtype, tensor.device, evaluator)
+        else:
+            stacks = Stacks(specs, tensor.dtype.itemsize)
+            evaluator = Evaluator(stacks.specs)
+            group = Group(self.scope, tensor.dtype, tensor.device, evaluator, stacks)
         for choice, spec in zip(members, specs, strict=True):
             slot = group.add(choice.plist, spec, choice.castable)
             self._placed.append((ref(choice.plist), slot))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from types import FrameType
 from typing import TypeAlias, cast
 from weakref import ReferenceType, ref
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as module_hooks
 
-from wn_surgery.fused.evaluator import Evaluator, Spec, evaluate
+from wn_surgery.fused.evaluator import Evaluator, Spec, Stacks, evaluate
 from wn_surgery.norm.math import PLAIN_TYPES, builds_graph, g_shape, traced, transformed
 from wn_surgery.norm.parametrization import WeightNorm, WeightNormList
 from wn_surgery.norm.slots import NotCopied
@@ -131,7 +131,7 @@ class Slot(NotCopied):
         self._parametrizations = plist._modules
         self._hooks = module_hooks_of(plist)
         self._alone: Evaluator | None = None
-        self._seen: tuple[Tensor, Tensor, tuple[object, ...]] | None = None
+        self._seen: tuple[Tensor, Tensor, object, object] | None = None
         self._g_shape = g_shape(spec.shape, spec.norm.dim)
         self._norm = cast(WeightNorm, plist[0])
         self._options = tuple(spec.norm)
@@ -155,9 +155,8 @@ class Slot(NotCopied):
         entry = self.grad if _is_grad_enabled() and not _is_inference() else self.plain
         if entry is None or entry[2] != extent:
             return self._compute(extent, alone=False)
-        weight, version, _, state, _, _ = entry
-        if weight._version == version and self.state() == state:
-            return weight
+        if entry[0]._version == entry[1] and self.state() == entry[3]:
+            return entry[0]
         return self._compute(extent, alone=True)
 
     def extent(self) -> Hashable:
@@ -208,7 +207,7 @@ class Slot(NotCopied):
         v = cast(Tensor, self._parameters["original1"])
         # What is the same object at the same address is of the same dtype and device.
         seen = self._seen
-        if seen is None or seen[0] is not g or seen[1] is not v or seen[2] != state[6:8]:
+        if seen is None or seen[0] is not g or seen[1] is not v or seen[2:] != state[6:8]:
             if any(
                 tensor.dtype is not dtype
                 or tensor.device != device
@@ -217,7 +216,7 @@ class Slot(NotCopied):
                 for tensor in (g, v)
             ):
                 return None
-            self._seen = g, v, state[6:8]
+            self._seen = g, v, state[6], state[7]
         # Apart from what has been seen: a new shape may come at the old address.
         return (g, v) if g.shape == self._g_shape and v.shape == self.spec.shape else None
 
@@ -269,13 +268,19 @@ class Group:
     """Weights of one dtype and device that one call computes; ``slots`` are in specs' order."""
 
     def __init__(
-        self, scope: Scope, dtype: torch.dtype, device: torch.device, evaluator: Evaluator
+        self,
+        scope: Scope,
+        dtype: torch.dtype,
+        device: torch.device,
+        evaluator: Evaluator,
+        stacks: Stacks | None = None,
     ) -> None:
         self.scope = scope
         self.dtype = dtype
         self.device = device
         self.slots: list[Slot] = []
         self._evaluator = evaluator
+        self._stacks = stacks
         # Whether values without a graph stay to the end of the forward, or only until another
         # group is computed. On CUDA the allocator keeps their memory at hand.
         self._stays = device.type != "cpu"
@@ -303,7 +308,7 @@ class Group:
             if (
                 state is None
                 or pair is None
-                or (builds and len(self.slots) > 1 and gradient_hooks(pair))
+                or (builds and len(self.slots) > 1 and gradient_hooks(*pair))
             ):
                 self.scope.stale = True
                 return None
@@ -314,7 +319,7 @@ class Group:
             self._make_room()
         if self not in self.scope.filled:
             self.scope.filled.append(self)
-        weights = evaluate(self._evaluator, v, g, wanted.out_dtype())
+        weights = evaluate(self._evaluator, v, g, wanted.out_dtype(), self._stacks)
         for slot, weight, now, m, x in zip(self.slots, weights, states, g, v, strict=True):
             slot.put(weight, extent, now, m, x)
         return weights[self.slots.index(wanted)]
@@ -336,13 +341,18 @@ class Group:
         self.scope.last = self
 
 
-def gradient_hooks(tensors: Sequence[Tensor]) -> bool:
+def gradient_hooks(g: Tensor, v: Tensor) -> bool:
     """Whether hooks wait for the gradients of a g and v.
 
     A node's backward calls the hooks of all its inputs, with ``None`` for those without a
     gradient. So a weight with hooks must not share a node with weights that a forward may skip.
     """
-    return any(t._backward_hooks or t._post_accumulate_grad_hooks for t in tensors)
+    return bool(
+        g._backward_hooks
+        or v._backward_hooks
+        or g._post_accumulate_grad_hooks
+        or v._post_accumulate_grad_hooks
+    )
 
 
 def module_hooks_of(plist: WeightNormList) -> tuple[object, ...]:

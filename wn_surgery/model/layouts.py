@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _WeightNorm as TorchParametrization
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
-from wn_surgery.norm.module_class import base_class, class_for, computed_names, is_managed
+from wn_surgery.norm.module_class import adopt, base_class, class_for, computed_names, is_managed
 from wn_surgery.norm.naming import Layout, NormedLayout, keys_for
 from wn_surgery.norm.options import NormOptions
 from wn_surgery.norm.parametrization import WeightNorm, WeightNormList
 from wn_surgery.norm.slots import note_change
 
-__all__ = ["Foreign", "Normed", "SiteLayout", "carried", "clear", "put_plain"]
+__all__ = ["Foreign", "Normed", "SiteLayout", "carried", "clear", "leftovers", "put_plain"]
 
 _Order: TypeAlias = Sequence[str]
 SiteLayout: TypeAlias = Layout | Literal["other"]
@@ -145,6 +145,7 @@ def _dotted(cls: type) -> str:
 
 def clear(module: nn.Module, name: str) -> tuple[str, ...]:
     """Take parameter ``name`` out of any layout; the order of all where it is plain again."""
+    drop_load_hooks(module, name)
     if name in module._parameters:
         order = tuple(module._parameters)
         del module._parameters[name]
@@ -172,7 +173,6 @@ def _clear_parametrized(module: nn.Module, name: str) -> tuple[str, ...]:
     if not remaining:
         del module._modules["parametrizations"]
     object.__setattr__(module, "__class__", cls)
-    _drop_compatibility_hooks(module, name)
     return order
 
 
@@ -274,13 +274,66 @@ def _usual_order(module: nn.Module, name: str, registered: Iterable[str]) -> tup
     return tuple(order)
 
 
-def _drop_compatibility_hooks(module: nn.Module, name: str) -> None:
-    """Remove the load hook that torch's weight_norm leaves for ``name``."""
-    for key, wrapped in list(module._load_state_dict_pre_hooks.items()):
-        hook = getattr(wrapped, "hook", wrapped)
-        if (
-            getattr(hook, "__module__", None) == "torch.nn.utils.parametrizations"
-            and getattr(hook, "__name__", None) == "_weight_norm_compat_hook"
-            and inspect.getclosurevars(hook).nonlocals.get("name") == name
-        ):
+# Load hooks -----------------------------------------------------------------------------
+
+
+def leftovers(module: nn.Module) -> list[str]:
+    """The parameters whose weight norm is gone, and has left a load hook on the module."""
+    hooks = module._load_state_dict_pre_hooks.values()
+    names = dict.fromkeys(name for hook in hooks if (name := _loads(hook)) is not None)
+    if not names:
+        return []
+    lists: Any = module._modules.get("parametrizations") or ()
+    held = carried(module)
+    return [name for name in names if name not in lists and name not in held]
+
+
+class LoadHook:
+    """Lets a parameter in the legacy layout load state dicts of the other layouts."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(
+        self,
+        module: nn.Module,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
+        _strict: bool,
+        _missing: list[str],
+        _unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        """Before the module reads its part of a state dict."""
+        held = carried(module).get(self.name)
+        if isinstance(held, Normed) and held.layout == "legacy":
+            now = held.g.detach(), held.v.detach()
+            adopt(state_dict, prefix + self.name, "legacy", now, held.norm, metadata, errors)
+
+
+def put_load_hook(module: nn.Module, name: str) -> None:
+    """Register a :class:`LoadHook`."""
+    hooks = module._load_state_dict_pre_hooks
+    handle = cast(Any, module).register_load_state_dict_pre_hook(LoadHook(name))
+    hooks[cast(int, f"wn_surgery.{name}")] = hooks.pop(handle.id)  # not by a number: see put_legacy
+
+
+def drop_load_hooks(module: nn.Module, name: str) -> None:
+    """Remove the load hooks for ``name``: torch's, of which each call leaves one, and ours."""
+    for key, hook in list(module._load_state_dict_pre_hooks.items()):
+        if _loads(hook) == name:
             del module._load_state_dict_pre_hooks[key]
+
+
+def _loads(wrapped: Any) -> str | None:
+    """The parameter for which a load hook is that of torch's weight_norm, or ours."""
+    hook = getattr(wrapped, "hook", wrapped)
+    if isinstance(hook, LoadHook):
+        return hook.name
+    if (
+        getattr(hook, "__module__", None) != "torch.nn.utils.parametrizations"
+        or getattr(hook, "__name__", None) != "_weight_norm_compat_hook"
+    ):
+        return None
+    return cast("str | None", inspect.getclosurevars(hook).nonlocals.get("name"))

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from wn_surgery.errors import ModelError, ZeroNormError
 from wn_surgery.norm.drafts import following
-from wn_surgery.norm.naming import keys_for
-from wn_surgery.norm.parametrization import WeightNorm, WeightNormList, is_weight_norm
+from wn_surgery.norm.naming import NormedLayout, keys_for
+from wn_surgery.norm.options import NormOptions
+from wn_surgery.norm.parametrization import WeightNorm, is_weight_norm, parts_of
 
-__all__ = ["FOLDED", "base_class", "class_for", "computed_names", "is_managed", "opener"]
+__all__ = ["FOLDED", "adopt", "base_class", "class_for", "computed_names", "is_managed", "opener"]
 
 _is_compiling = torch.compiler.is_dynamo_compiling
 
@@ -103,10 +104,16 @@ def _computed(name: str) -> _Computed:
         if plist is not None:
             weight: Tensor | None = None
             # torch.compile must look neither at the slot nor at the thread.
-            if (hold := getattr(plist, "hold", None)) is not None:
-                weight = hold.traced if _is_compiling() else hold.weight()
-            if weight is None and not _is_compiling() and (slot := getattr(plist, "slot", None)):
-                weight = slot.weight()
+            if _is_compiling():
+                hold = getattr(plist, "hold", None)
+                weight = None if hold is None else hold.traced
+            else:
+                # Read past nn.Module's own lookup: this is asked at each access.
+                held = plist.__dict__
+                if (hold := held.get("hold")) is not None:
+                    weight = hold.weight()
+                if weight is None and (slot := held.get("slot")) is not None:
+                    weight = slot.weight()
             return cast(Tensor, plist()) if weight is None else weight
         # torch may have given the shared class this name for another of its modules: here it
         # is then a plain attribute or a Parameter. nn.Module.__getattr__ would find the latter as
@@ -268,27 +275,44 @@ def _rebuild(
 def _adopt_layouts(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any, errors: list[str]
 ) -> None:
-    """Rewrite a plain ``weight`` or a legacy ``weight_g``, ``weight_v`` as g and v here."""
+    """Rewrite plain and legacy keys as those of g and v here."""
     for name, plist in module.__dict__["_modules"].get("parametrizations", {}).items():
-        if not is_weight_norm(plist):
-            continue
-        plain = prefix + name
-        g_key, v_key = keys_for(plain, "parametrized")
-        legacy = keys_for(plain, "legacy")
-        if all(key in state_dict for key in legacy):
-            state_dict[g_key] = state_dict.pop(legacy[0])
-            state_dict[v_key] = state_dict.pop(legacy[1])
-        elif plain in state_dict and not {g_key, v_key} & state_dict.keys():
-            assign = bool(metadata.get("assign_to_params_buffers"))
-            parts = _split(state_dict.pop(plain), plist, assign)
-            state_dict[g_key], state_dict[v_key], error = parts
-            if error:
-                errors.append(f"{plain}: {error}")
+        if is_weight_norm(plist):
+            now = plist.original0.detach(), plist.original1.detach()
+            norm = cast(WeightNorm, plist[0]).options
+            adopt(state_dict, prefix + name, "parametrized", now, norm, metadata, errors)
 
 
-def _split(weight: Any, plist: WeightNormList, assign: bool) -> tuple[Any, Any, str]:
+def adopt(
+    state_dict: dict[str, Any],
+    weight: str,
+    layout: NormedLayout,
+    now: tuple[Tensor, Tensor],
+    norm: NormOptions,
+    metadata: Any,
+    errors: list[str],
+) -> None:
+    """Rewrite a plain ``weight``, or g and v of the other layout, as g and v of this one.
+
+    ``weight`` is the plain key, and ``now`` are the g and v that the module has.
+    """
+    here = keys_for(weight, layout)
+    there = keys_for(weight, "legacy" if layout == "parametrized" else "parametrized")
+    if all(key in state_dict for key in there):
+        for key, other in zip(here, there, strict=True):
+            state_dict[key] = state_dict.pop(other)
+    elif weight in state_dict and not set(here) & state_dict.keys():
+        assign = bool(metadata.get("assign_to_params_buffers"))
+        *parts, error = _split(state_dict.pop(weight), now, norm, assign)
+        state_dict.update(zip(here, parts, strict=True))
+        if error:
+            errors.append(f"{weight}: {error}")
+
+
+def _split(
+    weight: Any, now: tuple[Tensor, Tensor], norm: NormOptions, assign: bool
+) -> tuple[Any, Any, str]:
     """The g and v of a plain ``weight`` from a state dict; those of now, where it has none."""
-    now = plist.original0.detach(), plist.original1.detach()
     if not isinstance(weight, Tensor) or weight.shape != now[1].shape:
         # torch reports the type or the shape as that of original1; g must not look missing too.
         return now[0], weight, ""
@@ -302,6 +326,6 @@ def _split(weight: Any, plist: WeightNormList, assign: bool) -> tuple[Any, Any, 
     if not (weight.is_floating_point() or weight.is_complex()):
         return *now, f"expected a floating-point tensor to assign, got {weight.dtype}"
     try:
-        return cast(WeightNorm, plist[0]).right_inverse(weight)[0], weight, ""
+        return parts_of(weight, norm)[0], weight, ""
     except (ModelError, ZeroNormError) as error:
         return *now, str(error)

@@ -209,12 +209,8 @@ def before_migration(site: Site, to: str) -> Iterator[WeightNormError]:
     held = site.held
     assert isinstance(held, Normed)
     norm = held.norm
-    if to == "legacy" and runs_no_hook(site):
-        message = (
-            f"{site.name} is read by attention, which never calls the module it is in, so a legacy "
-            "hook would never compute it; leave it parametrized, or remove its weight norm"
-        )
-        yield error_at(site, "stacked", message)
+    if to == "legacy" and (problems := list(before_hook(site))):
+        yield from problems
         return
     if to == "legacy" and (isinstance(norm.dim, tuple) or norm.eps or norm.norm_dtype):
         message = (
@@ -237,6 +233,19 @@ def before_migration(site: Site, to: str) -> Iterator[WeightNormError]:
                 "g · v/‖v‖; it can be removed, not migrated"
             )
             yield error_at(site, "stacked", message)
+
+
+def before_hook(site: Site) -> Iterator[WeightNormError]:
+    """What prevents a forward pre-hook from computing the weight."""
+    if runs_no_hook(site):
+        message = (
+            f"{site.name} is read by attention, which never calls the module it is in, so a legacy "
+            "hook would never compute it; leave it parametrized, or without weight norm"
+        )
+        yield error_at(site, "stacked", message)
+    elif site.tensor is not None and site.tensor.is_complex():
+        message = f"{site.name} is complex, which torch's legacy hook cannot compute"
+        yield error_at(site, "stacked", message)
 
 
 def runs_no_hook(site: Site) -> bool:

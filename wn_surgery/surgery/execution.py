@@ -42,6 +42,7 @@ class Report:
         steps: every matched site, as :meth:`wn_surgery.Step.to_dict` gives it.
         optimizers: what changed in the optimizers that were given.
         table: the table.
+        leftovers: the parameters that had no weight norm, but its load hook, which is gone now.
 
     Example:
         >>> import wn_surgery as wn
@@ -55,6 +56,7 @@ class Report:
     steps: tuple[dict[str, Any], ...]
     optimizers: tuple[OptimizerChange, ...]
     table: str
+    leftovers: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON data."""
@@ -62,12 +64,15 @@ class Report:
             "changed": list(self.changed),
             "steps": list(self.steps),
             "optimizers": [change.to_dict() for change in self.optimizers],
+            "leftovers": list(self.leftovers),
         }
 
     def __repr__(self) -> str:
         count, others = len(self.changed), len(self.optimizers)
         optimizers = f", {others} optimizer{'' if others == 1 else 's'}" if others else ""
-        return f"<Report: {count} parameter{'' if count == 1 else 's'} changed{optimizers}>"
+        left = len(self.leftovers)
+        hooks = f", {left} load hook{'' if left == 1 else 's'}" if left else ""
+        return f"<Report: {count} parameter{'' if count == 1 else 's'} changed{optimizers}{hooks}>"
 
     def __str__(self) -> str:
         return "\n".join([self.table, *map(str, self.optimizers)])
@@ -143,7 +148,8 @@ def remove(
     """Make weight-normed parameters plain again, in place, bit for bit; report what was done.
 
     Every layout is removed, whoever applied it: this library, both of torch's functions,
-    or a model's own method.
+    or a model's own method. So is the load hook that torch's ``remove_parametrizations`` leaves
+    behind, with which no module can be pickled: see the report's ``leftovers``.
 
     Args:
         model: any module tree.
@@ -239,6 +245,9 @@ def _carry_out(
             for step in plan.changes:
                 body.at = step.site.name
                 work.do(step)
+            for site in plan.leftovers:
+                log.record(site.module)
+                layouts.drop_load_hooks(site.module, site.param)
             for step in plan.changes:
                 layouts.refresh(step.site.module)
             changes = edit.replace(work.replacements)
@@ -255,6 +264,7 @@ def _carry_out(
         tuple(step.to_dict() for step in plan.steps),
         tuple(changes),
         plan._table("changed"),
+        tuple(site.name for site in plan.leftovers),
     )
 
 

@@ -19,7 +19,7 @@ from wn_surgery.rules.rule import (
 )
 from wn_surgery.surgery import checks
 
-__all__ = ["Match", "eligible", "match"]
+__all__ = ["Match", "eligible", "match", "takes"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -62,6 +62,16 @@ def match(nodes: Sequence[Node], rules: Sequence[Rule]) -> Iterator[Match]:
                 winner = max(winners.values())
                 others = set[int]().union(*found.values()) - {winner}
                 yield Match(site, winners, winner, tuple(sorted(others)))
+
+
+def takes(rule: Rule, site: Site) -> bool:
+    """Whether a rule matches a site under any of its paths."""
+    node = site.node
+    return (
+        matches_class(rule, node.base)
+        and matches_param(rule, site.param)
+        and any(matches_path(rule, path) and eligible(site, rule, path) for path in node.paths)
+    )
 
 
 def eligible(site: Site, rule: Rule, path: str) -> bool:

@@ -86,6 +86,8 @@ class Plan:
         steps: one for each matched site.
         unmatched: rules that decide nothing, with the reason and suggestions.
         problems: why it cannot be carried out; empty for a plan that can.
+        leftovers: parameters without weight norm whose module still has its load hook, which will
+            be taken off; with torch's, no module can be pickled.
         parameters: the model's number of parameters now.
 
     Example:
@@ -104,6 +106,7 @@ class Plan:
     steps: list[Step]
     unmatched: list[Unmatched] = field(default_factory=list)
     problems: list[WeightNormError] = field(default_factory=list)
+    leftovers: list[Site] = field(default_factory=list)
     parameters: int = 0
 
     @property
@@ -156,6 +159,7 @@ class Plan:
                 {"error": type(p).__name__, "kind": p.kind, "site": p.site, "message": str(p)}
                 for p in self.problems
             ],
+            "leftovers": [site.name for site in self.leftovers],
             "parameters": self.parameters,
             "parameters_after": self.parameters + self.added,
         }
@@ -182,6 +186,14 @@ class Plan:
             f"{self.parameters:,} parameters"
             + (f" -> {self.parameters + added:,} (g {gives})" if added else "")
         )
+        if self.leftovers:
+            count, names = len(self.leftovers), [site.name for site in self.leftovers[:6]]
+            more = f" and {count - 6} more" if count > 6 else ""
+            taken = "to take" if verb == "change" else "taken"
+            lines.append(
+                f"{count} load hook{'' if count == 1 else 's'} left behind by another removal, "
+                f"{taken} off: {', '.join(names)}{more}"
+            )
         lines += [_legend(number, rule) for number, rule in enumerate(self.rules, 1)]
         lines += [f"rule {u.number} decides nothing: {u.reason}" for u in self.unmatched]
         lines += [f"problem: {problem}" for problem in self.problems]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import warnings
 from collections.abc import Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,14 +13,14 @@ import torch
 from torch import nn
 
 from wn_surgery.errors import ModelError, WeightNormError
-from wn_surgery.model.layouts import Foreign, Normed, SiteLayout
+from wn_surgery.model.layouts import Foreign, Normed, SiteLayout, leftovers
 from wn_surgery.model.sites import Node, Site, sites_of, walk
 from wn_surgery.norm.module_class import FOLDED
 from wn_surgery.norm.options import NormOptions
 from wn_surgery.rules.sources import Rule, RuleFields, RulesLike, given_rules
 from wn_surgery.surgery import checks
 from wn_surgery.surgery.diagnosis import explain
-from wn_surgery.surgery.matching import Match, match
+from wn_surgery.surgery.matching import Match, match, takes
 from wn_surgery.surgery.plan import Plan, Step
 from wn_surgery.surgery.ties import Index, resolve_ties
 
@@ -108,6 +109,7 @@ def build(model: nn.Module, rules: tuple[Rule, ...], on_unmatched: OnUnmatched =
     # Checked after ties are resolved: a tied site that is skipped is never divided by its norm.
     # BERT's decoder is tied to embeddings whose padding is zero.
     made.problems += checks.before_division(_divided(made), in_parts=False)
+    made.leftovers += _leftovers(nodes, rules)
     _report_unmatched(made, nodes, winning, on_unmatched)
     return made
 
@@ -130,6 +132,17 @@ def _nodes(model: nn.Module) -> list[Node]:
             "fixed; change weight norm before torch.jit.script or torch.jit.trace"
         )
     return walk(model)
+
+
+def _leftovers(nodes: list[Node], rules: tuple[Rule, ...]) -> Iterator[Site]:
+    """Where a rule removes weight norm that is gone already, but for its load hook."""
+    for node in nodes:
+        for param in leftovers(node.module):
+            # torch's removal makes a frozen weight a buffer, which is no site.
+            site = Site(node, param, None, None)
+            deciding = [rule for rule in rules if takes(rule, site)]
+            if deciding and deciding[-1].action == "remove":
+                yield site
 
 
 def build_removal(model: nn.Module) -> Plan:
@@ -273,6 +286,15 @@ def _conflicts(found: Match, rules: tuple[Rule, ...]) -> Iterator[WeightNormErro
         yield checks.error_at(site, "names", message)
 
 
+def _level_of_caller() -> int:
+    """The stack level, seen from who asks, of the code that called this library."""
+    level, frame = 1, sys._getframe(1)
+    own = ("wn_surgery", "contextlib")
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in own:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
 def _report_unmatched(
     made: Plan, nodes: list[Node], winning: set[int], on_unmatched: OnUnmatched
 ) -> None:
@@ -286,4 +308,4 @@ def _report_unmatched(
         if on_unmatched == "error":
             made.problems.append(WeightNormError(message, kind=unmatched.kind, site=site))
         elif on_unmatched == "warn":
-            warnings.warn(message, UnmatchedRuleWarning, stacklevel=5)
+            warnings.warn(message, UnmatchedRuleWarning, stacklevel=_level_of_caller())

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from wn_surgery.checkpoints.io.header import TORCH, read_header
+from wn_surgery.checkpoints.io.header import TORCH, Entry, read_header
 from wn_surgery.errors import CheckpointError, CheckpointFileError
 
-__all__ = ["File", "Sink", "owners_of", "reading"]
+__all__ = ["File", "Sink", "owners_of", "reading", "write_tensor"]
 
 CHUNK = 1 << 24
 
@@ -48,6 +49,7 @@ class File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.entries: dict[str, Entry]
         with reading(path):
             self._file = path.open("rb", buffering=0)
             try:
@@ -105,9 +107,22 @@ class File:
         self._file.close()
 
 
-def owners_of(files: Iterable[File]) -> dict[str, File]:
+class _Holder(Protocol):
+    """What has tensors by name."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def entries(self) -> Mapping[str, object]: ...
+
+
+_H = TypeVar("_H", bound=_Holder)
+
+
+def owners_of(files: Iterable[_H]) -> dict[str, _H]:
     """The file that each tensor of several shards is in; it must be in one only."""
-    owners: dict[str, File] = {}
+    owners: dict[str, _H] = {}
     for file in files:
         for name in file.entries:
             if name in owners:
@@ -115,3 +130,12 @@ def owners_of(files: Iterable[File]) -> dict[str, File]:
                 raise CheckpointError(f"{name!r} is in {both}; delete the one that is stale")
             owners[name] = file
     return owners
+
+
+def write_tensor(out: Sink, tensor: Tensor) -> None:
+    """Write the bytes of a tensor."""
+    tensor = tensor.contiguous()
+    if tensor.nbytes:
+        # torch gives bytes only through numpy, which the core does without.
+        array = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+        out.write(memoryview(array).cast("B"))
