@@ -85,11 +85,17 @@ def gather(parts: Iterable[tuple[Tensor, ...]]) -> list[nn.Module]:
     found = [(module, state) for module, state in _states() if _ids(state) & wanted.keys()]
     new = [state for module, state in found if module not in _GATHERED]
     _check_memory([wanted[i] for state in new for i in _ids(state) & wanted.keys()])
-    for module, state in found:
-        unit = _GATHERED.get(module) or _Unit(module, state)
-        _GATHERED[module] = unit
-        unit.users += 1
-    return [module for module, _ in found]
+    gathered: list[nn.Module] = []
+    try:
+        for module, state in found:
+            unit = _GATHERED.get(module) or _Unit(module, state)
+            _GATHERED[module] = unit
+            unit.users += 1
+            gathered.append(module)
+    except BaseException:
+        release(gathered)
+        raise
+    return gathered
 
 
 def release(modules: Iterable[nn.Module]) -> None:

@@ -115,11 +115,8 @@ def why_uncut(tensor: Tensor) -> str:
     """Why a DTensor's slices have no norm, as the end of a sentence; empty where they have."""
     if not is_dtensor(tensor):
         return ""
-    from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor.placement_types import _StridedShard
-
-    known = (Shard, _StridedShard, Replicate)
-    wrong = [each for each in tensor.placements if type(each) not in known]
+    known = ("Shard", "_StridedShard", "Replicate")
+    wrong = [each for each in tensor.placements if type(each).__name__ not in known]
     if not wrong:
         return ""
     return (

@@ -409,10 +409,8 @@ class _PartsNode(torch.autograd.Function):
             grad_v, grad_g = gradients(*parts, norms, dim, eps, norm_dtype, cut.total)
             whole_g = cut.magnitude(grad_g, g.shape).redistribute(placements=g.placements)
             found = cut.weight(grad_v, v), whole_g
-        need = ctx.needs_input_grad
-        return (
-            tuple(each if n else None for each, n in zip(found, need, strict=False)) + (None,) * 3
-        )
+        need_v, need_g, *_ = ctx.needs_input_grad
+        return found[0] if need_v else None, found[1] if need_g else None, None, None, None
 
 
 def _values_of_parts(
