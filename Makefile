@@ -12,11 +12,12 @@ HIFIGAN_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DIST_STAMP := $(VENV)/.installed-dist
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo hifigan minilm test test-long fuzz attack flaky coverage lint format bench gpu clean
+.PHONY: help install demo hifigan minilm test test-long fuzz attack flaky coverage lint format docs dist bench gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,15 +65,23 @@ coverage: $(STAMP) ## the tests again, then every line that none of them runs
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --show-missing --skip-covered
 
-lint: $(STAMP) ## ruff, mypy --strict, pyright
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict
-	$(BIN)/pyright
+lint: $(STAMP) ## ruff, mypy --strict, pyright: every hook of .pre-commit-config.yaml
+	$(BIN)/pre-commit run --all-files --hook-stage pre-push
 
 format: $(STAMP) ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP) ## the site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo 'To read it with its search: $(BIN)/python -m http.server --directory build/site'
+
+dist: $(DIST_STAMP) ## wheel and sdist, in dist/: built, checked, installed without network
+	$(BIN)/python tests/project/dist.py
+
+$(DIST_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dist]'
+	@touch $@
 
 bench: $(STAMP) ## every benchmark, alternated in one process (BENCH_ARGS=--quick for minutes)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks $(BENCH_ARGS)

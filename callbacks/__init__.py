@@ -4,5 +4,5 @@ The folder is ``callbacks/`` at the top of the repository, installed as ``wn_sur
 
 In: the Trainer of Lightning or of transformers.
 Out: the same training, with weight norm.
-Imports: norm, rules, model, surgery, training, fused, export, huggingface.
+Imports: norm, rules, model, surgery, training, fused, export, reporting, huggingface.
 """

@@ -1,14 +1,16 @@
-"""Draw the pictures of the README: a plan, and g and the effective learning rate in a training.
+"""Draw the pictures of the pages: a plan, a training, and a report.
 
 Run ``python docs/make_images.py`` from a clone (about a minute). It needs the extra ``demo``. The
 plan is what ``wn.plan`` prints for examples/digits_tcn.py. The curves are what the Lightning
-callback records while that example trains on the digits of scikit-learn.
+callback records while that example trains on the digits of scikit-learn, and the report is the page
+that it writes then. It needs Chromium or Chrome; without one it is not drawn.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 from typing import TypeAlias
 
@@ -24,9 +26,11 @@ from wn_surgery.callbacks.lightning import WeightNorm
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
 
 import digits_tcn  # noqa: E402 - it is found by the line above
+
+from tests.browser import Browser, chromium  # noqa: E402
 
 INK, FAINT, LINE = "#1f2328", "#6e7781", "#d0d7de"
 CHANGED, SKIPPED = "#dafbe1", "#f3f4f6"
@@ -77,12 +81,15 @@ def _line(
     axes.text(LEFT, y, text, weight=weight, **style)  # type: ignore[arg-type]
 
 
-def train(epochs: int) -> Curves:
-    """Train the example with the callback; return the steps, and what it recorded at each."""
+def train(epochs: int, page: Path) -> Curves:
+    """Train the example with the callback; return the steps, and what it recorded at each.
+
+    The callback writes its report to ``page``.
+    """
     digits_tcn.quiet()
     L.seed_everything(0, workers=True, verbose=False)
     data, _ = digits_tcn.digits(None)
-    callback = WeightNorm(digits_tcn.RULES, log_every_n_steps=2)
+    callback = WeightNorm(digits_tcn.RULES, log_every_n_steps=2, report_to=page)
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
@@ -134,17 +141,34 @@ def training(curves: Curves) -> Figure:
     return figure
 
 
+def screenshot(page: Path, target: Path) -> None:
+    """Take a picture of the page's upper part in a browser."""
+    found = chromium()
+    if found is None:
+        print(f"no Chromium was found, so {target} is not drawn")
+        return
+    profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with profile as folder, Browser(found, Path(folder)) as browser:
+        browser.look(1200, 1280)
+        browser.open(page)
+        browser.picture(target)
+    print(target)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Write both pictures."""
+    """Write the pictures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--folder", type=Path, default=IMAGES, help="where the PNG files go")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     args.folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in (("plan", plan()), ("training", training(train(args.epochs)))):
-        figure.savefig(args.folder / f"{name}.png", dpi=150)
-        print(args.folder / f"{name}.png")
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "report.html"
+        for name, figure in (("plan", plan()), ("training", training(train(args.epochs, page)))):
+            figure.savefig(args.folder / f"{name}.png", dpi=150)
+            print(args.folder / f"{name}.png")
+        screenshot(page, args.folder / "report.png")
     return 0
 
 

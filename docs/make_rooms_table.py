@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "design.md"
 BEGIN, END = "<!-- rooms: begin -->\n", "<!-- rooms: end -->\n"
 ROOMS = ["norm", "rules", "model", "surgery", "training", "fused", "export", "checkpoints"]
-ROOMS += ["compat", "huggingface", "callbacks", "cli"]
+ROOMS += ["compat", "reporting", "huggingface", "callbacks", "cli"]
 
 
 def row(room: str) -> str:

@@ -36,6 +36,7 @@ from wn_surgery.fused import Fusion, fuse, unfuse
 from wn_surgery.model import reloading as _reloading  # noqa: F401 - it is asked by what savers.py finds
 from wn_surgery.model.contexts import folded, writable
 from wn_surgery.model.sites import Site, sites
+from wn_surgery.reporting.page import report
 from wn_surgery.rules.sources import Rule
 from wn_surgery.surgery.execution import Report, apply, migrate, remove
 from wn_surgery.surgery.plan import Plan, Step
@@ -80,6 +81,7 @@ __all__ = [
     "parameter_groups",
     "plan",
     "remove",
+    "report",
     "sites",
     "statistics",
     "unfuse",

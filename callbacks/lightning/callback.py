@@ -15,13 +15,14 @@ from typing_extensions import override
 
 import wn_surgery as wn
 from wn_surgery.callbacks.holding import refuse_unheld
-from wn_surgery.callbacks.lightning import exporting, layouts, neighbours, patching
+from wn_surgery.callbacks.lightning import exporting, layouts, monitoring, neighbours, patching
 from wn_surgery.callbacks.lightning.bases import Callback
 from wn_surgery.callbacks.lightning.fusing import Folding, Fused, fuse
 from wn_surgery.callbacks.lightning.layouts import LayoutIO, SaveLayout
 from wn_surgery.callbacks.lightning.monitoring import Monitor
 from wn_surgery.callbacks.lightning.patching import Replaced, Rules
 from wn_surgery.model.records import KEY
+from wn_surgery.reporting.page import check_path
 from wn_surgery.rules.sources import as_rules
 from wn_surgery.surgery.planning import OnUnmatched
 
@@ -65,6 +66,8 @@ class WeightNorm(Callback):
         export_to: At the end of ``fit``, write the module without weight norm: weights
             (``.safetensors``, ``.pt``, ``.pth``, ``.ckpt``) or a program (``.onnx``, ``.pt2``),
             which needs ``example_input_array``.
+        report_to: At the end of ``fit``, write the page of :func:`wn_surgery.report`, an ``.html``
+            file; with what ``log_every_n_steps`` has recorded.
         init_from_batch: Initialize g and biases from the first batch of a new run; see
             :func:`wn_surgery.initializing`. A resumed run is not initialized again.
         on_unmatched: For a rule that matches nothing: ``"error"``, ``"warn"`` or ``"ignore"``.
@@ -102,6 +105,7 @@ class WeightNorm(Callback):
         strip_on_end: bool = False,
         log_every_n_steps: int | None = None,
         export_to: str | Path | None = None,
+        report_to: str | Path | None = None,
         init_from_batch: bool = False,
         on_unmatched: OnUnmatched = "error",
         verbose: bool = False,
@@ -124,6 +128,7 @@ class WeightNorm(Callback):
         self.save_layout: SaveLayout = save_layout
         self.strip_on_end = strip_on_end
         self.export_to = None if export_to is None else Path(export_to)
+        self.report_to = None if report_to is None else check_path(report_to)
         self.init_from_batch = init_from_batch
         self.verbose = verbose
         self.report: wn.Report | None = None
@@ -289,6 +294,8 @@ class WeightNorm(Callback):
         self._finished = True
         if self.export_to is not None and trainer.is_global_zero:
             exporting.export(pl_module, self.export_to)
+        if self.report_to is not None:
+            monitoring.report(trainer, pl_module, self.report_to, self.rules, self._monitor)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

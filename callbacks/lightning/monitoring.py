@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import wn_surgery as wn
 from wn_surgery.callbacks.lightning.neighbours import shards
+from wn_surgery.reporting.page import page, write
 from wn_surgery.training.statistics import History
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["Monitor"]
+__all__ = ["Monitor", "report"]
 
 
 class Monitor:
@@ -47,6 +49,24 @@ class Monitor:
             # From 0, as self.log() and LearningRateMonitor count, so that curves line up.
             logger.log_metrics(metrics, step=step - 1)
             _log_histograms(logger, statistics, step - 1)
+
+
+def report(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    path: Path,
+    rules: tuple[wn.Rule, ...],
+    monitor: Monitor | None,
+) -> None:
+    """Write the page of :func:`wn_surgery.report`, on rank zero."""
+    # As in after_batch: all ranks gather.
+    if not trainer.is_global_zero and not shards(trainer):
+        return
+    history = None if monitor is None else monitor.history
+    made = page(pl_module, rules=rules, history=history, optimizers=trainer.optimizers)
+    if trainer.is_global_zero:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(made, path)
 
 
 def _log_histograms(logger: Any, statistics: wn.Statistics, step: int) -> None:

@@ -341,3 +341,31 @@ def test_late_layers_are_stripped_and_exported_too(tmp_path: Path) -> None:
     assert state.keys() == module.state_dict().keys()
     for key, value in state.items():
         assert torch.equal(value, module.state_dict()[key])
+
+
+# A page -------------------------------------------------------------------------------------
+
+
+def test_report_to_writes_a_page_at_the_end_of_fit(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "report.html"
+    callback = WeightNorm(RULES, report_to=target, log_every_n_steps=1, strip_on_end=True)
+    made = trainer(callback)
+    module = Module()
+    made.fit(module, loader())
+    text = target.read_text(encoding="utf-8")
+    rates = [callback.history.records[-1][name]["effective_lr"] for name in callback.report.changed]
+    assert len(rates) > 1
+    for name in callback.report.changed:
+        assert f"<title>{name}</title>" in text  # its curves
+    assert all(f"{rate:.3g}" in text for rate in rates)
+    assert "rule 1" in text and f"<h1>{type(module).__name__}</h1>" in text
+    target.unlink()
+    made.validate(module, loader())
+    assert not target.exists()
+    trainer(WeightNorm(RULES, report_to=target)).fit(Module(), loader())
+    assert "<figure>" not in target.read_text(encoding="utf-8")
+
+
+def test_report_to_is_checked_before_anything_runs() -> None:
+    with pytest.raises(ValueError, match=r"another ending than \.html"):
+        WeightNorm(RULES, report_to="last.ckpt")

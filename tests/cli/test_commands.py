@@ -425,3 +425,18 @@ def test_names_that_are_no_text(run: Run, tmp_path: Path) -> None:
 def test_what_is_also_stripped_is_what_was_named(run: Run, file: Path) -> None:
     assert run("strip", file, "b.safetensors", "--also", "spectral_norm", "--verify").code == 0
     assert run("strip", file, "c.safetensors", "--also", "batch_norm").code == 2
+
+
+def test_report(run: Run, file: Path) -> None:
+    ran = run("report", file, "-o", "a.html")
+    assert ran == Ran(0, "2 normed tensors, 0 findings: a.html\n", "")
+    text = Path("a.html").read_text(encoding="utf-8")
+    assert text.count("<tr id=") == 2 and "<h1>a.safetensors</h1>" in text
+    told = run("report", file, "--output", "a.html", "--json").json
+    assert told == {"files": ["a.html"], "weights": ["a.weight", "b.weight"]}
+    before = file.read_bytes()
+    ran = run("report", file, "-o", file)
+    assert ran.code == 3 and "another ending than .html" in ran.err
+    assert file.read_bytes() == before
+    assert run("report", file, "-o", "missing/a.html").code == 4
+    assert run("report", file).code == 2

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 
 import wn_surgery as wn
 from tests.makers import DECODER, llama
-from wn_surgery.huggingface import WeightNormConfig, patch_model
+from wn_surgery.huggingface import (
+    WeightNormConfig,
+    built_in_keys,
+    model_on_meta,
+    patch_model,
+)
 
 TOKENS = torch.arange(8)[None]
 
@@ -199,3 +204,15 @@ def test_a_stack_of_which_one_weight_is_there(tmp_path: Path) -> None:
     ]
     assert lost == "model.layers.1.mlp.experts.down_proj"
     assert float(weight(after[lost]).std()) == pytest.approx(0.02, rel=0.2)
+
+
+def test_code_in_a_folder_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would ask, and run it for whoever types y."""
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    config = {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(wn.CheckpointError, match="without running code"):
+        model_on_meta(tmp_path)
+    assert built_in_keys(tmp_path) == frozenset()
+    assert not (tmp_path / "ran").exists()

@@ -11,10 +11,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import wn_surgery
 
@@ -29,14 +31,19 @@ MODULES = {
     f"wn_surgery/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "callbacks").rglob("*.py")
 }
 
+NAME = f"wn_surgery-{wn_surgery.__version__}"
 FILES = [
+    ".pre-commit-config.yaml",
     "CHANGELOG.md",
+    "CITATION.cff",
     "CONTRIBUTING.md",
     "LICENSE",
     "MANIFEST.in",
     "Makefile",
     "README.md",
+    "SECURITY.md",
     "constraints.txt",
+    "mkdocs.yml",
     "pyproject.toml",
 ]
 FOLDERS = [".ci", "benchmarks", "callbacks", "docs", "examples", "tests", "wn_surgery"]
@@ -77,15 +84,50 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_version_has_one_source(wheel: Path) -> None:
-    assert wheel.name.startswith(f"wn_surgery-{wn_surgery.__version__}-")
+    assert wheel.name.startswith(f"{NAME}-")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == wn_surgery.__version__
+    assert f"## [{wn_surgery.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_citation_has_what_its_format_asks_for() -> None:
+    """Of version 1.2.0 (https://citation-file-format.github.io): cffconvert accepts it."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["message"] and citation["title"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert citation["license"] == project["license"]
+    assert [author["name"] for author in citation["authors"]] == [
+        author["name"] for author in project["authors"]
+    ]
+    for reference in citation["references"]:
+        assert {"type", "title", "authors"} <= set(reference)
+
+
+def test_the_hooks_before_a_commit_are_those_of_make_lint() -> None:
+    """`make lint` runs the file; nothing in it comes from elsewhere or has a version of its own."""
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    hooks = [hook for repository in config["repos"] for hook in repository["hooks"]]
+    assert {repository["repo"] for repository in config["repos"]} == {"local"}
+    assert {hook["language"] for hook in hooks} == {"system"}
+    assert [hook["id"] for hook in hooks] == ["ruff-check", "ruff-format", "mypy", "pyright"]
+    for hook in hooks:
+        assert hook["entry"].startswith(".venv/bin/"), hook["entry"]
+        # `make lint` runs this stage; a hook without stages is of every one.
+        assert "pre-push" in hook.get("stages", ["pre-push"])
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    lint = makefile.partition("\nlint:")[2].partition("\n\n")[0]
+    assert lint.splitlines()[1:] == ["\t$(BIN)/pre-commit run --all-files --hook-stage pre-push"]
+    assert "make lint" in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
 
 
 def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        metadata = archive.read("wn_surgery-0.1.0.dist-info/METADATA").decode()
+        metadata = archive.read(f"{NAME}.dist-info/METADATA").decode()
         licenses = [name for name in archive.namelist() if name.endswith("LICENSE")]
-    assert names == MODULES | {"wn_surgery/py.typed"}
+    page = {f"wn_surgery/reporting/page.{kind}" for kind in ("css", "js")}
+    assert names == MODULES | page | {"wn_surgery/py.typed"}
     assert "License-Expression: BSD-3-Clause" in metadata
     assert len(licenses) == 1
 
@@ -118,7 +160,7 @@ def unpacked(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sdist")
     with tarfile.open(build(source, "build_sdist", folder)) as archive:
         archive.extractall(folder, filter="data")
-    return folder / "wn_surgery-0.1.0"
+    return folder / NAME
 
 
 def test_the_sdist_builds_the_same_wheel(unpacked: Path, wheel: Path, tmp_path: Path) -> None:

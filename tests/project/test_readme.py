@@ -12,8 +12,11 @@ import pytest
 from wn_surgery import errors
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MORE_PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MORE_PAGES = [
+    ROOT / name
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "benchmarks/README.md")
+]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -108,3 +111,33 @@ def test_the_files_that_the_design_names_are_there() -> None:
     assert len(named) > 10
     for name in named:
         assert (ROOT / "wn_surgery" / name).is_file(), name
+
+
+@pytest.mark.parametrize("name", ["export", "huggingface", "lightning"])
+def test_a_tutorial_is_what_its_script_makes(name: str) -> None:
+    """Its text and code here; test_the_python_of_a_page_runs compares what the code prints."""
+    script = runpy.run_path(str(ROOT / "docs" / "make_tutorials.py"))
+    page = (ROOT / "docs" / "tutorials" / f"{name}.md").read_text(encoding="utf-8")
+    source = (ROOT / "docs" / "tutorials" / f"{name}.py").read_text(encoding="utf-8")
+    made = script["with_outputs_of"](page, source)
+    assert made == page, f"run python docs/make_tutorials.py {name}"
+    assert "```text\n" in page
+
+
+def test_the_page_of_messages_shows_each_message_and_a_cure() -> None:
+    """Its code runs in test_the_python_of_a_page_runs, which also compares what it prints."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    sections = re.split(r"^### ", page, flags=re.MULTILINE)[1:]
+    assert len(sections) > 15
+    for section in sections:
+        heading = re.search(r"^`+(.*?)`+$", section.splitlines()[0])
+        assert heading is not None, section.splitlines()[0]
+        languages = [language for language, _, _ in blocks(section)]
+        shown = languages.index("text")
+        printed = [block for _, _, block in blocks(section)][shown]
+        for piece in heading[1].split("..."):
+            assert piece.rstrip(")") in printed, heading[1]
+        # After the message comes what to write, and it is checked.
+        cures = [block for language, _, block in blocks(section) if language == "python"][1:]
+        assert languages[:shown] == ["python"] and cures, heading[1]
+        assert re.search(r"assert|backward\(\)|load_state_dict", "".join(cures)), heading[1]

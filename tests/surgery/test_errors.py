@@ -395,10 +395,10 @@ def test_rule_files(tmp_path: Path, text: str, says: str) -> None:
 
 def test_unmatched_rules_can_be_tolerated() -> None:
     rules = [LINEARS, {"names": "nowhere"}]
-    with pytest.warns(wn.UnmatchedRuleWarning, match="rule 2") as caught:
-        wn.apply(linear(), rules, on_unmatched="warn")
-        wn.plan(linear(), rules, on_unmatched="warn")
-    assert [warning.filename for warning in caught] == [__file__] * 2
+    for verb in (wn.plan, wn.apply):
+        with pytest.warns(wn.UnmatchedRuleWarning, match="rule 2") as caught:
+            verb(linear(), rules, on_unmatched="warn")
+        assert caught[0].filename == __file__  # where this library was called
     model = linear()
     report = wn.apply(model, rules, on_unmatched="ignore")
     assert report.changed == ("0.weight", "1.weight")

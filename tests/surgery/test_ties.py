@@ -228,3 +228,13 @@ def test_cycles_and_wrappers() -> None:
     module = nn.Module()
     module._orig_mod = nn.Sequential(nn.Linear(2, 2))  # not a wrapper: just a name
     assert [site.name for site in wn.sites(module)] == ["_orig_mod.0.weight"]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_v_of_the_legacy_layout_is_no_tie_without_an_address() -> None:
+    with torch.device("meta"):
+        one, other = (torch.nn.utils.weight_norm(nn.Linear(4, 3)) for _ in range(2))
+    other.weight_v, other.weight_g = one.weight_v, one.weight_g
+    with pytest.raises(wn.TiedParameterError):
+        wn.remove(nn.ModuleDict({"one": one, "other": other}), names="one")
+    assert wn.remove(one).changed == ("weight",)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from wn_surgery.checkpoints.pairs import Axes, Pair, examine
+from wn_surgery.checkpoints.pairs import Axes, Pair, Shape, examine
 from wn_surgery.checkpoints.plan import unfoldable
 from wn_surgery.checkpoints.reading import State, opened
 from wn_surgery.checkpoints.spectral import axes_of_spectral, find_spectral, spectral_weight
@@ -39,6 +39,8 @@ class NormedTensor:
         g: least, mean and greatest magnitude; None for spectral norm and without elements.
         zero_slices: slices of v with no direction.
         non_finite: NaN and infinite numbers in g and v.
+        g_values: every magnitude, float32, one axis; None where ``g`` is.
+        v_norm_values: every ‖v‖, likewise.
     """
 
     name: str
@@ -50,6 +52,13 @@ class NormedTensor:
     g: tuple[float, float, float] | None = None
     zero_slices: int = 0
     non_finite: int = 0
+    g_values: Tensor | None = field(default=None, repr=False, compare=False)
+    v_norm_values: Tensor | None = field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data, without the values."""
+        names = [each.name for each in dataclasses.fields(self) if each.compare]
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -83,11 +92,13 @@ class Inspection:
         tensors: the normed ones.
         plain: how many other tensors there are.
         findings: what goes wrong, or may.
+        others: the shapes of the other tensors, by their names.
     """
 
     tensors: tuple[NormedTensor, ...]
     plain: int
     findings: tuple[CheckpointFinding, ...]
+    others: Mapping[str, Shape] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def sound(self) -> bool:
@@ -95,8 +106,12 @@ class Inspection:
         return all(each.severity != "error" for each in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain data."""
-        return dataclasses.asdict(self)
+        """The same as plain data, without ``others``."""
+        return {
+            "tensors": [each.to_dict() for each in self.tensors],
+            "plain": self.plain,
+            "findings": [dataclasses.asdict(each) for each in self.findings],
+        }
 
     def __str__(self) -> str:
         rows = [
@@ -152,7 +167,7 @@ def inspect(
     """
     tensors: list[NormedTensor] = []
     findings: list[CheckpointFinding] = []
-    plain = 0
+    others: dict[str, Shape] = {}
     with opened(Path(path), full_pickle=full_pickle) as states:
         for state in states:
             pairs, problems = examine(state.shapes, dim=dim, known=state.known)
@@ -162,11 +177,12 @@ def inspect(
                 row, said = _look(state, pair)
                 tensors.append(row)
                 findings += said
-            spectral, said = _spectral(state, dim)
+            spectral, parts, said = _spectral(state, dim)
             tensors += spectral
             findings += said
-            plain += len(state.shapes) - 2 * len(pairs) - 3 * len(spectral)
-    return Inspection(tuple(tensors), plain, tuple(findings))
+            parts |= {key for pair in pairs for key in (pair.g, pair.v)}
+            others |= {state.path + k: shape for k, shape in state.shapes.items() if k not in parts}
+    return Inspection(tuple(tensors), len(others), tuple(findings), others)
 
 
 def _error(kind: str, name: str, message: str) -> CheckpointFinding:
@@ -209,12 +225,17 @@ def _look(state: State, pair: Pair) -> tuple[NormedTensor, list[CheckpointFindin
         message = f"{name!r} has {count} numbers that are NaN or infinite, and would keep them"
         found.append(_error("non-finite", name, message))
     wide = v if v.dtype in (torch.float32, torch.float64) or v.is_complex() else v.float()
-    zero = int((norm_except(wide, pair.dim) == 0).sum()) if v.numel() else 0
+    norms = norm_except(wide, pair.dim) if v.numel() else torch.empty(0)
+    zero = int((norms == 0).sum())
     if zero and pair.options.eps == 0.0:
         message = f"{name!r} has {zero} slices along dim={pair.dim} where v/‖v‖ is not a number"
         found.append(_error("zero", name, message))
     three = (float(g.min()), float(g.double().mean()), float(g.max())) if g.numel() else None
-    return dataclasses.replace(row, g=three, zero_slices=zero, non_finite=count), found
+    row = dataclasses.replace(row, g=three, zero_slices=zero, non_finite=count)
+    if three is None:
+        return row, found
+    values = g.float().flatten(), norms.float().flatten()
+    return dataclasses.replace(row, g_values=values[0], v_norm_values=values[1]), found
 
 
 def _not_finite(tensor: Tensor) -> int:
@@ -223,11 +244,13 @@ def _not_finite(tensor: Tensor) -> int:
     return int((~torch.isfinite(tensor)).sum())
 
 
-def _spectral(state: State, dim: Axes) -> tuple[list[NormedTensor], list[CheckpointFinding]]:
+def _spectral(
+    state: State, dim: Axes
+) -> tuple[list[NormedTensor], set[str], list[CheckpointFinding]]:
     try:
         found = find_spectral(state.shapes)
     except CheckpointError as error:
-        return [], [_error("spectral", state.path, str(error))]
+        return [], set(), [_error("spectral", state.path, str(error))]
     rows: list[NormedTensor] = []
     said: list[CheckpointFinding] = []
     for one in found:
@@ -240,4 +263,4 @@ def _spectral(state: State, dim: Axes) -> tuple[list[NormedTensor], list[Checkpo
             spectral_weight(map(state.read, one.parts), one.original, dim)
         except CheckpointError as error:
             said.append(_error("spectral", name, str(error)))
-    return rows, said
+    return rows, {key for one in found for key in one.parts}, said

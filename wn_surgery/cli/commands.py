@@ -85,6 +85,29 @@ def doctor(source: Source, options: Reading) -> None:
         raise typer.Exit(FOUND)
 
 
+@command("report vocoder.safetensors -o report.html", "report my-model/ -o report.html")
+def report(
+    source: Source,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="The page to write, an .html file.", show_default=False
+        ),
+    ],
+    options: Reading,
+) -> None:
+    """Write a page to look at in a browser: layouts, the distributions of g and ‖v‖, zero rows."""
+    from wn_surgery.reporting.page import check_path, report
+
+    check_path(output)
+    found = checkpoints.inspect(source, **options.arguments())
+    report(found, output, title=source.resolve().name)
+    if options.as_json:
+        print_json({"files": [output], "weights": [each.name for each in found.tensors]})
+    else:
+        print_text(f"{len(found.tensors)} normed tensors, {len(found.findings)} findings: {output}")
+
+
 @command(
     "strip vocoder.safetensors plain.safetensors", "strip gan.pt plain.pt --also spectral_norm"
 )

@@ -1,9 +1,9 @@
-"""Weight norm on Hugging Face models, by a config that is saved and reloaded with them.
+"""Weight norm on models of transformers and diffusers, by a config that travels with them.
 
 Importing this package lets ``from_pretrained`` rebuild the weight norm that a checkpoint's config
 describes.
 
-In: models, configs and folders of transformers.
+In: models, configs and folders of transformers; models of diffusers.
 Out: the same with weight norm, or without.
 Imports: errors, norm, rules, model, checkpoints.
 """
@@ -16,6 +16,9 @@ except ModuleNotFoundError as error:
         "pip install 'wn-surgery[transformers]'",
         name=error.name,
     ) from error
+
+import warnings
+from contextlib import suppress
 
 from wn_surgery.huggingface.adapters import merge_adapter, merge_and_unload
 from wn_surgery.huggingface.config import WeightNormConfig, rules_for
@@ -30,3 +33,10 @@ __all__ = [
 ]  # fmt: skip
 
 register()
+
+# It may not be there, or be older than its quantizers: patch_model() raises then.
+with suppress(ImportError), warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from wn_surgery.huggingface import diffusion
+
+    diffusion.register()

@@ -1,4 +1,4 @@
-"""PEFT: adapters on weight-normed layers, and merging them where a merge is lost otherwise."""
+"""PEFT: adapters on weight-normed layers, and merging them on every layout of weight norm."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def merge_and_unload(model: Any, **kwargs: Any) -> nn.Module:
     """Call ``model.merge_and_unload()`` on a PEFT model whose base has weight norm.
 
     PEFT adds an adapter to ``layer.weight.data``, which of a weight-normed layer is a computed
-    tensor: the adapter is silently lost. Here g and v follow the weights.
+    tensor. On the weight norm of this library that takes effect, and PEFT's own method is as good.
+    On that of torch, which models put on themselves, the adapter is silently lost. Here g and v
+    follow the weights on both.
 
     Args:
         model: a PEFT model; LoRA, DoRA and others that merge.
@@ -57,7 +59,8 @@ def merge_and_unload(model: Any, **kwargs: Any) -> nn.Module:
 def merge_adapter(model: Any, **kwargs: Any) -> None:
     """Call ``model.merge_adapter()`` on a PEFT model whose base has weight norm.
 
-    Call ``model.unmerge_adapter()`` inside ``wn_surgery.writable(model)`` in the same way.
+    Of torch or of this library: see :func:`merge_and_unload`. To take it back where the weight
+    norm is that of torch, call ``model.unmerge_adapter()`` inside ``wn_surgery.writable(model)``.
 
     Args:
         model: a PEFT model.

@@ -14,23 +14,36 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from wn_surgery.errors import RuleError
+from wn_surgery.model.reloading import is_model_of
 from wn_surgery.model.sites import normed
 from wn_surgery.norm import savers
+from wn_surgery.norm.module_class import base_class
 from wn_surgery.rules.fields import did_you_mean
 from wn_surgery.rules.presets import preset
 from wn_surgery.rules.sources import Rule, RulesLike, as_rules
 
 __all__ = [
     "METHOD", "ConfigLike", "WeightNormConfig", "as_config", "fill_in", "forget", "nested",
-    "own_config", "recorded", "rules_for", "write",
+    "put_note", "recorded", "rules_for", "type_of", "write",
 ]  # fmt: skip
 
 VERSION = 1
+PATCHED = ("transformers", "diffusers")  # the libraries whose models keep a note in their config
 FILE = "weight_norm_config.json"
 # transformers prints this name where this library has not been imported ("Unknown quantization
 # type, got ..." and "Unknown fusion type: ..."), so the name says what to do.
 METHOD = "weight_norm (pip install wn-surgery, and import wn_surgery.huggingface before loading)"
 _GUARD = "fusion_config"
+
+
+class _Method(str):
+    """:data:`METHOD`; diffusers takes it for an enum."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        return METHOD
 
 
 class WeightNormConfig(QuantizationConfigMixin):
@@ -72,7 +85,7 @@ class WeightNormConfig(QuantizationConfigMixin):
                 f"reads version {VERSION} and leaves out {', '.join(sorted(unknown)) or 'nothing'}",
                 stacklevel=2,
             )
-        self.quant_method: Any = METHOD
+        self.quant_method: Any = _Method(METHOD)
         self.version = version
         self.rules: tuple[Rule, ...] | None = None if rules is None else as_rules(rules)
         for rule in self.rules or ():
@@ -84,7 +97,7 @@ class WeightNormConfig(QuantizationConfigMixin):
         """Return the config as JSON data."""
         self._warn_of_absent_sites()
         return {
-            "quant_method": self.quant_method,
+            "quant_method": METHOD,
             "version": self.version,
             "rules": None if self.rules is None else [rule.to_dict() for rule in self.rules],
             "sites": None if self.sites is None else [dict(site) for site in self.sites],
@@ -95,7 +108,7 @@ class WeightNormConfig(QuantizationConfigMixin):
         # from_config() builds a plain model on a config that names weight norm; this is its saving.
         frame = savers.asking()
         model = None if frame is None else frame.f_locals["self"]
-        if frame is None or not self.sites or not isinstance(model, PreTrainedModel):
+        if frame is None or model is None or not self.sites or is_model_of(model) not in PATCHED:
             return
         if recorded(model.config) is self and not normed(model):
             savers.warn(
@@ -195,7 +208,29 @@ def nested(config: Any) -> Iterator[Any]:
             yield from nested(value)
 
 
-def own_config(model: nn.Module) -> None:
+def put_note(model: nn.Module, note: WeightNormConfig | None) -> None:
+    """Note in a model's own config where weight norm is, or with None forget it."""
+    if isinstance(model, PreTrainedModel):
+        _own_config(model)
+        forget(model.config) if note is None else write(model.config, note)
+        return
+    held: Any = model
+    config = {key: held.config[key] for key in held.config if key != "quantization_config"}
+    held._internal_dict = type(held.config)(
+        config if note is None else {**config, "quantization_config": note}
+    )
+    # What has loaded it: there is nothing to dequantize.
+    vars(model).pop("hf_quantizer", None)
+
+
+def type_of(model: nn.Module) -> str:
+    """The type of model that a config is made for: of diffusers it is the class."""
+    if isinstance(model, PreTrainedModel):
+        return str(model.config.model_type)
+    return base_class(model).__name__
+
+
+def _own_config(model: nn.Module) -> None:
     """Give a model a copy of its config, so that a note in it is not read for another model.
 
     Models made from one config object share it, and a part of a model shares that of the whole.

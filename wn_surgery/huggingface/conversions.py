@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
@@ -79,10 +79,10 @@ def reading_plain(
     return result
 
 
-def drop_ours(model: PreTrainedModel) -> None:
+def drop_ours(model: nn.Module) -> None:
     """Forget what loading converted to g and v: saving would convert it back."""
     if (conversions := getattr(model, "_weight_conversions", None)) is not None:
-        model._weight_conversions = _others(conversions)
+        vars(model)["_weight_conversions"] = _others(conversions)
 
 
 def _others(conversions: Iterable[Any]) -> Any:

@@ -20,17 +20,21 @@ _KEYS = "_tied_weights_keys"
 _RESIZE = "resize_token_embeddings"
 
 
-def ties_of(model: PreTrainedModel) -> dict[str, str]:
+def ties_of(model: nn.Module) -> dict[str, str]:
     """Return what the model ties, by the names of weights; call it while they have these names."""
+    if not isinstance(model, PreTrainedModel):
+        return {}
     translated = vars(model).get(_TIES)
     return dict(translated.args[1] if translated else model.all_tied_weights_keys)
 
 
-def follow(model: PreTrainedModel, ties: dict[str, str]) -> None:
+def follow(model: nn.Module, ties: dict[str, str]) -> None:
     """Have a patched model tie g with g and v with v, and resize embeddings without weight norm.
 
     ``ties`` is what :func:`ties_of` gave before it was patched.
     """
+    if not isinstance(model, PreTrainedModel):
+        return  # diffusers ties nothing by name
     if {key.weight for key in keys_of(model)} & {*ties.keys(), *ties.values()}:
         # On the instance: tie_weights(), from_pretrained and resizing ask it for the names, and
         # saving looks at the keys for which of two names of one tensor to leave out.

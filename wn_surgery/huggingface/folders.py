@@ -45,11 +45,13 @@ def model_on_meta(folder: str | os.PathLike[str]) -> PreTrainedModel:
     """
     register()
     try:
-        config = transformers.AutoConfig.from_pretrained(Path(folder), local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(
+            Path(folder), local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         said = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{str(folder)!r} has no config that transformers reads: {said}"
+            f"{str(folder)!r} has no config that transformers reads without running code: {said}"
         ) from error
     name = str((config.architectures or [""])[0])
     cls: Any = getattr(transformers, name, None)

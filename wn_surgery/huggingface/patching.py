@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib import import_module
 from types import MethodType
 from typing import Any
 
@@ -22,19 +23,19 @@ from wn_surgery.rules.sources import Rule
 __all__ = ["freeze", "patch_model", "put", "repair", "unpatch_model"]
 
 
-def patch_model(
-    model: PreTrainedModel, config: ConfigLike = None, *, optimizers: Any = ()
-) -> wn.Report:
+def patch_model(model: nn.Module, config: ConfigLike = None, *, optimizers: Any = ()) -> wn.Report:
     """Put weight norm on a model, note in its config where, and return what was done.
 
     ``model.save_pretrained(folder)`` then saves g and v, and ``from_pretrained(folder)`` gives the
     patched model back wherever ``wn_surgery.huggingface`` has been imported.
 
     Args:
-        model: any model of transformers; its outputs stay as they are (bit for bit in float32).
+        model: any model of transformers or diffusers; its outputs stay as they are (bit for bit in
+            float32).
         config: a :class:`WeightNormConfig`, or its rules: a rule, a list of rules or dicts, a
-            file, or a preset's name; None for :func:`rules_for` the model's type. A config that
-            has sites already, from another model of the same kind, is replayed instead.
+            file, or a preset's name; None for :func:`rules_for` the model's type, of transformers.
+            A config that has sites already, from another model of the same kind, is replayed
+            instead.
         optimizers: optimizers that hold the weights, which get g and v in their place.
 
     Returns:
@@ -45,7 +46,7 @@ def patch_model(
         WeightNormError: the rules do not fit the model; see :func:`wn_surgery.apply`. The model is
             quantized, or its config says it will be. The config is of another kind of model.
         RuleError: the rules are wrong, or None for a model type that has no usual ones.
-        TypeError: ``model`` is not a model of transformers.
+        TypeError: ``model`` is not a model of transformers or diffusers.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -56,15 +57,17 @@ def patch_model(
         >>> model.config.quantization_config.sites[0]["name"]
         'encoder.layer.0.attention.self.query.weight'
     """
-    if not isinstance(model, PreTrainedModel):
+    if (library := reloading.is_model_of(model)) not in configs.PATCHED:
         raise TypeError(
-            f"expected a model of transformers, got {type(model).__name__}; for any other module "
-            "there is wn_surgery.apply(model, rules)"
+            f"expected a model of transformers or diffusers, got {type(model).__name__}; for any "
+            "other module there is wn_surgery.apply(model, rules)"
         )
+    if library == "diffusers":
+        import_module("wn_surgery.huggingface.diffusion").register()  # or raise, if it is too old
     config = configs.as_config(config)
     held = recorded(model.config)
     _refuse_quantized(model, held)
-    model_type = model.config.model_type
+    model_type = configs.type_of(model)
     if config.sites is not None and config.model_type not in (None, model_type):
         raise wn.UnmatchedRuleError(
             f"the config was made for a {config.model_type} model, this is a {model_type}; "
@@ -77,8 +80,7 @@ def patch_model(
     report = put(model, noted, optimizers=optimizers)
     conversions.drop_ours(model)  # those left by a checkpoint or by unpatch_model()
     noted.sites = fill_in(noted.sites, before)
-    configs.own_config(model)
-    configs.write(model.config, noted)
+    configs.put_note(model, noted)
     return report
 
 
@@ -111,14 +113,14 @@ def unpatch_model(model: nn.Module, *, optimizers: Any = ()) -> wn.Report:
     foreign = not all(key.site.ours for key in keys)
     # A model with our weight norm reads plain weights. But diffusers reads key by key, without
     # calling the hooks of modules.
-    if foreign or reloading.is_model_of(model) == "diffusers":
+    library = reloading.is_model_of(model)
+    if foreign or library == "diffusers":
         reloading.save_as_built(model)
     if isinstance(model, PreTrainedModel):
         conversions.save_as_built(model, [key.weight for key in keys])
         embeddings.unfollow(model)
-        if recorded(model.config) is not None:
-            configs.own_config(model)
-            configs.forget(model.config)
+    if library in configs.PATCHED and recorded(model.config) is not None:
+        configs.put_note(model, None)
     return report
 
 
@@ -150,9 +152,11 @@ def _remove_weight_norm(module: nn.Module) -> None:
     wn.remove(module)
 
 
-def _refuse_quantized(model: PreTrainedModel, ours: WeightNormConfig | None) -> None:
+def _refuse_quantized(model: nn.Module, ours: WeightNormConfig | None) -> None:
     held = getattr(model.config, "quantization_config", None)
-    if getattr(model, "hf_quantizer", None) is None and (held is None or ours is not None):
+    quantizer = getattr(model, "hf_quantizer", None)
+    idle = isinstance(getattr(quantizer, "quantization_config", None), WeightNormConfig)
+    if (quantizer is None or idle) and (held is None or ours is not None):
         return
     method = held.get("quant_method") if isinstance(held, dict) else type(held).__name__
     raise wn.ModelError(
@@ -163,23 +167,24 @@ def _refuse_quantized(model: PreTrainedModel, ours: WeightNormConfig | None) -> 
 
 
 def put(
-    model: PreTrainedModel, config: WeightNormConfig, *, replace: bool = False, optimizers: Any = ()
+    model: nn.Module, config: WeightNormConfig, *, replace: bool = False, optimizers: Any = ()
 ) -> wn.Report:
     """Put weight norm on a model by a config, and write into the config what was put where.
 
     With ``replace``, sites are replayed over weight norm that the model's class has put on with
     other options. If this raises, neither model nor config has changed.
     """
+    model_type = configs.type_of(model)
     if config.sites is not None:
         rules, meant = tuple(_replayed(model, config, replace)), config.rules
     else:
-        meant = configs.rules_for(model.config.model_type) if config.rules is None else config.rules
+        meant = configs.rules_for(model_type) if config.rules is None else config.rules
         rules = without_adapters(model, meant)
     tied = embeddings.ties_of(model)
     of_g = [_of_g(step) for step in wn.plan(model, rules).steps]
     report = wn.apply(model, rules, optimizers=optimizers)
     embeddings.follow(model, tied)
-    config.rules, config.model_type = meant, model.config.model_type
+    config.rules, config.model_type = meant, model_type
     config.sites = fill_in(records.record(model), of_g)
     return report
 
@@ -194,7 +199,7 @@ def _of_g(step: wn.Step) -> dict[str, Any]:
     return said
 
 
-def freeze(model: PreTrainedModel, config: WeightNormConfig) -> None:
+def freeze(model: nn.Module, config: WeightNormConfig) -> None:
     """Freeze each g that the config says is not trained: loading makes new Parameters."""
     frozen = {site["name"] for site in config.sites or () if not site.get("train_g", True)}
     for site in normed(model):
@@ -202,15 +207,15 @@ def freeze(model: PreTrainedModel, config: WeightNormConfig) -> None:
             site.held.g.requires_grad_(False)
 
 
-def _replayed(model: PreTrainedModel, config: WeightNormConfig, replace: bool) -> list[Rule]:
+def _replayed(model: nn.Module, config: WeightNormConfig, replace: bool) -> list[Rule]:
     """Return rules for the sites that a config names, and for no others.
 
-    A body loads the checkpoint of the whole model, and the other way round. Then the names differ
-    by the body's prefix, and the sites of a head may be absent.
+    In transformers a body loads the checkpoint of the whole model, and the other way round. Then
+    the names differ by the body's prefix, and the sites of a head may be absent.
     """
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     known |= {name for site in wn.sites(model) for name in site.names}
-    body = f"{model.base_model_prefix}."
+    body = f"{getattr(model, 'base_model_prefix', '')}."
     found: list[dict[str, Any]] = []
     lacking: list[str] = []
     for site in config.sites or ():
@@ -220,11 +225,12 @@ def _replayed(model: PreTrainedModel, config: WeightNormConfig, replace: bool) -
             found.append({**site, "name": here[0]})
         else:
             lacking.append(name)
-    part = type(model).__name__ not in (getattr(model.config, "architectures", None) or ())
+    whole = getattr(model.config, "architectures", None) or ()
+    part = isinstance(model, PreTrainedModel) and type(model).__name__ not in whole
     if lacking and not (part and found):
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise wn.UnmatchedRuleError(
             f"the weight-norm config names {lacking[0]}{more}, which {type(model).__name__} does "
-            "not have; it is of another model, or of another release of transformers"
+            "not have; it is of another model, or of another release of its library"
         )
     return records.replay(found, replace=replace)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +12,20 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 import wn_surgery as wn
-from wn_surgery.huggingface.config import WeightNormConfig, fill_in, forget, nested, recorded, write
+from wn_surgery.huggingface.config import (
+    PATCHED,
+    WeightNormConfig,
+    fill_in,
+    forget,
+    nested,
+    put_note,
+    recorded,
+    write,
+)
 from wn_surgery.huggingface.conversions import built_in
 from wn_surgery.huggingface.embeddings import follows, frozen_g, ties_of
-from wn_surgery.model import records
-from wn_surgery.model.reloading import match
+from wn_surgery.model import records, reloading
+from wn_surgery.model.reloading import is_model_of, match
 from wn_surgery.model.state_keys import Keys, keys_of, stripped
 from wn_surgery.norm.savers import Layouts
 
@@ -22,7 +33,7 @@ __all__ = ["note", "save_pretrained"]
 
 
 def save_pretrained(
-    model: PreTrainedModel,
+    model: Any,
     folder: str | Path,
     *,
     layout: Literal["parametrized", "plain"] = "parametrized",
@@ -31,7 +42,7 @@ def save_pretrained(
     """Call ``model.save_pretrained(folder)`` in a layout to choose; the model is not changed.
 
     Args:
-        model: patched or not.
+        model: of transformers or diffusers, patched or not.
         folder: where to.
         layout: ``"parametrized"`` is what ``model.save_pretrained`` does itself. ``"plain"`` saves
             the weights that were put under weight norm by :func:`patch_model` or
@@ -41,7 +52,7 @@ def save_pretrained(
 
     Raises:
         ValueError: ``layout`` is none of these.
-        TypeError: ``model`` is not a model of transformers.
+        TypeError: ``model`` is not a model of transformers or diffusers.
 
     Example:
         >>> import tempfile
@@ -56,14 +67,28 @@ def save_pretrained(
     """
     if layout not in ("parametrized", "plain"):
         raise ValueError(f"layout={layout!r}; expected 'parametrized' or 'plain'")
-    if not isinstance(model, PreTrainedModel):
+    if is_model_of(model) not in PATCHED:
         raise TypeError(
-            f"expected a model of transformers, got {type(model).__name__}; any other model's own "
-            "save_pretrained() saves what its class reads"
+            f"expected a model of transformers or diffusers, got {type(model).__name__}; any other "
+            "model's own save_pretrained() saves what its class reads"
         )
     if layout == "parametrized":
         model.save_pretrained(folder, **kwargs)
-        return
+    elif isinstance(model, PreTrainedModel):
+        _save_plain(model, folder, kwargs)
+    else:
+        held = recorded(model.config)
+        put_note(model, None)
+        try:
+            with warnings.catch_warnings():
+                # That what no config names is saved plain, which is what was asked for.
+                warnings.filterwarnings("ignore", f".*{re.escape(reloading.UNNAMED)}", UserWarning)
+                model.save_pretrained(folder, **kwargs)
+        finally:
+            put_note(model, held)
+
+
+def _save_plain(model: PreTrainedModel, folder: str | Path, kwargs: dict[str, Any]) -> None:
     held = recorded(model.config)
     ours = [key for key in keys_of(model) if key.site.ours]
     built = {key.weight for key in built_in(model)} if ours else set()

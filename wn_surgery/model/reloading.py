@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from wn_surgery.errors import CheckpointMismatchError, ZeroNormError
+from wn_surgery.model import records
 from wn_surgery.model.state_keys import Keys, keys_of
 from wn_surgery.norm import savers
 from wn_surgery.norm.module_class import base_class
@@ -27,6 +28,9 @@ from wn_surgery.norm.parametrization import parts_of
 from wn_surgery.norm.savers import Layouts
 
 __all__ = ["AsBuilt", "built_keys", "fitting", "is_model_of", "match", "save_as_built"]
+
+UNNAMED = "() builds no weight norm on"
+"""In the warning of what is saved plain."""
 
 # Compared as text, so that nothing needs to be imported to know them.
 _BASES = {
@@ -76,18 +80,35 @@ def fitting(frame: FrameType) -> Layouts:
     built = _asked(model, frame)
     if built is None:
         return {}
+    if library == "diffusers":
+        noted = _noted(model)
+        ours = [key for key in ours if key.weight not in noted]
     plain = [key for key in ours if key.weight not in built]
     if plain:
         name = base_class(model).__name__
         first = plain[0].weight + (f" and {len(plain) - 1} more" if len(plain) > 1 else "")
         savers.warn(
             frame,
-            f"{name}() builds no weight norm on {first}, and {name}.from_pretrained would not find "
-            "g and v: they are saved as plain weights, which it reads. To keep g and v, call "
-            "wn_surgery.apply(self, rules) in the constructor of a class of your own; to have "
-            "weight norm again after from_pretrained, apply the rules to what it returns",
+            f"{name}{UNNAMED} {first}, and {name}.from_pretrained would not find g and v: they "
+            "are saved as plain weights, which it reads. "
+            + (
+                "To keep g and v, use wn_surgery.huggingface.patch_model(model, rules) instead of "
+                "wn_surgery.apply"
+                if library == "diffusers"
+                else "To keep g and v, call wn_surgery.apply(self, rules) in the constructor of a "
+                "class of your own; to have weight norm again after from_pretrained, apply the "
+                "rules to what it returns"
+            ),
         )
     return {**match(model, ours, built), **{_holder(key): "plain" for key in plain}}
+
+
+def _noted(model: Any) -> set[str]:
+    """The weights of which the config of a model of diffusers says how they are normed."""
+    get = getattr(model.config.get("quantization_config"), "get", None)
+    sites = records.bare((get("sites") if get else None) or ())
+    there = records.bare(records.record(model))
+    return {name for name in there if sites.get(name) == there[name]}
 
 
 def match(model: nn.Module, ours: Iterable[Keys], built: Mapping[str, Keys]) -> Layouts:

@@ -8,6 +8,7 @@ shared by all modules of a base class that carry the same parameters, and never 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -21,6 +22,7 @@ from wn_surgery.norm.drafts import following
 from wn_surgery.norm.naming import NormedLayout, keys_for
 from wn_surgery.norm.options import NormOptions
 from wn_surgery.norm.parametrization import WeightNorm, is_weight_norm, parts_of
+from wn_surgery.norm.writers import follow_writes, is_writer
 
 __all__ = ["FOLDED", "adopt", "base_class", "class_for", "computed_names", "is_managed", "opener"]
 
@@ -114,7 +116,11 @@ def _computed(name: str) -> _Computed:
                     weight = hold.weight()
                 if weight is None and (slot := held.get("slot")) is not None:
                     weight = slot.weight()
-            return cast(Tensor, plist()) if weight is None else weight
+            weight = cast(Tensor, plist()) if weight is None else weight
+            # The frame that reads the weight: a property has no other between.
+            if _is_compiling() or not is_writer(sys._getframe(1)):
+                return weight
+            return follow_writes(weight, self, name)
         # torch may have given the shared class this name for another of its modules: here it
         # is then a plain attribute or a Parameter. nn.Module.__getattr__ would find the latter as
         # well, but torch.compile does not ask it after a property has raised.
@@ -254,7 +260,8 @@ def _reduce(module: nn.Module, base: type[nn.Module], protocol: int) -> tuple[An
             # What an RNN read from its properties; with a graph it could not be copied.
             read = state["_flat_weights"]
             state["_flat_weights"] = [w if w is None else w.detach() for w in read]
-    names = tuple(module.__dict__["_modules"]["parametrizations"])
+    # None where somebody has called the class of another layer, as PEFT does for its convolutions.
+    names = tuple(module.__dict__["_modules"].get("parametrizations", ()))
     # The shared class cannot be pickled by name; the base takes its place.
     constructor = base if constructor is type(module) else constructor
     args = tuple(base if arg is type(module) else arg for arg in args)
@@ -265,7 +272,8 @@ def _rebuild(
     base: type[nn.Module], names: tuple[str, ...], constructor: Callable[..., nn.Module], args: Any
 ) -> nn.Module:
     module = constructor(*args)
-    module.__class__ = class_for(base, names)
+    if names:
+        module.__class__ = class_for(base, names)
     return module
 
 

@@ -28,7 +28,9 @@ def tie_key(tensor: Tensor, normed: bool) -> Hashable:
     A direction v is compared by identity alone: torch's functions leave v aliasing the
     plain end of a former tie, and the two are no longer one parameter.
     """
-    if normed or not _has_address(tensor) or tensor.is_meta or tensor.numel() == 0:
+    if normed:
+        return -id(tensor)  # in torch's legacy layout v is a parameter of the module as well
+    if not _has_address(tensor) or tensor.is_meta or tensor.numel() == 0:
         return id(tensor)
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
@@ -75,7 +77,7 @@ def _tensors(nodes: Sequence[Node]) -> Iterator[tuple[int, Node, str, Tensor, bo
         if "parametrizations" in module._modules or module._forward_pre_hooks:
             for name, held in carried(module).items():
                 if isinstance(held, Normed):
-                    yield id(held.v), node, name, held.v, True
+                    yield -id(held.v), node, name, held.v, True
 
 
 _Steps: TypeAlias = "dict[tuple[int, str], Step]"  # by module and parameter

@@ -19,7 +19,7 @@ from wn_surgery.tables import render
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["History", "SiteStatistics", "Statistics", "statistics"]
+__all__ = ["History", "SiteStatistics", "Statistics", "measured", "statistics"]
 
 _PARTS = ("min", "mean", "max")
 _HALVES = (torch.bfloat16, torch.float16)
@@ -132,6 +132,11 @@ def statistics(model: nn.Module, optimizers: Optimizer | Iterable[Any] = ()) -> 
         --------  -----  ------  -----  -------  --------  -------  -------
         0.weight  4.243  4.243   4.243  4.243    4.243     4.243    0.05
     """
+    return measured(normed(model), optimizers)
+
+
+def measured(sites: Iterable[NormedSite], optimizers: Optimizer | Iterable[Any] = ()) -> Statistics:
+    """The statistics of these sites; those without elements are left out."""
     rates = {
         id(parameter): float(group["lr"])
         for optimizer in all_unwrapped(optimizers)
@@ -139,7 +144,7 @@ def statistics(model: nn.Module, optimizers: Optimizer | Iterable[Any] = ()) -> 
         for parameter in group["params"]
         if "lr" in group
     }
-    found = [site for site in normed(model) if site.shape and 0 not in site.shape]
+    found = [site for site in sites if site.shape and 0 not in site.shape]
     with torch.no_grad():
         return Statistics(tuple(_of_sites(found, rates)))
 

@@ -55,12 +55,13 @@ class Output(io.FileIO):
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[Output]:
+def writing(path: Path, mode: int = 0o600) -> Iterator[Output]:
     """A new file that only its owner may read, and that is on the disk when the context ends.
 
-    Raises the error of a write that failed, even if it was swallowed.
+    Of another ``mode`` the process's umask takes its part. Raises the error of a write that failed,
+    even if it was swallowed.
     """
-    with Output(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+    with Output(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         try:
             yield file
         finally:
@@ -70,20 +71,24 @@ def writing(path: Path) -> Iterator[Output]:
 
 
 @contextlib.contextmanager
-def atomic(path: Path, *, like: Path, check: Callable[[Path], None]) -> Iterator[Output]:
+def atomic(
+    path: Path, *, like: Path | None = None, check: Callable[[Path], None] | None = None
+) -> Iterator[Output]:
     """Write a file beside ``path`` and rename it to ``path`` if nothing raises.
 
     An earlier file of that name stays whole until the rename. The new one gets the permissions of
-    ``like``; ``check`` raises if what was written is not whole. If the system refuses, a
-    :class:`CheckpointFileError` says so and nothing is left over.
+    ``like``, or those that every new file gets; ``check`` raises if what was written is not whole.
+    If the system refuses, a :class:`CheckpointFileError` says so and nothing is left over.
     """
     made = _hidden(path)
     with _refusing(path):
         try:
-            with writing(made) as file:
+            with writing(made, 0o666 if like is None else 0o600) as file:
                 yield file
-            check(made)
-            shutil.copymode(like, made)
+            if check is not None:
+                check(made)
+            if like is not None:
+                shutil.copymode(like, made)
             made.replace(path)
         except BaseException:
             made.unlink(missing_ok=True)
