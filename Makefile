@@ -8,6 +8,8 @@ TEST_ARGS ?=
 ROUNDS ?= 20
 BENCH_ARGS ?=
 HIFIGAN_ARGS ?=
+CELLS ?=
+MATRIX_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +19,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo hifigan minilm test test-long fuzz attack flaky coverage lint format docs dist bench gpu clean
+.PHONY: help install demo hifigan minilm test test-long fuzz attack soak matrix flaky coverage lint format docs dist bench gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +58,13 @@ fuzz: $(STAMP) ## hostile checkpoint files, many more of them
 attack: $(STAMP) ## random sequences of operations against a twin in float64, 100,000 of them
 	$(ONE_THREAD) WN_SURGERY_ATTACK=100000 $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS) tests/attack
 
+soak: $(STAMP) ## a training with operations at random moments, a million steps of it (an hour or two)
+	$(ONE_THREAD) WN_SURGERY_SOAK=1000000 $(BIN)/python -m pytest $(TEST_ARGS) tests/attack/test_soak.py
+
+matrix: ## the tests on the oldest and newest versions, in .matrix (CELLS=oldest for one)
+	$(PYTHON) tests/project/matrix.py $(CELLS) --torch-arguments='$(TORCH_PIP_ARGS)' $(MATRIX_ARGS)
+	$(PYTHON) docs/make_versions_table.py
+
 flaky: $(STAMP) ## the tests with processes, threads and kills, ROUNDS times beside two busy processes
 	$(ONE_THREAD) $(BIN)/python tests/project/flaky.py $(ROUNDS) -n $(WORKERS) --dist loadgroup $(TEST_ARGS)
 
@@ -91,5 +100,5 @@ gpu: $(STAMP) ## on a CUDA device: its tests, then the benchmark; commit what it
 	$(BIN)/python -m benchmarks --gpu $(BENCH_ARGS)
 
 clean: ## remove .venv and whatever was built
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
+	rm -rf $(VENV) .matrix build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

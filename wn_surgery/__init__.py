@@ -1,6 +1,13 @@
-"""Apply, remove and migrate weight norm on any PyTorch module tree, by rules."""
+"""Apply, remove and migrate weight norm on any PyTorch module tree, by rules.
 
-from wn_surgery import checkpoints, export, moved
+What needs torch is imported when it is first asked for, so the command line prints its help
+without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from wn_surgery import moved
 from wn_surgery.errors import (
     CallbackError,
     CheckpointError,
@@ -32,18 +39,24 @@ from wn_surgery.errors import RuleFileError as RuleFileError
 from wn_surgery.errors import StackedParametrizationError as StackedParametrizationError
 from wn_surgery.errors import TiedParameterError as TiedParameterError
 from wn_surgery.errors import WrappedModuleError as WrappedModuleError
-from wn_surgery.fused import Fusion, fuse, unfuse
-from wn_surgery.model import reloading as _reloading  # noqa: F401 - it is asked by what savers.py finds
-from wn_surgery.model.contexts import folded, writable
-from wn_surgery.model.sites import Site, sites
-from wn_surgery.reporting.page import report
-from wn_surgery.rules.sources import Rule
-from wn_surgery.surgery.execution import Report, apply, migrate, remove
-from wn_surgery.surgery.plan import Plan, Step
-from wn_surgery.surgery.planning import UnmatchedRuleWarning, plan
-from wn_surgery.training.initialization import Initialization, initialize_from_batch, initializing
-from wn_surgery.training.parameter_groups import ParameterGroups, parameter_groups
-from wn_surgery.training.statistics import SiteStatistics, Statistics, statistics
+
+if TYPE_CHECKING:
+    from wn_surgery import checkpoints, export
+    from wn_surgery.fused import Fusion, fuse, unfuse
+    from wn_surgery.model.contexts import folded, writable
+    from wn_surgery.model.sites import Site, sites
+    from wn_surgery.reporting.page import report
+    from wn_surgery.rules.sources import Rule
+    from wn_surgery.surgery.execution import Report, apply, migrate, remove
+    from wn_surgery.surgery.plan import Plan, Step
+    from wn_surgery.surgery.planning import UnmatchedRuleWarning, plan
+    from wn_surgery.training.initialization import (
+        Initialization,
+        initialize_from_batch,
+        initializing,
+    )
+    from wn_surgery.training.parameter_groups import ParameterGroups, parameter_groups
+    from wn_surgery.training.statistics import SiteStatistics, Statistics, statistics
 
 __version__ = "0.1.0"
 
@@ -87,5 +100,36 @@ __all__ = [
     "unfuse",
     "writable",
 ]
+
+# Where each name is, as the imports above say it to type checkers.
+_HOMES = {
+    "fused": "Fusion fuse unfuse",
+    "model.contexts": "folded writable",
+    "model.sites": "Site sites",
+    "reporting.page": "report",
+    "rules.sources": "Rule",
+    "surgery.execution": "Report apply migrate remove",
+    "surgery.plan": "Plan Step",
+    "surgery.planning": "UnmatchedRuleWarning plan",
+    "training.initialization": "Initialization initialize_from_batch initializing",
+    "training.parameter_groups": "ParameterGroups parameter_groups",
+    "training.statistics": "SiteStatistics Statistics statistics",
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
+_ROOMS = {"checkpoints", "export", *(home.partition(".")[0] for home in _HOMES), "norm"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"wn_surgery.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'wn_surgery' has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(f"wn_surgery.{_HOME[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME, *_ROOMS})
+
 
 moved.register()

@@ -335,3 +335,32 @@ def test_a_module_in_a_checkpoint_is_not_passed_over(tmp_path: Path) -> None:
         wn.checkpoints.convert_file(tmp_path / "a.pt", tmp_path / "b.pt", full_pickle=True)
     torch.save({"loss": nn.Linear(2, 2)}, tmp_path / "a.pt")
     wn.checkpoints.convert_file(tmp_path / "a.pt", tmp_path / "b.pt", full_pickle=True)
+
+
+def test_g_and_v_that_have_no_weight() -> None:
+    with pytest.raises(wn.CheckpointError, match="g and v are int64 and float32: expected float"):
+        wn.checkpoints.fold(torch.ones(2, dtype=torch.int64), torch.ones(2, 3))
+    for part in "gv":
+        state = {"weight_g": torch.ones(2, 1), "weight_v": torch.ones(2, 3)}
+        state[f"weight_{part}"] = state[f"weight_{part}"].to("meta")
+        with pytest.raises(wn.CheckpointError, match=f"'weight_{part}' is on the meta device"):
+            convert(state)
+
+
+def test_another_parametrization_beside_spectral_norm() -> None:
+    layer = nn.Linear(3, 4)
+    nn.utils.parametrizations.spectral_norm(layer)
+    nn.utils.parametrize.register_parametrization(layer, "weight", nn.Linear(3, 3))
+    with pytest.raises(wn.CheckpointError, match="another parametrization besides spectral norm"):
+        convert(layer.state_dict(), also="spectral_norm")
+
+
+@pytest.mark.parametrize(
+    "groups", [None, "all", [["fc.weight_g"]], [{"params": "fc.weight_g", "lr": [0.1]}]]
+)
+def test_groups_of_an_optimizer_that_are_not_lists_of_names_stay(groups: Any) -> None:
+    moments = {f"fc.weight_{part}": {"exp_avg": torch.ones(2)} for part in "gv"}
+    optimizer = {"state": moments, "param_groups": groups}
+    found = convert({"optimizer": optimizer}, "parametrized")["optimizer"]
+    assert found["param_groups"] == groups
+    assert list(found["state"]) == [f"fc.parametrizations.weight.original{i}" for i in (0, 1)]

@@ -152,3 +152,27 @@ def test_containers_of_several_models_are_compared_by_name(tmp_path: Path) -> No
     torch.save({"discriminator": one, "generator": one}, tmp_path / "b.pt")
     found = compare(tmp_path / "a.pt", tmp_path / "b.pt")
     assert [each.name for each in found.differing] == ["discriminator/steps"]
+
+
+def test_values_that_are_not_there_or_not_finite(tmp_path: Path) -> None:
+    state = {
+        "a.weight_g": torch.ones(2, 1, device="meta"),
+        "a.weight_v": torch.ones(2, 3, device="meta"),
+        "b.weight_g": torch.ones(2, 1),
+        "b.weight_v": torch.full((2, 3), complex(1.0, float("inf"))),
+    }
+    torch.save(state, tmp_path / "a.pt")
+    found = inspect(tmp_path / "a.pt")
+    assert [(each.kind, each.name) for each in found.findings] == [
+        ("dtype", "a.weight"),
+        ("non-finite", "b.weight"),
+    ]
+    assert [each.non_finite for each in found.tensors] == [0, 6]
+
+
+def test_spectral_norm_beside_its_own_weight(tmp_path: Path) -> None:
+    state = {f"weight_{part}": torch.ones(2) for part in "uv"}
+    state |= {"weight_orig": torch.eye(2), "weight": torch.eye(2)}
+    torch.save(state, tmp_path / "a.pt")
+    (finding,) = inspect(tmp_path / "a.pt").findings
+    assert finding.kind == "spectral" and "delete the one that is stale" in finding.message

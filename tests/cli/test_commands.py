@@ -19,7 +19,8 @@ from torch import nn
 
 import wn_surgery as wn
 from tests.checkpoints.makers import listing, same, shards, tensors
-from wn_surgery.cli import main
+from wn_surgery.cli import commands, main
+from wn_surgery.norm import naming
 
 pytestmark = pytest.mark.processes
 
@@ -200,8 +201,12 @@ def test_help_has_examples(run: Run, command: str) -> None:
     assert command in run("--help").out
 
 
+def test_the_layouts_are_those_of_the_library() -> None:
+    assert (commands.Layout, commands.NormedLayout) == (naming.Layout, naming.NormedLayout)
+
+
 def test_version_and_completion(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run("--version").out.startswith("wn-surgery 0.")
+    assert run("--version").out == f"wn-surgery {wn.__version__}\n"
     monkeypatch.setenv("_WN_SURGERY_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", "wn-surgery str")
     monkeypatch.setenv("COMP_CWORD", "1")

@@ -287,3 +287,12 @@ def test_a_model_without_weight_norm_is_copied_too() -> None:
     plain = stripped_copy(model)
     assert_same(of_model(model), of_model(plain))
     assert plain.up.weight.data_ptr() == model.up.weight.data_ptr()
+
+
+def test_a_script_in_the_model_is_copied_as_it_is() -> None:
+    with warnings.catch_warnings(action="ignore"):  # deprecated
+        model = nn.Sequential(torch.jit.script(nn.Linear(3, 3)), nn.Linear(3, 2))
+    wn.apply(model, names="1")
+    x = torch.ones(1, 3)
+    plain = stripped_copy(model)
+    assert torch.equal(plain(x), model(x)) and type(plain[1]) is nn.Linear

@@ -14,6 +14,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from wn_surgery import apply
+from wn_surgery.norm import math
 from wn_surgery.norm.limits import zero_slices
 from wn_surgery.norm.math import Dim, g_shape, magnitude, norm_except, weight_norm
 
@@ -86,11 +87,35 @@ def test_torchs_fused_operator_has_no_forward_mode() -> None:
     assert jacfwd(lambda v: weight_norm(v, g, 0))(v).shape == (2, 3, 2, 3)
 
 
+@pytest.mark.skipif(not math._HALF_ON_CPU, reason="this torch has no kernel to compare with")
+@pytest.mark.parametrize("dim", [0, 1])
+def test_float16_without_torchs_kernel(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with torch 2.6, where the formula takes the kernel's place on the CPU."""
+    v, g = pair((64, 33), dim, torch.float16)
+    upstream = torch.randn(64, 33).half()
+
+    def found() -> list[Tensor]:
+        w = weight_norm(v, g, dim)
+        grads = torch.autograd.grad(w, (v, g), upstream)
+        return [w.detach(), *grads, magnitude(v, dim)]
+
+    wanted = found()
+    monkeypatch.setattr(math, "_HALF_ON_CPU", False)
+    monkeypatch.setattr(torch, "_weight_norm_interface", None)
+    monkeypatch.setattr(math, "_kernel_backward", None)
+    for ours, theirs in zip(found(), wanted, strict=True):
+        assert ours.dtype == torch.float16
+        eps = torch.finfo(torch.float16).eps
+        torch.testing.assert_close(ours, theirs, rtol=2 * eps, atol=eps)
+
+
 @pytest.mark.parametrize("dtype", [*EXACT, *HALF])
 @pytest.mark.parametrize("shape", [(64, 33), (16, 9, 7)])
 def test_values_and_gradients_are_torchs_bit_for_bit(
     shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
+    if dtype is torch.float16 and not math._HALF_ON_CPU:
+        pytest.skip("this torch has no kernel to compare with")
     for dim in [None, *range(len(shape))]:
         v, g = pair(shape, dim, dtype)
         ours, theirs = weight_norm(v, g, dim), torch._weight_norm(v, g, -1 if dim is None else dim)

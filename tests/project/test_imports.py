@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import importlib
 import re
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+import wn_surgery
 
 pytestmark = pytest.mark.processes
 
@@ -134,6 +137,114 @@ print(*{name.partition(".")[0] for name in new} - set(sys.stdlib_module_names))
 """
     )
     assert set(out.split()) == {"bracex", "wn_surgery"}
+
+
+def test_the_package_by_itself_imports_three_small_modules() -> None:
+    """What torch's import takes is not made longer; the rest comes with the name that is used."""
+    out = python(
+        """
+import importlib, typing, pathlib, sys
+before = set(sys.modules)
+import wn_surgery
+new = set(sys.modules) - before
+print(*(name for name in new if sys.modules[name].__spec__))  # an old path has none
+"""
+    )
+    assert set(out.split()) == {"wn_surgery", "wn_surgery.errors", "wn_surgery.moved"}
+
+
+def test_help_version_and_completion_need_no_torch() -> None:
+    out = python(
+        """
+import os, sys
+from wn_surgery.cli import main
+
+def run(*words):
+    sys.argv = ["wn-surgery", *words]
+    try:
+        main()
+    except SystemExit as ended:
+        assert not ended.code, ended.code
+
+run("--version")
+run("--help")
+for command in ("inspect", "doctor", "strip", "convert", "apply", "plan", "diff"):
+    run(command, "--help")
+os.environ |= {"_WN_SURGERY_COMPLETE": "complete_bash", "COMP_CWORD": "1"}
+os.environ["COMP_WORDS"] = "wn-surgery str"
+run()
+heavy = {"torch", "numpy", "yaml", "transformers", "wn_surgery.norm"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    )
+    assert out.startswith("wn-surgery 0.") and out.count("Usage:") == 8
+    assert out.splitlines()[-1] == "strip"
+
+
+def test_each_public_name_is_there_and_where_type_checkers_see_it() -> None:
+    tree = ast.parse((ROOT / "wn_surgery" / "__init__.py").read_text(encoding="utf-8"))
+    checked = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: f"{node.module}.{alias.name}".removeprefix("wn_surgery.")
+        for node in ast.walk(checked)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    homes = {name: f"{home}.{name}" for name, home in wn_surgery._HOME.items()}
+    assert seen == homes | {room: room for room in ("checkpoints", "export")}
+    found: dict[str, object] = {}
+    exec("from wn_surgery import *", found)
+    assert set(wn_surgery.__all__) <= set(found) & set(dir(wn_surgery))
+    assert importlib.import_module("wn_surgery.plan").Plan is wn_surgery.Plan  # an old path
+    assert found["plan"] is wn_surgery.plan
+    for room in rooms().keys() - FACES - {"huggingface"}:
+        assert getattr(wn_surgery, room) is importlib.import_module(f"wn_surgery.{room}")
+    with pytest.raises(AttributeError, match="'wn_surgery' has no attribute 'aply'"):
+        wn_surgery.aply  # noqa: B018
+
+
+def test_what_a_model_needs_comes_with_its_pickle(tmp_path: Path) -> None:
+    """Who unpickles a model has imported neither the package's names nor the room of savers."""
+    (tmp_path / "theirs.py").write_text(
+        "from huggingface_hub import PyTorchModelHubMixin\n"
+        "from torch import nn\n\n\n"
+        "class Theirs(nn.Module, PyTorchModelHubMixin):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.layer = nn.Linear(2, 2)\n"
+    )
+    start = f"import sys, torch, pickle; sys.path.insert(0, {str(tmp_path)!r}); "
+    file = f"{str(tmp_path / 'model.pkl')!r}"
+    python(
+        f"""{start}
+import theirs, wn_surgery as wn
+model = theirs.Theirs()
+wn.apply(model, "linears")
+with open({file}, "wb") as opened:
+    pickle.dump(model, opened)
+"""
+    )
+    out = python(
+        f"""{start}
+import warnings
+with open({file}, "rb") as opened:
+    model = pickle.load(opened)
+model.layer(torch.ones(1, 2)).sum().backward()
+assert model.layer.parametrizations.weight.original0.grad is not None
+assert "wn_surgery.model" not in sys.modules
+before = model.layer.weight
+model.layer.reset_parameters()
+assert not torch.equal(model.layer.weight, before)
+assert torch.equal(model.layer.weight, model.layer.parametrizations.weight.original1)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    model.save_pretrained({str(tmp_path / "saved")!r})
+assert "builds no weight norm on layer.weight" in str(caught[0].message)
+from safetensors.torch import load_file
+print(*sorted(load_file({str(tmp_path / "saved" / "model.safetensors")!r})))
+"""
+    )
+    assert out.split() == ["layer.bias", "layer.weight"]
 
 
 def test_a_rule_file_without_yaml_names_the_extra(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
@@ -152,6 +153,43 @@ def test_meta_models_are_planned_and_patched() -> None:
     plain = model()
     network.to_empty(device="cpu").load_state_dict(plain.state_dict())
     assert torch.equal(network[0].weight, plain[0].weight)
+
+
+def test_each_of_many_layers_that_are_alike_is_looked_at() -> None:
+    network = nn.Sequential(*(nn.Linear(2, 2) for _ in range(6)))
+    network[1].weight = nn.Parameter(torch.ones(2, 2, dtype=torch.int32), requires_grad=False)
+    network[2].weight = nn.Parameter(torch.zeros(0, 2))
+    network[3].weight = nn.Parameter(torch.ones(2))
+    network[4].weight.ds_id = 0  # as ZeRO marks what it shards
+    with torch.inference_mode():
+        network[5].weight = nn.Parameter(torch.ones(2, 2))
+    found = wn.plan(network, {"types": "Linear"}, check=False)
+    assert [(problem.kind, problem.site) for problem in found.problems] == [
+        ("dtype", "1.weight"),
+        ("zero_norm", "2.weight"),
+        ("wrapped", "4.weight"),
+        ("inference", "5.weight"),
+    ]
+    assert [step.site.name for step in found.steps if step.norm] == [
+        "0.weight",
+        "4.weight",
+        "5.weight",
+    ]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_garbage_collector_is_as_it_was(frozen: bool) -> None:
+    if frozen:
+        gc.freeze()
+    try:
+        wn.plan(model(), RULES)
+        assert gc.isenabled() and bool(gc.get_freeze_count()) is frozen
+        gc.disable()
+        wn.plan(model(), RULES)
+        assert not gc.isenabled() and bool(gc.get_freeze_count()) is frozen
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def test_suggestions() -> None:

@@ -439,3 +439,15 @@ def test_a_forward_that_takes_names() -> None:
     assert list(result.initialized) == ["layer.weight"]
     assert repr(result) == "<Initialization: 1 initialized, 0 skipped>"
     assert list(wn.initialize_from_batch(model, X, "given").initialized) == ["layer.weight"]
+
+
+def test_a_g_of_a_class_of_its_own_is_left_alone() -> None:
+    class Sharded(nn.Parameter):
+        pass
+
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    wn.apply(model, "linears")
+    plist = model[0].parametrizations.weight
+    plist.original0 = Sharded(plist.original0.detach())
+    found = wn.initialize_from_batch(model, torch.randn(16, 3))
+    assert found.skipped == {"0.weight": "its g is a Sharded"}

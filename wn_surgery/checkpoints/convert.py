@@ -18,7 +18,7 @@ from wn_surgery.checkpoints.plan import Line, Plan, plan, refuse_unused_rules
 from wn_surgery.checkpoints.request import Also, Choice, Layout, Request
 from wn_surgery.errors import CheckpointError
 from wn_surgery.model.records import KEY, is_record
-from wn_surgery.model.sites import normed
+from wn_surgery.model.sites import identity, normed
 from wn_surgery.norm.options import NormOptions
 from wn_surgery.rules.sources import RulesLike
 
@@ -162,7 +162,8 @@ class _Conversion:
         if line.do == "copy":
             return compute(line, state.__getitem__, self.asked)
         sources = [state[source] for source in line.sources]
-        key = (*(part for source in sources for part in _identity(source)), line.do, line.options)
+        # Views of one storage are made anew at each state_dict(); their place is what they share.
+        key = (*map(identity, sources), line.do, line.options)
         if key not in self._made:
             self._made[key] = self.hold(compute(line, state.__getitem__, self.asked))
             self._alive += sources  # their addresses must not be given to others
@@ -172,13 +173,6 @@ class _Conversion:
 def _like(value: Any, children: list[Any]) -> Any:
     """A list or tuple of the same class, named tuples included."""
     return type(value)(*children) if hasattr(value, "_fields") else type(value)(children)
-
-
-def _identity(tensor: Tensor) -> tuple[object, ...]:
-    # Views of one storage are made anew at each state_dict(); their place is what they share.
-    if tensor.is_meta or tensor.numel() == 0 or tensor.layout is not torch.strided:
-        return (id(tensor),)
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
 
 
 def _empty_like(state: Mapping[Any, Any]) -> Any:

@@ -2,7 +2,7 @@
 
 In: a command line.
 Out: files, text or JSON, and an exit code.
-Imports: errors, norm, rules, checkpoints, reporting, huggingface.
+Imports: errors, rules, checkpoints, reporting, huggingface.
 """
 
 from __future__ import annotations

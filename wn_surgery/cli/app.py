@@ -7,15 +7,17 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from wn_surgery.checkpoints.pairs import Axes
+from wn_surgery import __version__
 from wn_surgery.cli.printing import print_error, print_json
 from wn_surgery.errors import CheckpointFileError, WeightNormError
+
+if TYPE_CHECKING:
+    from wn_surgery.checkpoints.pairs import Axes
 
 __all__ = ["FullPickle", "Json", "Reading", "Source", "Verify", "Writing", "app", "command"]
 
@@ -44,7 +46,7 @@ def _root(
     ] = False,
 ) -> None:
     if show_version:
-        typer.echo(f"wn-surgery {version('wn-surgery')}")
+        typer.echo(f"wn-surgery {__version__}")
         raise typer.Exit
 
 

@@ -1,16 +1,17 @@
-"""The commands, each a thin layer over a function of the library."""
+"""The commands, each a thin layer over a function of the library.
+
+A command imports what needs torch, which takes a second: the help does not wait for it.
+"""
 
 from __future__ import annotations
 
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
-from wn_surgery import checkpoints
-from wn_surgery.checkpoints.folders import find
 from wn_surgery.cli.app import (
     FOUND,
     FullPickle,
@@ -24,10 +25,15 @@ from wn_surgery.cli.app import (
 )
 from wn_surgery.cli.printing import print_json, print_text, progress
 from wn_surgery.errors import RuleError
-from wn_surgery.norm.naming import Layout, NormedLayout
-from wn_surgery.rules.sources import RulesLike
+
+if TYPE_CHECKING:
+    from wn_surgery.rules.sources import RulesLike
 
 __all__ = ["app"]
+
+# As in norm/naming.py, which needs torch; a test compares them.
+NormedLayout: TypeAlias = Literal["legacy", "parametrized"]
+Layout: TypeAlias = Literal["plain", "legacy", "parametrized"]
 
 Target = Annotated[
     Path,
@@ -57,6 +63,8 @@ class Norm(StrEnum):
 @command("inspect model.safetensors", "inspect last.ckpt --json")
 def inspect(source: Source, options: Reading) -> None:
     """List the weight-normed tensors: layout, shape, axes, magnitudes, and values that are NaN."""
+    from wn_surgery import checkpoints
+
     found = checkpoints.inspect(source, **options.arguments())
     if options.as_json:
         print_json(found.to_dict())
@@ -69,6 +77,8 @@ def inspect(source: Source, options: Reading) -> None:
 @command("doctor vocoder.pt", "doctor my-model/ --json")
 def doctor(source: Source, options: Reading) -> None:
     """Report what would go wrong: a g without its v, zero rows, NaN, mixed dtypes and layouts."""
+    from wn_surgery import checkpoints
+
     found = checkpoints.inspect(source, **options.arguments())
     if options.as_json:
         print_json({"sound": found.sound, "findings": found.to_dict()["findings"]})
@@ -97,6 +107,7 @@ def report(
     options: Reading,
 ) -> None:
     """Write a page to look at in a browser: layouts, the distributions of g and ‖v‖, zero rows."""
+    from wn_surgery import checkpoints
     from wn_surgery.reporting.page import check_path, report
 
     check_path(output)
@@ -165,6 +176,8 @@ def apply(
     A folder with a config.json is a transformers model: it is loaded, patched, and saved so that
     from_pretrained gives it back patched. Its rules may use types.
     """
+    from wn_surgery.checkpoints.folders import find
+
     parsed = _rules(rules)
     if find(source).config is None:
         options: dict[str, Any] = {"ranks": rank, "verify": verify, "full_pickle": full_pickle}
@@ -212,6 +225,8 @@ def diff(
     atol: Annotated[float, typer.Option(min=0.0, help="Absolute tolerance.")] = 0.0,
 ) -> None:
     """Compare the weights of two checkpoints, whatever their layouts."""
+    from wn_surgery import checkpoints
+
     found = checkpoints.compare(first, second, **options.arguments())
     if options.as_json:
         print_json({"equal": found.equal(atol), **found.to_dict()})
@@ -233,6 +248,8 @@ def _rules(text: str) -> RulesLike:
 
 def _kept(source: Path) -> frozenset[str] | None:
     """The weights that the class of a model norms by itself; None where they are not known."""
+    from wn_surgery.checkpoints.folders import find
+
     if not (find(source).config or {}).get("architectures"):
         return None
     try:
@@ -243,6 +260,8 @@ def _kept(source: Path) -> frozenset[str] | None:
 
 
 def _convert(source: Path, target: Path, to: Layout, as_json: bool, **options: Any) -> None:
+    from wn_surgery import checkpoints
+
     with progress(f"{to}:", source) as shown:
         done = checkpoints.convert_file(source, target, to, progress=shown, **options)
     if as_json:

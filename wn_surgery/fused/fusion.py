@@ -269,6 +269,7 @@ class Fusion:
     def release(self) -> None:
         """Take all slots out of the model."""
         self.scope.forget()
+        self.scope.rest()
         for held, slot in self._placed:
             plist = held()
             if plist is not None and plist.__dict__.get("slot") is slot:

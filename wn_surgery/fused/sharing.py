@@ -69,6 +69,12 @@ class Scope:
             self._thread, self._owner, self._clear = None, None, _is_running
             self.forget()
 
+    def rest(self) -> None:
+        """Let go of a call that was interrupted: its frame would keep the model in memory."""
+        with self._lock:
+            if self._thread is not None and not self._runs():
+                self._thread, self._owner, self._clear = None, None, _is_running
+
     def forget(self) -> None:
         """Drop every value: a graph holds what its backward needs, and frees it."""
         filled, self.filled, self.last = self.filled, [], None

@@ -9,10 +9,11 @@ Imports: errors, norm, rules, model, checkpoints.
 """
 
 try:
-    import transformers.core_model_loading  # noqa: F401 - as an early test that it is there
-except ModuleNotFoundError as error:
+    # What transformers 5.6 added.
+    from transformers.core_model_loading import PrefixChange as _PrefixChange  # noqa: F401
+except ImportError as error:
     raise ModuleNotFoundError(
-        "wn_surgery.huggingface needs transformers 5 or newer: "
+        "wn_surgery.huggingface needs transformers 5.6 or newer: "
         "pip install 'wn-surgery[transformers]'",
         name=error.name,
     ) from error

@@ -24,7 +24,6 @@ from wn_surgery.norm.module_class import (
     class_for,
     computed_names,
     is_managed,
-    opener,
 )
 from wn_surgery.norm.parametrization import parts_of
 from wn_surgery.norm.slots import NotCopied
@@ -363,8 +362,6 @@ def writable(model: nn.Module) -> Generator[None]:
                         weight.settle(values, exchanged)
             _refresh(found)
 
-
-opener.open = writable
 
 _Values: TypeAlias = tuple[Tensor, Tensor]
 """The values of g and v."""

@@ -65,7 +65,6 @@ def built_keys(model: nn.Module) -> dict[str, Keys]:
     return {key.weight: key for key in keys_of(built)}
 
 
-@savers.decided_by
 def fitting(frame: FrameType) -> Layouts:
     """The layouts in which a running ``save_pretrained`` has to write our g and v."""
     model = frame.f_locals["self"]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from wn_surgery.model.gathering import FSDP2, held_by_fsdp
 from wn_surgery.model.layouts import Foreign, Normed, SiteLayout, carried
-from wn_surgery.norm.module_class import FOLDED, base_class
+from wn_surgery.norm.math import PLAIN_TYPES
+from wn_surgery.norm.module_class import FOLDED, beneath
 from wn_surgery.norm.naming import keys_for
 from wn_surgery.norm.options import Dim, NormOptions
 
@@ -64,7 +65,7 @@ class Node:
     uncalled: bool = False
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)  # not frozen, which makes it twice as slow to build
 class Site:
     """One parameter of one module: a place where weight norm is, or could be.
 
@@ -89,12 +90,15 @@ class Site:
     @property
     def names(self) -> tuple[str, ...]:
         """Every dotted name of the parameter, e.g. ``('encoder.0.weight',)``."""
-        return tuple(f"{path}.{self.param}" if path else self.param for path in self.node.paths)
+        return tuple(map(self._name, self.node.paths))
 
     @property
     def name(self) -> str:
         """The first of :attr:`names`."""
-        return self.names[0]
+        return self._name(self.node.paths[0])
+
+    def _name(self, path: str) -> str:
+        return f"{path}.{self.param}" if path else self.param
 
     @property
     def layout(self) -> SiteLayout:
@@ -143,7 +147,7 @@ class Site:
         }
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class NormedSite(Site):
     """A site that carries weight norm: what may be ``None`` in a site is there."""
 
@@ -191,18 +195,22 @@ def could(site: Site) -> bool:
     return tensor.ndim >= 2 and (tensor.is_floating_point() or tensor.is_complex())
 
 
-def sites_of(node: Node) -> Iterator[Site]:
-    """The parameters of one module: plain ones, then computed ones."""
+def sites_of(node: Node, wanted: Callable[[str], object] = bool) -> Iterator[Site]:
+    """The parameters of one module of a ``wanted`` name: plain ones, then computed ones."""
     module = node.module
+    held: dict[str, Normed | Foreign] = {}
+    parts: set[str] = set()
     # A model has many modules, and most compute no parameter.
-    computed = "parametrizations" in module._modules or module._forward_pre_hooks
-    held = carried(module) if computed else {}
-    legacy = [name for name, how in held.items() if how.layout == "legacy"]
-    parts = {key for name in legacy for key in keys_for(name, "legacy")}
+    if "parametrizations" in module._modules or module._forward_pre_hooks:
+        held = carried(module)
+        legacy = [name for name, how in held.items() if how.layout == "legacy"]
+        parts = {key for name in legacy for key in keys_for(name, "legacy")}
     for name, parameter in module._parameters.items():
-        if parameter is not None and name not in parts:
+        if parameter is not None and name not in parts and wanted(name):
             yield Site(node, name, None, parameter)
     for name, how in held.items():
+        if not wanted(name):
+            continue
         if isinstance(how, Normed):
             yield NormedSite(node, name, how, how.v)
         else:
@@ -245,41 +253,76 @@ class _Walk:
     # saw would outlive its last user until the collector comes by.
     def __init__(self) -> None:
         self.nodes: dict[int, Node] = {}
-        self._kinds: dict[type, tuple[str | None, str | None, tuple[str, ...]]] = {}
         self._active: set[int] = set()
+        # A model has many modules of few classes.
+        self._kinds: dict[type[nn.Module], _Kind] = {}
 
     def visit(
         self, module: nn.Module, path: str, wrapped: str | None, uncalled: bool = False
     ) -> None:
         """Add ``module``, which is at ``path``, and what is below it."""
-        if id(module) in self._active or isinstance(module, torch.jit.ScriptModule):
+        identity, cls = id(module), type(module)
+        kind = self._kinds.get(cls)
+        if kind is None:
+            kind = self._kinds[cls] = _Kind.of(cls)
+        if kind.scripted or identity in self._active:
             return
-        cls = type(module)
-        if cls not in self._kinds:
-            read = _find(cls, _READERS) or ()
-            self._kinds[cls] = (_find(cls, _TRANSPARENT), _find(cls, _HOLDERS), read)
-        transparent, holder, read = self._kinds[cls]
-        wrapped = holder or wrapped
-        node = self.nodes.get(id(module))
+        wrapped = kind.holder or wrapped
+        node = self.nodes.get(identity)
         if node is None:
-            self.nodes[id(module)] = Node(module, [path], base_class(module), wrapped, uncalled)
+            self.nodes[identity] = Node(module, [path], kind.base, wrapped, uncalled)
         else:
             node.uncalled |= uncalled
             if path not in node.paths:
                 node.paths.append(path)
-        self._active.add(id(module))
+        children = module._modules
+        if not children:
+            return
+        self._active.add(identity)
         prefix = f"{path}." if path else ""
-        for name, child in module._modules.items():
+        for name, child in children.items():
             if child is None or (name == "parametrizations" and isinstance(child, nn.ModuleDict)):
                 continue
-            below = path if name == transparent else prefix + name
-            self.visit(child, below, wrapped, name in read)
-        self._active.discard(id(module))
+            below = path if name == kind.transparent else prefix + name
+            self.visit(child, below, wrapped, name in kind.read)
+        self._active.discard(identity)
+
+
+class _Kind(NamedTuple):
+    """What the walk has to know of a class."""
+
+    base: type[nn.Module]
+    transparent: str | None
+    holder: str | None
+    read: tuple[str, ...]
+    scripted: bool
+
+    @classmethod
+    def of(cls, kind: type[nn.Module]) -> _Kind:
+        return cls(
+            beneath(kind),
+            _find(kind, _TRANSPARENT),
+            _find(kind, _HOLDERS),
+            _find(kind, _READERS) or (),
+            issubclass(kind, torch.jit.ScriptModule),
+        )
+
+
+def identity(tensor: Tensor) -> Hashable:
+    """Equal for what is one tensor while it lives: the same object, or the same memory."""
+    if not has_address(tensor) or tensor.is_meta or tensor.numel() == 0:
+        return id(tensor)
+    return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+def has_address(tensor: Tensor) -> bool:
+    """Whether it is of torch's own classes, and dense."""
+    return type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided
 
 
 def is_folded(node: Node) -> bool:
     """Whether the module is inside ``folded`` or ``writable`` now."""
-    return node.module in FOLDED
+    return bool(FOLDED) and node.module in FOLDED  # mostly empty, which is quicker to ask
 
 
 def _find(cls: type, table: Mapping[str, _T]) -> _T | None:

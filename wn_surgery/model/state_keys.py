@@ -69,16 +69,12 @@ def stripped(state: Mapping[str, Any], keys: Iterable[Keys]) -> dict[str, Any]:
     return plain
 
 
-def plain_state_dict(model: nn.Module, *, maker: str | None = None) -> dict[str, Any]:
+def plain_state_dict(model: nn.Module) -> dict[str, Any]:
     """``model.state_dict()`` as it is after ``wn_surgery.remove``; the model is not changed.
 
-    Tensors that have nothing to do with weight norm are the model's own. ``maker`` strips only
-    what ``"wn_surgery"`` or ``"torch"`` computes.
+    Tensors that have nothing to do with weight norm are the model's own.
     """
-    keys = keys_of(model)
-    if maker is not None:
-        keys = [key for key in keys if key.site.held.maker == maker]
-    return stripped(model.state_dict(), keys)
+    return stripped(model.state_dict(), keys_of(model))
 
 
 def _weight(site: NormedSite, g: Tensor, v: Tensor) -> Tensor:

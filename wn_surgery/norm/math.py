@@ -27,6 +27,18 @@ KERNEL_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.f
 PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
+def _has_half_on_cpu() -> bool:
+    one = torch.ones(1, 1, dtype=torch.float16, device="cpu")  # whatever the default is
+    try:
+        torch._weight_norm_interface(one, one)
+    except RuntimeError:  # torch 2.6
+        return False
+    return True
+
+
+_HALF_ON_CPU = _has_half_on_cpu()
+
+
 def g_shape(shape: torch.Size | tuple[int, ...], dim: Dim) -> tuple[int, ...]:
     """The shape of g: the weight's size along ``dim`` and 1 elsewhere; a scalar for ``None``."""
     if dim is None:
@@ -131,7 +143,18 @@ def computed_norms(v: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | No
         ones = v.new_ones(g_shape(v.shape, dim))
         # Through Any: has_kernel has checked that dim is an int.
         return torch._weight_norm_interface(v.contiguous(), ones, cast(Any, dim))[1]
-    return _norm(in_dtype(v, norm_dtype), dim)
+    return _norm(in_dtype(v, _wide(v, dim, eps, norm_dtype)), dim)
+
+
+def _wide(v: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None) -> torch.dtype | None:
+    """``norm_dtype``, or float32 where the formula stands in for a kernel, which widens float16."""
+    if norm_dtype is None and _lacks_kernel(v) and eps == 0.0 and dim in (0, v.ndim - 1):
+        return torch.float32
+    return norm_dtype
+
+
+def _lacks_kernel(v: Tensor) -> bool:
+    return not _HALF_ON_CPU and v.dtype is torch.float16 and v.is_cpu
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -179,6 +202,7 @@ def _composite(
     if is_dtensor(g):
         # Its gradient would be a partial sum; this makes it whole.
         g = g.redistribute(placements=g.placements)
+    norm_dtype = _wide(v, dim, eps, norm_dtype)
     x = in_dtype(v, norm_dtype)
     norms = norm_except(x, dim, eps)
     w = x * (g.to(norms.dtype) / norms if norm_dtype is not None else g / norms)
@@ -195,6 +219,7 @@ def has_kernel(v: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None) 
         and v.dtype in KERNEL_DTYPES
         and (v.is_cpu or v.is_cuda)
         and not is_dtensor(v)
+        and not _lacks_kernel(v)
         and not _empty(v)  # torch's kernel divides by the size and takes the process down
     )
 
@@ -258,6 +283,7 @@ def values(
         # Through Any: has_kernel has checked that dim is an int.
         w, norms = torch._weight_norm_interface(contiguous, g.contiguous(), cast(Any, dim))
         return (w if contiguous is v else like(w, v)), norms
+    norm_dtype = _wide(v, dim, eps, norm_dtype)
     x = in_dtype(v, norm_dtype)
     norms = _norm(x, dim) if total is None else _norm_of_parts(x, dim, total)
     if eps != 0.0:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from importlib import import_module
 from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -24,21 +24,12 @@ from wn_surgery.norm.options import NormOptions
 from wn_surgery.norm.parametrization import WeightNorm, is_weight_norm, parts_of
 from wn_surgery.norm.writers import follow_writes, is_writer
 
-__all__ = ["FOLDED", "adopt", "base_class", "class_for", "computed_names", "is_managed", "opener"]
+__all__ = ["FOLDED", "adopt", "base_class", "beneath", "class_for", "computed_names", "is_managed"]
 
 _is_compiling = torch.compiler.is_dynamo_compiling
 
 FOLDED: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 """The modules inside ``folded`` or ``writable`` now, and their parameters held as tensors."""
-
-
-class _Opener:
-    """Holds ``wn_surgery.model.contexts.writable``, which puts itself here from above."""
-
-    open: Callable[[nn.Module], AbstractContextManager[None]]
-
-
-opener = _Opener()
 
 
 def is_managed(cls: type) -> bool:
@@ -49,12 +40,16 @@ def is_managed(cls: type) -> bool:
 
 def computed_names(cls: type) -> tuple[str, ...]:
     """The parameters that a class made by :func:`class_for` computes, itself."""
-    return tuple(name for name, value in vars(cls).items() if isinstance(value, _Computed))
+    return tuple(name for name, value in vars(cls).items() if _computes(value))
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The module's class beneath every parametrized class, torch's or ours."""
-    cls = type(module)
+    return beneath(type(module))
+
+
+def beneath(cls: type[nn.Module]) -> type[nn.Module]:
+    """A class without the parametrized classes that are made of it, torch's or ours."""
     while is_managed(cls) or _is_torch_parametrized(cls):
         cls = cls.__bases__[0]
     return cls
@@ -80,7 +75,7 @@ class _SharedMeta(type):
     """Keeps the shared classes as they are, though torch's functions edit a module's class."""
 
     def __delattr__(cls, name: str) -> None:
-        if isinstance(cls.__dict__.get(name), _Computed):
+        if _computes(cls.__dict__.get(name)):
             return
         # What torch had parametrized before is computed by torch's class, further down.
         owner = next((base for base in cls.__mro__ if name in vars(base)), cls)
@@ -90,16 +85,20 @@ class _SharedMeta(type):
             super().__delattr__(name)
 
     def __setattr__(cls, name: str, value: Any) -> None:
-        if isinstance(value, property) and not isinstance(value, _Computed):
+        if isinstance(value, property) and not _computes(value):
             value = _computed(name)
         super().__setattr__(name, value)
 
 
-class _Computed(property):
+def _computes(value: object) -> bool:
+    """Whether an attribute of a class is a property that :func:`_computed` has made."""
+    # By a mark: the compiler of torch 2.6 follows no subclass of property.
+    return isinstance(value, property) and hasattr(value.fget, "computes")
+
+
+def _computed(name: str) -> property:
     """A parameter that the instance's parametrization computes, if it has one."""
 
-
-def _computed(name: str) -> _Computed:
     def get(self: Any) -> Tensor:
         lists = self.__dict__["_modules"].get("parametrizations")
         plist = None if lists is None else lists._modules.get(name)
@@ -138,7 +137,8 @@ def _computed(name: str) -> _Computed:
             raise TypeError(f"{name} is weight-normed; expected a tensor, got {type(value)}")
         self.parametrizations[name].right_inverse(value)
 
-    return _Computed(get, put)
+    cast(Any, get).computes = True
+    return property(get, put)
 
 
 def _carries(module: nn.Module, name: str) -> bool:
@@ -214,7 +214,8 @@ def _resetting(base: type[nn.Module], initializer: str) -> Callable[..., Any]:
     """The module's own initializer, with the effect that it has on a plain layer."""
 
     def reset(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with opener.open(self):
+        # In a room above, which an unpickled model has not imported.
+        with import_module("wn_surgery.model.contexts").writable(self):
             return getattr(base, initializer)(self, *args, **kwargs)
 
     return reset

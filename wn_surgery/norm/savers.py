@@ -10,12 +10,13 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping
+from importlib import import_module
 from types import FrameType
 from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-__all__ = ["Layouts", "asking", "decided_by", "layout_for", "warn"]
+__all__ = ["Layouts", "asking", "layout_for", "warn"]
 
 Layouts: TypeAlias = Mapping[int, Literal["plain", "legacy"]]
 """How to save what is parametrized here, by the ``id`` of the list that holds g and v."""
@@ -32,12 +33,6 @@ def asking() -> FrameType | None:
     return None
 
 
-def decided_by(decide: Callable[[FrameType], Layouts]) -> Callable[[FrameType], Layouts]:
-    """Have this function say what a ``save_pretrained`` needs; a decorator."""
-    _state.decide = decide
-    return decide
-
-
 def layout_for(
     destination: MutableMapping[str, Any], parts: nn.Module
 ) -> Literal["plain", "legacy"] | None:
@@ -45,7 +40,9 @@ def layout_for(
     seen, layouts = _state.last
     if seen is None or seen() is not destination:
         frame = asking()
-        layouts = {} if frame is None or _state.decide is None else _state.decide(frame)
+        # It knows models, and so is in a room above, which an unpickled model has not imported.
+        reloading = None if frame is None else import_module("wn_surgery.model.reloading")
+        layouts = {} if reloading is None else reloading.fitting(frame)
         # One decision for a state dict, of which every weight-normed layer asks.
         _state.last = (_reference(destination), layouts)
     return layouts.get(id(parts))
@@ -58,7 +55,6 @@ def warn(frame: FrameType, message: str) -> None:
 
 
 class _State:
-    decide: Callable[[FrameType], Layouts] | None = None
     last: tuple[Callable[[], Any] | None, Layouts] = (None, {})
 
 

@@ -2,6 +2,7 @@
 
 # No postponed annotations here: jsonargparse (Lightning's command line) would then read the
 # types of the attributes, which are the normalised forms, and refuse a plain string for `names`.
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -88,7 +89,7 @@ class Rule:
     label: str | None = field(default=None, compare=False)
     _names: PatternSet | None = field(init=False, compare=False)
     _params: PatternSet = field(init=False, compare=False)
-    _exclude_names: PatternSet = field(init=False, compare=False)
+    _exclude_names: PatternSet | None = field(init=False, compare=False)
 
     def __init__(
         self,
@@ -117,7 +118,8 @@ class Rule:
         for name, value in values.items():
             object.__setattr__(self, name, value)
         for name in ("names", "params", "exclude_names"):
-            patterns = None if values[name] is None else PatternSet.of(values[name])
+            # None for any name, and for none that is excluded.
+            patterns = PatternSet.of(values[name]) if values[name] else None
             object.__setattr__(self, f"_{name}", patterns)
 
     def __repr__(self) -> str:
@@ -240,8 +242,16 @@ def matches_class(rule: Rule, module_type: type) -> bool:
 
 def matches_path(rule: Rule, path: str) -> bool:
     """Whether ``names`` and ``exclude_names`` let a module's path through; the root's is empty."""
-    included = rule._names is None or rule._names.matches(path)
-    return included and not rule._exclude_names.matches(path)
+    return bool(path_test(rule)(path))
+
+
+def path_test(rule: Rule) -> Callable[[str], object]:
+    """What says whether ``names`` and ``exclude_names`` let a path through: for many paths."""
+    included = rule._names.test if rule._names else lambda _: True
+    if not rule._exclude_names:
+        return included
+    excluded = rule._exclude_names.test
+    return lambda path: included(path) and not excluded(path)
 
 
 def matches_module(rule: Rule, path: str, module_type: type) -> bool:
@@ -272,6 +282,7 @@ def last_match(rules: Sequence[Rule], path: str, param: str, rank: int) -> Rule 
     return next((rule for rule in found if takes_rank(rule, param, rank)), None)
 
 
+@functools.lru_cache
 def has_axes(rank: int, dim: Dim) -> bool:
     """Whether a tensor with so many axes has those of ``dim``."""
     return all(axis < rank for axis in kept_axes(dim))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -30,24 +31,24 @@ def error_at(site: Site, kind: str, message: str) -> WeightNormError:
 
 def before_any_change(site: Site) -> Iterator[WeightNormError]:
     """What prevents every change of a site."""
-    name, node, tensor = site.name, site.node, site.tensor
-    if is_folded(node):
-        message = f"{name} is inside folded() or writable() now; leave the context first"
+    tensor = site.tensor
+    if is_folded(site.node):
+        message = f"{site.name} is inside folded() or writable() now; leave the context first"
         yield error_at(site, "folded", message)
-    if holder := node.wrapped or _partitioned(tensor):
+    if holder := site.node.wrapped or _partitioned(tensor):
         message = (
-            f"{name} is held by {holder}, which keeps references to the parameters it was "
+            f"{site.name} is held by {holder}, which keeps references to the parameters it was "
             "given; change weight norm before wrapping or sharding the model"
         )
         if site.normed and "FSDP" in holder:
             message += _PLAIN_STATE
         yield error_at(site, "wrapped", message)
     elif tensor is not None and (why := why_uncut(tensor)):
-        yield error_at(site, "wrapped", f"{name} {why}")
+        yield error_at(site, "wrapped", f"{site.name} {why}")
     if torch.is_inference_mode_enabled() or (tensor is not None and tensor.is_inference()):
         message = (
-            f"{name} cannot be changed under torch.inference_mode(), whose tensors can never be "
-            "trained; leave inference mode, or use torch.no_grad()"
+            f"{site.name} cannot be changed under torch.inference_mode(), whose tensors can never "
+            "be trained; leave inference mode, or use torch.no_grad()"
         )
         yield error_at(site, "inference", message)
 
@@ -58,15 +59,28 @@ _PLAIN_STATE = """. For plain weights, write on every rank:
     plain = wn_surgery.checkpoints.convert(state)"""
 
 
-def before_apply(site: Site) -> Iterator[WeightNormError]:
+def kind_of(site: Site, rule: Rule) -> Hashable | None:
+    """Equal for plain weights of which a rule makes the same, but for :func:`before_any_change`.
+
+    ``None`` where more than this counts.
+    """
+    tensor = site.tensor
+    if type(tensor) is not nn.Parameter or rule.dim == "out":
+        return None
+    return (
+        id(rule), site.node.base, tensor.dtype, tensor.layout, tensor.is_nested, tensor.ndim,
+        tensor.numel() == 0,
+    )  # fmt: skip
+
+
+def before_apply(site: Site) -> list[WeightNormError]:
     """What prevents weight norm on a plain parameter."""
     tensor = site.tensor
     assert tensor is not None  # a plain site always has its parameter
     if wrong := _unsuitable(site, tensor):
         kind, message = wrong
-        yield error_at(site, kind, f"{site.name} {message}")
-    else:
-        yield from before_any_change(site)
+        return [error_at(site, kind, f"{site.name} {message}")]
+    return list(before_any_change(site))
 
 
 def _unsuitable(site: Site, tensor: Tensor) -> tuple[str, str] | None:
@@ -80,8 +94,8 @@ def _unsuitable(site: Site, tensor: Tensor) -> tuple[str, str] | None:
         return "quantized", f"is quantized by {maker}; {advice}, or {exclude}"
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return "dtype", f"has dtype {tensor.dtype}, not a floating or complex one; {exclude}"
-    layout = "nested" if tensor.is_nested else dtype_name(tensor.layout)
-    if layout != "strided":
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        layout = "nested" if tensor.is_nested else dtype_name(tensor.layout)
         return "dtype", f"is stored as {layout}, not as a dense tensor; {exclude}"
     if not isinstance(tensor, nn.Parameter):
         return "dtype", f"is a plain tensor; assign a Parameter first, or {exclude}"
@@ -90,52 +104,61 @@ def _unsuitable(site: Site, tensor: Tensor) -> tuple[str, str] | None:
     return None
 
 
-def before_norm(site: Site, norm: NormOptions, g_init: float | None) -> Iterator[WeightNormError]:
+def before_norm(site: Site, norm: NormOptions, g_init: float | None) -> list[WeightNormError]:
     """What is wrong with the options of the rule for the weight's dtype."""
-    tensor = site.tensor
-    assert tensor is not None  # checked by the caller
-    working = norm.norm_dtype or tensor.dtype
+    assert site.tensor is not None  # checked by the caller
+    if wrong := _misfit(site.tensor.dtype, norm, g_init):
+        kind, said, advice = wrong
+        return [error_at(site, kind, f"{said} for {site.name}; {advice}")]
+    return []
+
+
+@functools.lru_cache
+def _misfit(
+    stored: torch.dtype, norm: NormOptions, g_init: float | None
+) -> tuple[str, str, str] | None:
+    """Why options do not suit weights of a dtype: a kind, what is wrong, and what to do."""
+    working = norm.norm_dtype or stored
     for what, value, dtype in (
-        ("g_init", abs(g_init or 0.0), tensor.dtype),
+        ("g_init", abs(g_init or 0.0), stored),
         ("eps", norm.eps, working),
-        ("eps", norm.eps, tensor.dtype),  # in which a g of that size is stored
+        ("eps", norm.eps, stored),  # in which a g of that size is stored
     ):
         limits = torch.finfo(dtype)
         if value > limits.max or (what == "g_init" and 0.0 < value < limits.smallest_normal):
-            message = (
-                f"{what}={value} does not fit {dtype_name(dtype)} for {site.name}; expected at "
-                f"most {limits.max:.3g}, and 0 or at least {limits.smallest_normal:.3g}"
+            advice = (
+                f"expected at most {limits.max:.3g}, and 0 or at least {limits.smallest_normal:.3g}"
             )
-            yield error_at(site, "rule", message)
-            return
+            return "rule", f"{what}={value} does not fit {dtype_name(dtype)}", advice
     least = torch.finfo(working).smallest_normal
     if 0.0 < norm.eps < least:
-        message = (
-            f"eps={norm.eps} is below the smallest normal number of {working} for {site.name}; "
-            f"use eps >= {least:.3g} or norm_dtype=torch.float32"
-        )
-        yield error_at(site, "zero_norm", message)
+        said = f"eps={norm.eps} is below the smallest normal number of {working}"
+        return "zero_norm", said, f"use eps >= {least:.3g} or norm_dtype=torch.float32"
+    return None
 
 
 _TOGETHER = 1 << 18  # elements
 
 
+@torch.no_grad()
 def before_division(
     wanted: Iterable[tuple[Site, NormOptions, float | None]], *, in_parts: bool
-) -> Iterator[WeightNormError]:
+) -> list[WeightNormError]:
     """Sites, each with its options and ``g_init``, that would be divided by an unusable norm.
 
     Either the DTensors, for which every rank has to ask, or the others.
     """
+    problems: list[WeightNormError] = []
     groups: dict[Any, list[tuple[Site, Tensor]]] = {}
     for site, norm, g_init in wanted:
         if is_dtensor(site.tensor) is not in_parts:
             continue
         weight = site.held.weight() if isinstance(site.held, Normed) else site.tensor
         assert weight is not None  # nothing is planned for a site without a tensor
-        if not weight.is_meta and not is_fake(weight):
+        # What is exactly a Parameter is not fake, and most are.
+        if not (weight.is_meta or (type(weight) is not nn.Parameter and is_fake(weight))):
             key = (norm, g_init, weight.shape, weight.dtype, weight.device)
-            groups.setdefault(key, []).append((site, weight.detach()))
+            groups.setdefault(key, []).append((site, weight))
     for (norm, g_init, *_), members in groups.items():
         # Models have few shapes and many layers: small weights are looked at together.
         together = max(1, _TOGETHER // max(1, members[0][1].numel()))
@@ -149,7 +172,8 @@ def before_division(
             for site, weight in chunk:
                 if bad := zero_slices(weight, norm.dim, norm.eps, norm.norm_dtype, g_init):
                     message = _undivided(site, weight, bad, norm, g_init)
-                    yield error_at(site, "zero_norm", message)
+                    problems.append(error_at(site, "zero_norm", message))
+    return problems
 
 
 def _undivided(
@@ -175,8 +199,10 @@ def resolve_norm(site: Site, rule: Rule) -> NormOptions | WeightNormError:
     dim = output_axis(site) if rule.dim == "out" else rule.dim
     if isinstance(dim, WeightNormError):
         return dim
-    return NormOptions(dim, rule.eps, rule.norm_dtype)
+    return _options(dim, rule.eps, rule.norm_dtype)
 
+
+_options = functools.lru_cache(NormOptions)  # the same for most weights of a model
 
 _ROWS = (_ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 

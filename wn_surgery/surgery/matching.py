@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from wn_surgery.rules.rule import (
     matches_class,
     matches_param,
     matches_path,
+    path_test,
     takes_rank,
 )
 from wn_surgery.surgery import checks
@@ -22,46 +24,41 @@ from wn_surgery.surgery import checks
 __all__ = ["Match", "eligible", "match", "takes"]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Match:
-    """The rules that match one site, by index."""
+Match: TypeAlias = tuple[Site, dict[str, int], list[int]]
+"""A site; for each of its paths that rules match, the last; all rules that match it, in order.
 
-    site: Site
-    winners: dict[str, int]  # for each path that a rule matches, the last such rule
-    winner: int  # the last rule that matches under any path
-    shadowed: tuple[int, ...]  # the other rules that match, in order
+Rules are numbered from 0.
+"""
 
 
 def match(nodes: Sequence[Node], rules: Sequence[Rule]) -> Iterator[Match]:
     """Every site that some rule matches, in the order of the nodes."""
-    # Models have many modules, but few classes and few parameter names.
-    by_class: dict[type, list[tuple[int, Rule]]] = {}
-    by_param: dict[str, set[int]] = {}
     numbered = list(enumerate(rules))
+    tests = [path_test(rule) for rule in rules]
+
+    # Models have many modules, but few classes and few parameter names.
+    @functools.cache
+    def of_class(base: type) -> list[tuple[int, Callable[[str], object]]]:
+        return [(i, tests[i]) for i, rule in numbered if matches_class(rule, base)]
+
+    @functools.cache
+    def of_param(param: str) -> set[int]:
+        return {i for i, rule in numbered if matches_param(rule, param)}
+
     for node in nodes:
-        base = node.base
-        if base not in by_class:
-            by_class[base] = [(i, rule) for i, rule in numbered if matches_class(rule, base)]
-        by_path = {
-            path: hits
-            for path in node.paths
-            if (hits := [i for i, rule in by_class[base] if matches_path(rule, path)])
-        }
-        for site in sites_of(node) if by_path else ():
-            param = site.param
-            if param not in by_param:
-                by_param[param] = {i for i, rule in numbered if matches_param(rule, param)}
-            wanted = by_param[param]
-            found = {
-                path: hits
-                for path, named in by_path.items()
-                if (hits := [i for i in named if i in wanted and eligible(site, rules[i], path)])
-            }
-            if found:
-                winners = {path: hits[-1] for path, hits in found.items()}
-                winner = max(winners.values())
-                others = set[int]().union(*found.values()) - {winner}
-                yield Match(site, winners, winner, tuple(sorted(others)))
+        if not (typed := of_class(node.base)):
+            continue
+        named = [(path, i) for path in node.paths for i, test in typed if test(path)]
+        for site in sites_of(node, of_param) if named else ():
+            wanted = of_param(site.param)
+            winners: dict[str, int] = {}
+            every: set[int] = set()
+            for path, i in named:
+                if i in wanted and eligible(site, rules[i], path):
+                    winners[path] = i
+                    every.add(i)
+            if every:
+                yield site, winners, sorted(every)
 
 
 def takes(rule: Rule, site: Site) -> bool:

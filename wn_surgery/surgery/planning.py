@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import warnings
-from collections.abc import Collection, Generator, Iterable, Iterator
+from collections.abc import Collection, Generator, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal, TypeAlias, Unpack, get_args
 
@@ -88,6 +88,10 @@ def _uncollected() -> Generator[None]:
         yield
     finally:
         if enabled:
+            if not gc.get_freeze_count():
+                # What was made becomes old without a pass that looks at it.
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 
@@ -100,11 +104,13 @@ def build(model: nn.Module, rules: tuple[Rule, ...], on_unmatched: OnUnmatched =
     index = Index(nodes)
     made = Plan(model, rules, [], parameters=index.count)
     winning: set[int] = set()
+    sound: _Sound = {}
     for found in match(nodes, rules):
-        winning.update(found.winners.values())
-        if len(found.winners) > 1:
+        _, winners, _ = found
+        winning.update(winners.values())
+        if len(winners) > 1:
             made.problems += _conflicts(found, rules)
-        _decide(made, found)
+        _decide(made, found, sound)
     resolve_ties(made, index)
     # Checked after ties are resolved: a tied site that is skipped is never divided by its norm.
     # BERT's decoder is tied to embeddings whose padding is zero.
@@ -116,7 +122,7 @@ def build(model: nn.Module, rules: tuple[Rule, ...], on_unmatched: OnUnmatched =
 
 def divided_in_parts(plan: Plan) -> list[WeightNormError]:
     """What :func:`build` leaves out, since every rank has to ask: what is wrong with DTensors."""
-    return list(checks.before_division(_divided(plan), in_parts=True))
+    return checks.before_division(_divided(plan), in_parts=True)
 
 
 def _divided(plan: Plan) -> Iterator[tuple[Site, NormOptions, float | None]]:
@@ -136,7 +142,8 @@ def _nodes(model: nn.Module) -> list[Node]:
 
 def _leftovers(nodes: list[Node], rules: tuple[Rule, ...]) -> Iterator[Site]:
     """Where a rule removes weight norm that is gone already, but for its load hook."""
-    for node in nodes:
+    removes = any(rule.action == "remove" for rule in rules)
+    for node in nodes if removes else ():
         for param in leftovers(node.module):
             # torch's removal makes a frozen weight a buffer, which is no site.
             site = Site(node, param, None, None)
@@ -180,11 +187,15 @@ def build_migration(
     return made
 
 
-def _decide(made: Plan, found: Match) -> None:
-    site, number = found.site, found.winner
-    rule = made.rules[number]
-    shadowed = tuple(index + 1 for index in found.shadowed)
-    step = Step(site, "keep", site.layout, site.norm, rule, shadowed, f"rule {number + 1}")
+_Sound: TypeAlias = dict[Hashable, NormOptions]
+"""The options of weights that have been checked: models have many that are alike."""
+
+
+def _decide(made: Plan, found: Match, sound: _Sound) -> None:
+    site, _, numbers = found
+    *shadowed, number = [index + 1 for index in numbers]
+    rule = made.rules[number - 1]
+    step = Step(site, "keep", site.layout, site.norm, rule, tuple(shadowed), f"rule {number}")
     made.steps.append(step)
     if rule.action == "skip":
         step.action = "skip"
@@ -195,7 +206,7 @@ def _decide(made: Plan, found: Match) -> None:
     elif isinstance(site.held, Foreign):
         made.problems.append(_stacked(site, site.held))
     else:
-        made.problems += _plan_application(step, rule)
+        made.problems += _plan_application(step, rule, sound)
 
 
 def _plan_removal(step: Step) -> Iterator[WeightNormError]:
@@ -216,15 +227,23 @@ def _is_open(site: Site) -> bool:
     return site.param in FOLDED.get(site.module, ())
 
 
-def _plan_application(step: Step, rule: Rule) -> Iterable[WeightNormError]:
+def _plan_application(step: Step, rule: Rule, sound: _Sound) -> Iterable[WeightNormError]:
     step.action, step.after = "apply", "parametrized"
-    if problems := list(checks.before_apply(step.site)):
+    site = step.site
+    alike = checks.kind_of(site, rule)
+    if alike in sound:
+        step.norm = sound[alike]
+        return checks.before_any_change(site)
+    if problems := checks.before_apply(site):
         return problems
-    norm = checks.resolve_norm(step.site, rule)
+    norm = checks.resolve_norm(site, rule)
     if isinstance(norm, WeightNormError):
         return [norm]
     step.norm = norm
-    return checks.before_norm(step.site, step.norm, rule.g_init)
+    problems = checks.before_norm(site, norm, rule.g_init)
+    if alike is not None and not problems:
+        sound[alike] = norm
+    return problems
 
 
 def _plan_replacement(step: Step, rule: Rule, held: Normed) -> list[WeightNormError]:
@@ -272,7 +291,7 @@ def _stacked(site: Site, held: Foreign) -> WeightNormError:
 
 
 def _conflicts(found: Match, rules: tuple[Rule, ...]) -> Iterator[WeightNormError]:
-    site, winners = found.site, found.winners
+    site, winners, _ = found
     deciding = [rules[i] for i in winners.values()]
     if len({(rule.action, *rule.options().values()) for rule in deciding}) > 1:
         told = "; ".join(

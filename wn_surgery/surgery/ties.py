@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace as changed
 from typing import NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from wn_surgery.model.layouts import Normed, carried
-from wn_surgery.model.sites import Node, Site, sites_of
+from wn_surgery.model.sites import Node, Site, has_address, identity, sites_of
 from wn_surgery.surgery.checks import before_apply, error_at
 from wn_surgery.surgery.plan import Plan, Step
 
@@ -28,15 +28,8 @@ def tie_key(tensor: Tensor, normed: bool) -> Hashable:
     A direction v is compared by identity alone: torch's functions leave v aliasing the
     plain end of a former tie, and the two are no longer one parameter.
     """
-    if normed:
-        return -id(tensor)  # in torch's legacy layout v is a parameter of the module as well
-    if not _has_address(tensor) or tensor.is_meta or tensor.numel() == 0:
-        return id(tensor)
-    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
-
-
-def _has_address(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    # In torch's legacy layout v is a parameter of the module as well.
+    return -id(tensor) if normed else identity(tensor)
 
 
 class Index:
@@ -44,40 +37,41 @@ class Index:
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         self.nodes = nodes
-        sizes: dict[int, int] = {}
-        seen: set[int] = set()
-        shared: set[int] = set()
-        for key, _, _, tensor, normed in _tensors(nodes):
-            if not normed:
-                sizes[id(tensor)] = tensor.numel()
-            if key in seen:
-                shared.add(key)
-            seen.add(key)
+        tensors = list(_tensors(nodes))
+        sizes = {id(tensor): tensor.numel() for _, _, tensor, _ in tensors}
         for node in nodes:
             if (lists := node.module._modules.get("parametrizations")) is not None:
                 sizes.update((id(p), p.numel()) for p in lists.parameters())
         self.count = sum(sizes.values())
         self.ties: dict[Hashable, list[_End]] = {}
-        # Models are large, ties are few: what no other tensor shares is not kept.
-        for key, node, name, tensor, normed in _tensors(nodes) if shared else ():
-            if key in shared:
+        # Most tensors have a place of their own, which is quicker to ask for than a key.
+        places = [_place(tensor, normed) for _, _, tensor, normed in tensors]
+        counts = Counter(places) if len(set(places)) < len(places) else {}
+        for place, (node, name, tensor, normed) in zip(places, tensors, strict=True):
+            if counts and counts[place] > 1:
                 self.ties.setdefault(tie_key(tensor, normed), []).append(_End(node, name))
 
 
-def _tensors(nodes: Sequence[Node]) -> Iterator[tuple[int, Node, str, Tensor, bool]]:
-    """Every parameter, and every v once more, with a key that tied ones share (and few others)."""
+def _place(tensor: Tensor, normed: bool) -> int:
+    """What tied tensors share, and few others."""
+    if normed:
+        return -id(tensor)
+    # On the meta device, and where it is empty, the address is 0.
+    return (has_address(tensor) and tensor.data_ptr()) or id(tensor)
+
+
+def _tensors(nodes: Sequence[Node]) -> Iterator[tuple[Node, str, Tensor, bool]]:
+    """Every parameter, and every v once more."""
     for node in nodes:
         module = node.module
         for name, parameter in module._parameters.items():
             if parameter is None or nn.parameter.is_lazy(parameter):
                 continue
-            # On the meta device, and where it is empty, the address is 0.
-            address = _has_address(parameter) and parameter.data_ptr()
-            yield address or id(parameter), node, name, parameter, False
+            yield node, name, parameter, False
         if "parametrizations" in module._modules or module._forward_pre_hooks:
             for name, held in carried(module).items():
                 if isinstance(held, Normed):
-                    yield -id(held.v), node, name, held.v, True
+                    yield node, name, held.v, True
 
 
 _Steps: TypeAlias = "dict[tuple[int, str], Step]"  # by module and parameter
