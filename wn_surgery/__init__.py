@@ -34,6 +34,7 @@ from wn_surgery.errors import LazyParameterError as LazyParameterError
 from wn_surgery.errors import MissingSiteError as MissingSiteError
 from wn_surgery.errors import NonFloatingError as NonFloatingError
 from wn_surgery.errors import QuantizedWeightError as QuantizedWeightError
+from wn_surgery.errors import RanksError as RanksError
 from wn_surgery.errors import RuleFileError as RuleFileError
 from wn_surgery.errors import StackedParametrizationError as StackedParametrizationError
 from wn_surgery.errors import TiedParameterError as TiedParameterError
