@@ -139,6 +139,7 @@ CASES: dict[str, tuple[Callable[[], Module], list[dict[str, Any]], dict[str, Any
     "bf16": (Module, RULES, {"precision": "bf16-mixed"}),
     "gan": (Gan, gan_rules(), {}),
     "initialized": (Module, RULES, {"init_from_batch": True}),
+    "renormalized": (Module, [{**RULES[0], "renormalize": "rms"}, RULES[1]], {}),
 }
 
 
@@ -170,6 +171,11 @@ def run(strategy: str, folder: Path) -> dict[str, Any]:
         how = "ddp_find_unused_parameters_true" if unused else strategy
         trainer(how, processes, callback, **more).fit(module)
         results[name] = {"losses": module.losses, "state": module.state_dict()}
+        if processes > 1 and name == "renormalized":
+            for parameter in module.parameters():  # the same to the bit, without a broadcast
+                there = [torch.empty_like(parameter) for _ in range(processes)]
+                torch.distributed.all_gather(there, parameter.detach())
+                assert all(torch.equal(other, parameter) for other in there)
     for layout in ("parametrized", "plain"):
         results[f"resumed {layout}"] = resumed(strategy, processes, folder / strategy / layout)
     return results

@@ -64,6 +64,7 @@ def assert_close(left: dict[str, Any], right: dict[str, Any], tolerance: float) 
         ("bf16", 3e-2),
         ("gan", 1e-4),
         ("initialized", 1e-4),
+        ("renormalized", 1e-4),
         ("resumed parametrized", 1e-4),
         ("resumed plain", 1e-4),
     ],

@@ -58,6 +58,18 @@ def test_fsdp2() -> None:
     assert [name for name, _ in late.named_parameters()] == names
 
 
+def test_directions_are_put_back_inside_ddp_and_not_where_they_are_split() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    wrapped = nn.parallel.DistributedDataParallel(applied())
+    before = wrapped(torch.ones(1, 4))
+    assert wn.renormalize(wrapped, 1.0) == ("0.weight", "2.weight")
+    torch.testing.assert_close(wrapped(torch.ones(1, 4)), before)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    with pytest.raises(wn.WrappedModuleError, match=r"0\.weight is sharded"):
+        wn.renormalize(fully_shard(applied(), mesh=mesh), 1.0)
+
+
 def test_a_part_of_what_fsdp2_holds_is_refused_too() -> None:
     from torch.distributed.fsdp import fully_shard
 

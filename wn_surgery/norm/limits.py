@@ -15,7 +15,7 @@ from wn_surgery.norm.cuts import Cut, is_dtensor
 from wn_surgery.norm.math import computed_norms, g_shape, in_dtype, norm_except, real_dtype
 from wn_surgery.norm.options import Dim
 
-__all__ = ["has_easy_norms", "zero_slices"]
+__all__ = ["has_easy_norms", "least_norm", "zero_slices"]
 
 
 def zero_slices(
@@ -44,7 +44,7 @@ def zero_slices(
     divided = torch.finfo(norms.dtype)
     # Half precision is summed in float32, and would take the limits below for 0.
     norms = norms.to(torch.promote_types(norms.dtype, torch.float32))
-    blurred = norms < max(_least(norms.dtype), divided.smallest_normal)
+    blurred = norms < max(least_norm(norms.dtype), divided.smallest_normal)
     if eps != 0.0:
         blurred &= norms > eps
     norms = norms.clamp_min(eps)
@@ -65,12 +65,12 @@ def has_easy_norms(v: Tensor, dim: Dim, norm_dtype: torch.dtype | None = None) -
     low, high = torch.stack(torch.aminmax(norms)).tolist()
     dtypes = (norms.dtype, real_dtype(v.dtype))
     summed = torch.promote_types(norms.dtype, torch.float32)
-    least = max(_least(summed), *(torch.finfo(dtype).smallest_normal for dtype in dtypes))
+    least = max(least_norm(summed), *(torch.finfo(dtype).smallest_normal for dtype in dtypes))
     most = min(math.sqrt(torch.finfo(summed).max), *(torch.finfo(dtype).max for dtype in dtypes))
     return bool(2 * least <= low and high <= most / 2)
 
 
-def _least(summed: torch.dtype) -> float:
+def least_norm(summed: torch.dtype) -> float:
     """The smallest norm whose squares lose no digits where they are summed."""
     limits = torch.finfo(summed)
     return math.sqrt(limits.smallest_normal / limits.eps)

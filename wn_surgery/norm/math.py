@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from wn_surgery.norm.cuts import Cut, is_dtensor, spread
 from wn_surgery.norm.options import Dim, kept_axes
 
-__all__ = ["Dim", "g_shape", "magnitude", "norm_except", "weight_norm"]
+__all__ = ["Dim", "g_shape", "magnitude", "norm_except", "wanted_norm", "weight_norm"]
 
 KERNEL_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
@@ -49,6 +49,13 @@ def g_shape(shape: torch.Size | tuple[int, ...], dim: Dim) -> tuple[int, ...]:
 
 # Each access asks for it, with few different shapes.
 _expected = functools.lru_cache(maxsize=4096)(g_shape)
+
+
+def wanted_norm(renormalize: float | str, shape: tuple[int, ...], dim: Dim) -> float:
+    """The norm of one slice that a rule's ``renormalize`` asks for; ``"rms"`` is 1 per element."""
+    if isinstance(renormalize, str):
+        return math.sqrt(math.prod(shape) / math.prod(g_shape(shape, dim)))
+    return renormalize
 
 
 def norm_except(v: Tensor, dim: Dim, eps: float = 0.0) -> Tensor:

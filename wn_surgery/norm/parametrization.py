@@ -89,6 +89,7 @@ class WeightNormList(ParametrizationList):
 
     # Not annotated: torch.jit.script would have to understand it.
     g_init = None  # what a rule has filled g with, where that is known
+    renormalize = None  # the norm that a rule wants v put back to, or "rms"
     hold = None
     slot = None
 

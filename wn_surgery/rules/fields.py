@@ -123,6 +123,25 @@ def g_init(value: object) -> float | None:
     return None if value is None else _finite("g_init", value)
 
 
+def renormalize(value: object) -> float | Literal["rms"] | None:
+    """Normalise ``renormalize``: None, ``"rms"``, or the norm that v is put back to."""
+    if value is None or value is False:
+        return None
+    if value is True:
+        return 1.0
+    if isinstance(value, str):
+        if value == "rms":
+            return "rms"
+        raise RuleError(
+            f"renormalize: expected true, false, a norm or 'rms', got {value!r}"
+            f"{did_you_mean(value, ['rms'])}"
+        )
+    number = _finite("renormalize", value)
+    if number <= 0:
+        raise RuleError(f"renormalize: expected a norm above 0, true or 'rms', got {value!r}")
+    return number
+
+
 def norm_dtype(value: object) -> torch.dtype | None:
     """Normalise ``norm_dtype``: None or one of torch's real floating dtypes of 16 bits or more."""
     if value is None:

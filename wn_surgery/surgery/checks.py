@@ -17,11 +17,11 @@ from wn_surgery.model.layouts import Normed
 from wn_surgery.model.sites import Node, Site, is_folded
 from wn_surgery.norm.cuts import is_dtensor, why_uncut
 from wn_surgery.norm.limits import has_easy_norms, zero_slices
-from wn_surgery.norm.math import weight_norm
+from wn_surgery.norm.math import wanted_norm, weight_norm
 from wn_surgery.norm.options import Dim, NormOptions, dtype_name, kept_axes
 from wn_surgery.rules.rule import Rule, has_axes
 
-__all__ = ["error_at", "output_axis", "quantizer", "resolve_norm", "runs_no_hook"]
+__all__ = ["error_at", "output_axis", "quantizer", "refused_norm", "resolve_norm", "runs_no_hook"]
 
 
 def error_at(site: Site, kind: str, message: str) -> WeightNormError:
@@ -65,7 +65,7 @@ def kind_of(site: Site, rule: Rule) -> Hashable | None:
     ``None`` where more than this counts.
     """
     tensor = site.tensor
-    if type(tensor) is not nn.Parameter or rule.dim == "out":
+    if type(tensor) is not nn.Parameter or rule.dim == "out" or rule.renormalize == "rms":
         return None
     return (
         id(rule), site.node.base, tensor.dtype, tensor.layout, tensor.is_nested, tensor.ndim,
@@ -104,13 +104,17 @@ def _unsuitable(site: Site, tensor: Tensor) -> tuple[str, str] | None:
     return None
 
 
-def before_norm(site: Site, norm: NormOptions, g_init: float | None) -> list[WeightNormError]:
+def before_norm(site: Site, norm: NormOptions, rule: Rule) -> list[WeightNormError]:
     """What is wrong with the options of the rule for the weight's dtype."""
     assert site.tensor is not None  # checked by the caller
-    if wrong := _misfit(site.tensor.dtype, norm, g_init):
+    if wrong := _misfit(site.tensor.dtype, norm, rule.g_init):
         kind, said, advice = wrong
         return [error_at(site, kind, f"{said} for {site.name}; {advice}")]
-    return []
+    if rule.renormalize is None:
+        return []
+    wanted = wanted_norm(rule.renormalize, site.shape, norm.dim)
+    problem = refused_norm(wanted, norm, site.tensor.dtype)
+    return [error_at(site, "rule", f"{site.name} {problem}")] if problem else []
 
 
 @functools.lru_cache
@@ -135,6 +139,22 @@ def _misfit(
         said = f"eps={norm.eps} is below the smallest normal number of {working}"
         return "zero_norm", said, f"use eps >= {least:.3g} or norm_dtype=torch.float32"
     return None
+
+
+def refused_norm(wanted: float, norm: NormOptions, dtype: torch.dtype) -> str:
+    """Why v cannot be put back to a norm, or nothing."""
+    limits = torch.finfo(dtype)
+    if wanted < norm.eps:
+        return (
+            f"has eps={norm.eps}, which bounds ‖v‖ from below, and v would be put back to norm "
+            f"{wanted:g}; give renormalize=, or a norm, of at least eps"
+        )
+    if not limits.smallest_normal <= wanted <= limits.max:
+        return (
+            f"has a v of {dtype_name(dtype)}, which norm {wanted:g} does not fit; expected "
+            f"{limits.smallest_normal:.3g} to {limits.max:.3g}"
+        )
+    return ""
 
 
 _TOGETHER = 1 << 18  # elements

@@ -290,6 +290,7 @@ class _Work:
         if step.action == "migrate":
             assert isinstance(held, layouts.Normed)
             self._put(step, layouts.clear(module, param), held.g, held.v)
+            layouts.note(module, param, held)
             return
         if isinstance(held, layouts.Normed):
             old: tuple[nn.Parameter, ...] = (held.g, held.v)
@@ -308,15 +309,13 @@ class _Work:
             layouts.put_plain(module, param, new[0], order)
         else:
             self._put(step, order, *new)
+            layouts.note(module, param, step.rule)
 
     @staticmethod
     def _put(step: Step, order: Sequence[str], g: nn.Parameter, v: nn.Parameter) -> None:
         assert step.norm is not None
         put = layouts.put_legacy if step.after == "legacy" else layouts.put_parametrized
         put(step.site.module, step.site.param, step.norm, g, v, order)
-        if step.rule is not None and step.rule.g_init is not None:
-            plist = cast(Any, step.site.module._modules["parametrizations"])[step.site.param]
-            plist.g_init = step.rule.g_init
 
     def _new(self, step: Step) -> tuple[nn.Parameter, ...]:
         held = step.site.held

@@ -240,7 +240,7 @@ def _plan_application(step: Step, rule: Rule, sound: _Sound) -> Iterable[WeightN
     if isinstance(norm, WeightNormError):
         return [norm]
     step.norm = norm
-    problems = checks.before_norm(site, norm, rule.g_init)
+    problems = checks.before_norm(site, norm, rule)
     if alike is not None and not problems:
         sound[alike] = norm
     return problems
@@ -257,25 +257,29 @@ def _plan_replacement(step: Step, rule: Rule, held: Normed) -> list[WeightNormEr
         return []
     if not rule.replace:
         frozen = "" if rule.train_g else ", train_g=False"
+        if rule.renormalize != held.renormalize:
+            frozen += f", renormalize={rule.renormalize}"
         message = (
             f"{site.name} already carries weight norm with {held.norm}; the rule asks "
             f"for {wanted}{frozen}; give the rule replace=True, or remove first"
         )
         return [checks.error_at(site, "existing", message)]
-    problems = [*checks.before_any_change(site), *checks.before_norm(site, wanted, rule.g_init)]
+    problems = [*checks.before_any_change(site), *checks.before_norm(site, wanted, rule)]
     if not problems:
         step.action, step.after, step.norm = "replace", "parametrized", wanted
     return problems
 
 
 def _differs(rule: Rule, held: Normed) -> bool:
-    """Whether a g that is there is not as the rule wants it.
+    """Whether a g that is there, or what v is put back to, is not as the rule wants it.
 
     Without ``replace``, only a g that trains and should not: ``g_init`` is only where g began,
     and a frozen g may have been frozen since. With ``replace``, g is thawed and filled; but filled
     only once, so that the same rules given again do not undo a training.
     """
     if not rule.train_g and held.g.requires_grad:
+        return True
+    if rule.renormalize != held.renormalize and (rule.renormalize or rule.replace):
         return True
     thaws = rule.train_g and held.v.requires_grad and not held.g.requires_grad
     fills = rule.g_init is not None and rule.g_init != held.g_init
