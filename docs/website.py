@@ -115,7 +115,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             flags=re.MULTILINE,
         )
     text = "".join(parts)
-    if path == "troubleshooting.md":  # messages are long lines, and no tables
+    if path == "troubleshooting.md":
+        page.meta["search"] = {"boost": 4}  # whoever pastes a message wants this page
+        # Messages are long lines, and no tables.
         text = text.replace("\n```text\n", "\n``` { .text .wrap }\n")
     return text
 

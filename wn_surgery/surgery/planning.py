@@ -88,10 +88,6 @@ def _uncollected() -> Generator[None]:
         yield
     finally:
         if enabled:
-            if not gc.get_freeze_count():
-                # What was made becomes old without a pass that looks at it.
-                gc.freeze()
-                gc.unfreeze()
             gc.enable()
 
 
