@@ -115,7 +115,7 @@ _HOMES = {
     "training.statistics": "SiteStatistics Statistics statistics",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
-_ROOMS = {"checkpoints", "export", *(home.partition(".")[0] for home in _HOMES), "norm"}
+_ROOMS = {"checkpoints", "compat", "export", *(home.partition(".")[0] for home in _HOMES), "norm"}
 
 
 def __getattr__(name: str) -> Any:
