@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["WeightNormCallback", "WeightNormTrainer"]
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from typing_extensions import override
 
 import wn_surgery as wn
 from wn_surgery.callbacks.holding import refuse_unheld
-from wn_surgery.huggingface import patch_model, save_pretrained
+from wn_surgery.callbacks.renormalizing import AfterSteps, asks, renormalizing
+from wn_surgery.huggingface import patch_model, rules_for, save_pretrained
 from wn_surgery.huggingface.config import ConfigLike, as_config
 from wn_surgery.model.sites import normed
 
@@ -42,6 +44,10 @@ class WeightNormCallback(TrainerCallback):
             rules, or None for the usual rules of the model's type. Invalid rules raise here.
         export_to: a folder, into which the model is saved without weight norm when training has
             ended; the live model is not changed.
+        renormalize_every_n_steps: call :func:`wn_surgery.renormalize` after every so many optimizer
+            steps, and once when a new run begins. It acts on the sites of rules with
+            ``renormalize``; if no rule has it, each gets ``renormalize: true``. None is 1 where a
+            rule has it, and otherwise never.
 
     Attributes:
         report: what was changed; None while nothing has been.
@@ -53,16 +59,29 @@ class WeightNormCallback(TrainerCallback):
         True
     """
 
-    def __init__(self, config: ConfigLike = None, export_to: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        config: ConfigLike = None,
+        export_to: str | Path | None = None,
+        *,
+        renormalize_every_n_steps: int | None = None,
+    ) -> None:
+        renormalizing((), renormalize_every_n_steps)  # refuses a wrong number here
         self.config = as_config(config)
         self.export_to = export_to
+        self.renormalize_every_n_steps = renormalize_every_n_steps
+        self._after_steps = AfterSteps()
         self.report: wn.Report | None = None
 
     @override
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
         if not _is_patched(model):
-            self.report = patch_model(model, self.config)
+            config, every = self.config, self.renormalize_every_n_steps
+            if every is not None and config.sites is None:
+                rules = rules_for(model) if config.rules is None else config.rules
+                config = as_config(renormalizing(rules, every))
+            self.report = patch_model(model, config)
 
     @override
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -83,8 +102,22 @@ class WeightNormCallback(TrainerCallback):
                 "wn_surgery.parameter_groups(model)",
             )
 
+        every = self.renormalize_every_n_steps
+        if every is not None and not asks(model):
+            raise wn.CallbackError(
+                f"renormalize_every_n_steps={every}, and no weight norm of the model says what "
+                "norm v is put back to: patch it by rules with `renormalize: true`"
+            )
+        if optimizer is not None and asks(model):
+            if state.global_step == 0:  # what is resumed was put back already
+                wn.renormalize(model)
+            # The Trainer counts a step after it has been made.
+            due = partial(_is_due, state, every or 1)
+            self._after_steps.start(model, [optimizer], due)
+
     @override
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._after_steps.stop()
         if self.export_to is not None and state.is_world_process_zero:
             save_pretrained(kwargs["model"], self.export_to, layout="plain")
 
@@ -105,6 +138,10 @@ class WeightNormTrainer(Trainer):
         exempt = {name for name, p in model.named_parameters() if id(p) in magnitudes}
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if name not in exempt]
+
+
+def _is_due(state: Any, every: int) -> bool:
+    return (int(state.global_step) + 1) % every == 0
 
 
 def _is_patched(model: nn.Module) -> bool:

@@ -34,6 +34,7 @@ from wn_surgery.errors import LazyParameterError as LazyParameterError
 from wn_surgery.errors import MissingSiteError as MissingSiteError
 from wn_surgery.errors import NonFloatingError as NonFloatingError
 from wn_surgery.errors import QuantizedWeightError as QuantizedWeightError
+from wn_surgery.errors import RanksError as RanksError
 from wn_surgery.errors import RuleFileError as RuleFileError
 from wn_surgery.errors import StackedParametrizationError as StackedParametrizationError
 from wn_surgery.errors import TiedParameterError as TiedParameterError
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
         initializing,
     )
     from wn_surgery.training.parameter_groups import ParameterGroups, parameter_groups
+    from wn_surgery.training.renormalization import renormalize
     from wn_surgery.training.statistics import SiteStatistics, Statistics, statistics
 
 __version__ = "0.1.0"
@@ -93,6 +95,7 @@ __all__ = [
     "parameter_groups",
     "plan",
     "remove",
+    "renormalize",
     "report",
     "sites",
     "statistics",
@@ -112,6 +115,7 @@ _HOMES = {
     "surgery.planning": "UnmatchedRuleWarning plan",
     "training.initialization": "Initialization initialize_from_batch initializing",
     "training.parameter_groups": "ParameterGroups parameter_groups",
+    "training.renormalization": "renormalize",
     "training.statistics": "SiteStatistics Statistics statistics",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}

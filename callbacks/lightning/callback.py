@@ -19,8 +19,9 @@ from wn_surgery.callbacks.lightning import exporting, layouts, monitoring, neigh
 from wn_surgery.callbacks.lightning.bases import Callback
 from wn_surgery.callbacks.lightning.fusing import Folding, Fused, fuse
 from wn_surgery.callbacks.lightning.layouts import LayoutIO, SaveLayout
-from wn_surgery.callbacks.lightning.monitoring import Monitor
+from wn_surgery.callbacks.lightning.monitoring import Monitor, batches_that_stepped
 from wn_surgery.callbacks.lightning.patching import Replaced, Rules
+from wn_surgery.callbacks.renormalizing import AfterSteps, asks, renormalizing
 from wn_surgery.model.records import KEY
 from wn_surgery.reporting.page import check_path
 from wn_surgery.rules.sources import as_rules
@@ -70,6 +71,10 @@ class WeightNorm(Callback):
             file; with what ``log_every_n_steps`` has recorded.
         init_from_batch: Initialize g and biases from the first batch of a new run; see
             :func:`wn_surgery.initializing`. A resumed run is not initialized again.
+        renormalize_every_n_steps: Call :func:`wn_surgery.renormalize` after each optimizer step,
+            or every so many batches that step; and once when a new run begins. It acts on the sites
+            of rules with ``renormalize``; if no rule has it, each gets ``renormalize: true``. None
+            is 1 where a rule has it, and otherwise never.
         on_unmatched: For a rule that matches nothing: ``"error"``, ``"warn"`` or ``"ignore"``.
         verbose: Print what was changed, on rank zero.
 
@@ -107,6 +112,7 @@ class WeightNorm(Callback):
         export_to: str | Path | None = None,
         report_to: str | Path | None = None,
         init_from_batch: bool = False,
+        renormalize_every_n_steps: int | None = None,
         on_unmatched: OnUnmatched = "error",
         verbose: bool = False,
     ) -> None:
@@ -121,7 +127,8 @@ class WeightNorm(Callback):
                 f"export_to={str(export_to)!r}; expected a file ending in one of "
                 f"{', '.join(exporting.SUFFIXES)}"
             )
-        self.rules = as_rules(rules)
+        self.rules = renormalizing(as_rules(rules), renormalize_every_n_steps)
+        self.renormalize_every_n_steps = renormalize_every_n_steps or 1
         self.on_unmatched: OnUnmatched = on_unmatched
         self.fused: Fused = fused
         self.fold_on_eval = fold_on_eval
@@ -177,10 +184,15 @@ class WeightNorm(Callback):
         if self.export_to is not None:
             exporting.check(pl_module, self.export_to)
         hooks = patching.building_hooks(pl_module)
+        # Tensor parallelism cuts plain parameters, so weight norm comes after it.
+        late = neighbours.cuts_tensors(trainer) and "configure_model" in hooks
+        if late:
+            hooks = ["configure_model"]
         for hook in hooks:
             then = partial(self._apply, trainer, pl_module, last=hook == hooks[-1])
             patching.once_after(pl_module, hook, then)
-        self._apply(trainer, pl_module, last=not hooks)
+        if not late:
+            self._apply(trainer, pl_module, last=not hooks)
         if not neighbours.shards(trainer):
             # The last to see what is saved and the first to see what is read.
             inner = trainer.strategy.checkpoint_io
@@ -223,6 +235,15 @@ class WeightNorm(Callback):
             layouts.rename_states(self._loaded, trainer, pl_module)
             self._loaded = None
         self._fuse(pl_module)
+        if asks(pl_module):
+            _refuse_shards(trainer)
+            self._after_steps.start(pl_module, trainer.optimizers, partial(self._is_due, trainer))
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # What is resumed was put back already, and goes on bit for bit.
+        if trainer.global_step == 0 and asks(pl_module):
+            wn.renormalize(pl_module)
 
     @override
     def on_train_batch_start(
@@ -295,6 +316,7 @@ class WeightNorm(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._folding.stop()
+        self._after_steps.stop()
         wn.unfuse(pl_module)
         ended = self._finished or (stage != "fit" and self._applied)
         # A worker's weights go back to a process in which the module has no weight norm; Lightning
@@ -317,7 +339,7 @@ class WeightNorm(Callback):
     def __getstate__(self) -> dict[str, Any]:
         # A copy, or a worker process, begins a run of its own.
         state = self.__dict__.copy()
-        for name in ("_module", "_replaced", "_folding", "_first_batch", "_loaded"):
+        for name in ("_module", "_replaced", "_folding", "_first_batch", "_loaded", "_after_steps"):
             del state[name]
         return state
 
@@ -329,12 +351,17 @@ class WeightNorm(Callback):
         self._module = None
         self._replaced = []
         self._folding = Folding()
+        self._after_steps = AfterSteps()
         self._first_batch = self._loaded = None
         self._applied = self._finished = False
 
     def _fuse(self, pl_module: LightningModule) -> None:
         if not self.init_from_batch or self.initialized:
             fuse(pl_module, self.fused)
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        step = batches_that_stepped(trainer, trainer.global_step)
+        return step % self.renormalize_every_n_steps == 0
 
     def _apply(self, trainer: Trainer, pl_module: LightningModule, *, last: bool) -> None:
         # Whether a rule matches nothing is only known after the last hook that builds layers.
@@ -347,6 +374,15 @@ class WeightNorm(Callback):
         self._replaced += replaced
         if self.verbose and trainer.is_global_zero:
             print(report)  # noqa: T201
+
+
+def _refuse_shards(trainer: Trainer) -> None:
+    if neighbours.shards(trainer):
+        raise wn.CallbackError(
+            f"a rule says renormalize, which needs whole slices of v, and "
+            f"{type(trainer.strategy).__name__} splits them; leave it out of the rules, or "
+            "train with DDP"
+        )
 
 
 def _one_of(name: str, value: str, allowed: Any) -> None:

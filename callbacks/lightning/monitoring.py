@@ -13,7 +13,7 @@ from wn_surgery.training.statistics import History
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["Monitor", "report"]
+__all__ = ["Monitor", "batches_that_stepped", "report"]
 
 
 class Monitor:
@@ -32,9 +32,7 @@ class Monitor:
         """Log, if this batch ended with an optimizer step that is to be logged."""
         if trainer.global_step == self._before:
             return
-        # Batches after which optimizers stepped; global_step counts each optimizer.
-        loop: Any = trainer.fit_loop.epoch_loop
-        step = int(getattr(loop, "_batches_that_stepped", self._before)) + 1
+        step = batches_that_stepped(trainer, self._before)
         if step % self.every:
             return
         # Sharded parameters are gathered, for which every rank is needed.
@@ -49,6 +47,15 @@ class Monitor:
             # From 0, as self.log() and LearningRateMonitor count, so that curves line up.
             logger.log_metrics(metrics, step=step - 1)
             _log_histograms(logger, statistics, step - 1)
+
+
+def batches_that_stepped(trainer: Trainer, before: int) -> int:
+    """Return after how many batches an optimizer has stepped, with the one of now.
+
+    ``before`` is the Trainer's global step before this batch, which counts each optimizer.
+    """
+    loop: Any = trainer.fit_loop.epoch_loop
+    return int(getattr(loop, "_batches_that_stepped", before)) + 1
 
 
 def report(

@@ -21,6 +21,8 @@ import wn_surgery as wn
 from tests.checkpoints.makers import listing, same, shards, tensors
 from wn_surgery.cli import commands, main
 from wn_surgery.norm import naming
+from wn_surgery.rules.presets import PRESETS
+from wn_surgery.rules.sources import as_rules
 
 pytestmark = pytest.mark.processes
 
@@ -445,3 +447,14 @@ def test_report(run: Run, file: Path) -> None:
     assert file.read_bytes() == before
     assert run("report", file, "-o", "missing/a.html").code == 4
     assert run("report", file).code == 2
+
+
+def test_presets_are_listed_with_their_papers(run: Run) -> None:
+    ran = run("presets")
+    assert ran.code == 0 and "edm2\n    apply types=" in ran.out
+    assert "arXiv:2312.02696" in ran.out and "arXiv:2410.01131" in ran.out
+    found = run("presets", "--json").json
+    assert list(found) == list(PRESETS)
+    for name, entry in found.items():
+        assert as_rules(entry["rules"]) == PRESETS[name].rules
+        assert entry["source"] == PRESETS[name].source

@@ -139,6 +139,7 @@ CASES: dict[str, tuple[Callable[[], Module], list[dict[str, Any]], dict[str, Any
     "bf16": (Module, RULES, {"precision": "bf16-mixed"}),
     "gan": (Gan, gan_rules(), {}),
     "initialized": (Module, RULES, {"init_from_batch": True}),
+    "renormalized": (Module, [{**RULES[0], "renormalize": "rms"}, RULES[1]], {}),
 }
 
 
@@ -170,6 +171,11 @@ def run(strategy: str, folder: Path) -> dict[str, Any]:
         how = "ddp_find_unused_parameters_true" if unused else strategy
         trainer(how, processes, callback, **more).fit(module)
         results[name] = {"losses": module.losses, "state": module.state_dict()}
+        if processes > 1 and name == "renormalized":
+            for parameter in module.parameters():  # the same to the bit, without a broadcast
+                there = [torch.empty_like(parameter) for _ in range(processes)]
+                torch.distributed.all_gather(there, parameter.detach())
+                assert all(torch.equal(other, parameter) for other in there)
     for layout in ("parametrized", "plain"):
         results[f"resumed {layout}"] = resumed(strategy, processes, folder / strategy / layout)
     return results
@@ -202,11 +208,16 @@ def run_sharded() -> dict[str, Any]:
     assert isinstance(module.model[0].parametrizations.weight.original1, DTensor)  # type: ignore[index,union-attr]
     state = {key: value.full_tensor() for key, value in module.state_dict().items()}
     results["usual"] = {"losses": module.losses, "state": state, "history": callback.history.steps}
-    for kind, options in ((Forgets, {}), (Sharded, {"save_layout": "plain"})):
+    one_norm = [{"types": "Linear", "dim": None}]
+    for name, kind, callback in (
+        ("Forgets", Forgets, WeightNorm(RULES)),
+        ("Sharded", Sharded, WeightNorm(RULES, save_layout="plain")),
+        ("scalar", Sharded, WeightNorm(one_norm)),
+    ):
         try:
-            trainer("sharded", 2, WeightNorm(RULES, **options)).fit(kind())
+            trainer("sharded", 2, callback).fit(kind())
         except wn.WeightNormError as error:
-            results[kind.__name__] = f"{type(error).__name__}: {error}"
+            results[name] = f"{type(error).__name__}: {error}"
     return results
 
 

@@ -64,6 +64,7 @@ def assert_close(left: dict[str, Any], right: dict[str, Any], tolerance: float) 
         ("bf16", 3e-2),
         ("gan", 1e-4),
         ("initialized", 1e-4),
+        ("renormalized", 1e-4),
         ("resumed parametrized", 1e-4),
         ("resumed plain", 1e-4),
     ],
@@ -91,6 +92,10 @@ def test_layers_sharded_without_weight_norm_are_refused_with_the_line_to_add(
 
 def test_a_sharded_run_cannot_save_plain(found: dict[str, Any]) -> None:
     assert "save_layout='plain' needs whole tensors" in found["sharded"]["Sharded"]
+
+
+def test_a_scalar_g_is_refused_before_fsdp_does(found: dict[str, Any]) -> None:
+    assert "ModelParallelStrategy cannot cut scalars; write dim=[]" in found["sharded"]["scalar"]
 
 
 def test_the_weights_of_spawned_processes_come_back(found: dict[str, Any]) -> None:

@@ -137,6 +137,7 @@ def test_options() -> None:
         "norm_dtype": torch.float32,
         "g_init": 1.0,
         "train_g": False,
+        "renormalize": None,
     }
 
 

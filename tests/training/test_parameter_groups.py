@@ -116,3 +116,57 @@ def test_nothing_to_train() -> None:
         wn.parameter_groups(nn.ReLU(), weight_decay=0.1)
     only = wn.parameter_groups(nn.Linear(2, 2, bias=False), weight_decay=0.1)
     assert [group["name"] for group in only] == ["decay"]
+
+
+def test_g_with_a_learning_rate_of_its_own() -> None:
+    model = Model()
+    wn.apply(model, [nn.Conv1d, nn.Linear])
+    groups = wn.parameter_groups(model, weight_decay=0.1, g_lr=0.5)
+    assert [group["name"] for group in groups] == ["decay", "no_decay", "magnitudes"]
+    optimizer = torch.optim.SGD(groups, lr=0.01)
+    g = [site.held.g for site in wn.sites(model) if site.normed]  # type: ignore[union-attr]
+    assert [id(p) for p in optimizer.param_groups[2]["params"]] == [id(p) for p in g]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.01, 0.5]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.1)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.001, 0.001, 0.05])
+    assert schedule.base_lrs == [0.01, 0.01, 0.5]
+    for wrong in (-1.0, float("nan"), "1"):
+        with pytest.raises(ValueError, match=r"g_lr=.*; expected a finite number"):
+            wn.parameter_groups(model, weight_decay=0.1, g_lr=wrong)  # type: ignore[arg-type]
+
+
+def test_what_is_renormalized_does_not_decay() -> None:
+    model = Model()
+    wn.apply(model, [{"types": "Conv1d", "renormalize": True}, {"types": "Linear"}])
+    groups = wn.parameter_groups(model, weight_decay=0.1)
+    assert groups.decayed == ("embed.weight", f"head.{V}")
+    assert groups.exempt[f"conv.{V}"] == "renormalized"
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 brings Muon")
+def test_muon_gets_the_directions_that_are_matrices() -> None:
+    model = Model()
+    wn.apply(model, [nn.Conv1d, nn.Linear, nn.Embedding])
+    for_muon, others = wn.parameter_groups(model, weight_decay=0.1).split_matrices()
+    v = model.head.parametrizations.weight.original1  # type: ignore[union-attr]
+    assert [id(p) for group in for_muon for p in group["params"]] == [id(v)]
+    muon, adamw = torch.optim.Muon(for_muon, lr=0.1), torch.optim.AdamW(others, lr=0.01)
+    held = [p for o in (muon, adamw) for group in o.param_groups for p in group["params"]]
+    assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    x = model.norm(model.embed(torch.arange(5))[None])
+    model.head(model.conv(x.transpose(1, 2)).transpose(1, 2)).square().sum().backward()
+    for optimizer in (muon, adamw):
+        optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    # A radial step of Muon's does not move the weight; it is put back, and its momentum too.
+    assert wn.renormalize(model, 1.0, optimizers=muon, project=True) == ("head.weight",)
+    along = (muon.state[v]["momentum_buffer"] * v.detach()).sum(1)  # type: ignore[index,operator,union-attr]
+    torch.testing.assert_close(along, torch.zeros(5))
+
+
+def test_nothing_for_muon() -> None:
+    model = Model()
+    wn.apply(model, nn.Conv1d)
+    with pytest.raises(ValueError, match="no weight-normed layer has a v with two axes"):
+        wn.parameter_groups(model, weight_decay=0.1).split_matrices()

@@ -87,8 +87,11 @@ def _checked_rules(rules: RulesLike) -> tuple[Rule, ...]:
             said = f"{lacking} needs modules, a checkpoint has only tensors; use names and ranks"
         elif rule.action == "remove":
             said = "action='remove' is for models; convert a checkpoint to 'plain' without rules"
-        elif rule.g_init is not None or not rule.train_g:
-            said = "g_init and train_g are about training; leave them out for a checkpoint"
+        elif (rule.g_init, rule.train_g, rule.renormalize) != (None, True, None):
+            said = (
+                "g_init, train_g and renormalize are about training; leave them out for a "
+                "checkpoint"
+            )
         else:
             continue
         raise RuleError(f"rule `{rule.describe()}`: {said}")

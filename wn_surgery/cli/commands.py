@@ -60,6 +60,20 @@ class Norm(StrEnum):
     spectral_norm = "spectral_norm"
 
 
+@command("presets", "presets --json")
+def presets(as_json: Json = False) -> None:
+    """List the presets of rules, each with what it matches and the paper and code it follows."""
+    from wn_surgery.rules.presets import PRESETS
+
+    if as_json:
+        print_json({name: entry.to_dict() for name, entry in PRESETS.items()})
+        return
+    for name, entry in PRESETS.items():
+        print_text(name, "bold")
+        rules = [rule.describe() for rule in entry.rules]
+        print_text("\n".join(f"    {line}" for line in (*rules, entry.summary, entry.source)))
+
+
 @command("inspect model.safetensors", "inspect last.ckpt --json")
 def inspect(source: Source, options: Reading) -> None:
     """List the weight-normed tensors: layout, shape, axes, magnitudes, and values that are NaN."""

@@ -22,11 +22,12 @@ import warnings
 from contextlib import suppress
 
 from wn_surgery.huggingface.adapters import merge_adapter, merge_and_unload
-from wn_surgery.huggingface.config import WeightNormConfig, rules_for
+from wn_surgery.huggingface.config import WeightNormConfig
 from wn_surgery.huggingface.folders import apply_folder, built_in_keys, model_on_meta
 from wn_surgery.huggingface.loading import register
 from wn_surgery.huggingface.patching import patch_model, repair, unpatch_model
 from wn_surgery.huggingface.saving import save_pretrained
+from wn_surgery.huggingface.usual import rules_for
 
 __all__ = [
     "WeightNormConfig", "apply_folder", "built_in_keys", "merge_adapter", "merge_and_unload",

@@ -18,13 +18,11 @@ from wn_surgery.model.reloading import is_model_of
 from wn_surgery.model.sites import normed
 from wn_surgery.norm import savers
 from wn_surgery.norm.module_class import base_class
-from wn_surgery.rules.fields import did_you_mean
-from wn_surgery.rules.presets import preset
 from wn_surgery.rules.sources import Rule, RulesLike, as_rules
 
 __all__ = [
     "METHOD", "ConfigLike", "WeightNormConfig", "as_config", "fill_in", "forget", "nested",
-    "put_note", "recorded", "rules_for", "type_of", "write",
+    "put_note", "recorded", "type_of", "write",
 ]  # fmt: skip
 
 VERSION = 1
@@ -54,7 +52,7 @@ class WeightNormConfig(QuantizationConfigMixin):
 
     Args:
         rules: a rule, a list of rules or dicts, a path to YAML or JSON, or a preset's name;
-            None for :func:`rules_for` the model's type.
+            None for :func:`rules_for` the model.
         sites: what the rules gave; filled by :func:`patch_model`.
         model_type: of the model that was patched; filled by :func:`patch_model`.
         version: of the format.
@@ -250,12 +248,12 @@ def _own_config(model: nn.Module) -> None:
 def fill_in(
     sites: Iterable[Mapping[str, Any]] | None, more: Iterable[Mapping[str, Any]] | None
 ) -> list[dict[str, Any]]:
-    """Return the sites with what ``more`` says of their g, where they do not say it themselves."""
+    """Return the sites with what ``more`` says of g and v, where they do not say it themselves."""
     known = {site["name"]: site for site in more or ()}
     filled = [dict(site) for site in sites or ()]
     for site in filled:
         for key, value in known.get(site["name"], {}).items():
-            if key in ("g_init", "train_g"):
+            if key in ("g_init", "train_g", "renormalize"):
                 site.setdefault(key, value)
     return filled
 
@@ -265,58 +263,3 @@ def _read(data: Any) -> WeightNormConfig | None:
     if isinstance(data, Mapping) and "weight_norm" in str(data.get("quant_method")):
         return WeightNormConfig(**data)
     return data if isinstance(data, WeightNormConfig) else None
-
-
-# The usual rules of a model type ----------------------------------------------------------------
-
-# Every projection of attention and of the MLP; no embedding, head or norm.
-_PROJECTIONS: dict[str, Any] = {
-    "names": [
-        "**.{self_attn,self_attention,attn,attention,mlp,feed_forward}.**",
-        "**.{q,k,v,o,gate,up,down}_proj",
-    ],
-    "types": ["Linear", "transformers.pytorch_utils.Conv1D"],
-    "dim": "out",
-}
-_BLOCKS: dict[str, Any] = {"names": "**.encoder.layer.*.**", "types": "Linear"}
-_DECODERS = (
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"),
-    *("gpt2", "gpt_neox", "gptj", "opt", "falcon", "olmo", "olmo2", "smollm3"),
-)
-_VOCODERS = (
-    *("speecht5_hifigan", "hifigan", "fastspeech2_conformer_hifigan", "univnet", "vits"),
-    *("encodec", "dac", "mimi", "xcodec", "snac"),
-)
-_RULES: dict[str, str | dict[str, Any]] = {
-    **dict.fromkeys(_DECODERS, _PROJECTIONS),
-    **dict.fromkeys(_VOCODERS, "hifigan"),
-    **dict.fromkeys(["wav2vec2", "hubert", "wavlm"], "wav2vec2"),
-    **dict.fromkeys(["bert", "roberta", "dinov2"], _BLOCKS),
-    "vit": {"names": "**.{encoder.layer,layers}.*.**", "types": "Linear"},
-    "t5": {"names": "**.block.*.layer.*.**", "types": "Linear"},
-}
-
-
-def rules_for(model_type: str) -> tuple[Rule, ...]:
-    """Return the usual rules for a model type: ``model.config.model_type``.
-
-    For decoders every attention and MLP projection, for encoders the linear layers of their
-    blocks, for vocoders and codecs every convolution (preset ``"hifigan"``), for wav2vec2, HuBERT
-    and WavLM the positional convolution (preset ``"wav2vec2"``). Embeddings and heads are left as
-    they are; for a classifier of ViT or DINOv2 there is the preset ``"dino-head"``.
-
-    Raises:
-        RuleError: there are none for this type.
-
-    Example:
-        >>> from wn_surgery.huggingface import rules_for
-        >>> print(rules_for("bert")[0].describe())
-        apply types=Linear names=**.encoder.layer.*.**
-    """
-    rules = _RULES.get(model_type)
-    if rules is None:
-        raise RuleError(
-            f"there are no usual rules for model type {model_type!r}"
-            f"{did_you_mean(model_type, _RULES)}; give the rules: patch_model(model, [{{...}}])"
-        )
-    return preset(rules) if isinstance(rules, str) else as_rules(rules)

@@ -15,6 +15,7 @@ from wn_surgery.huggingface import config as configs
 from wn_surgery.huggingface import conversions, embeddings
 from wn_surgery.huggingface.adapters import without_adapters
 from wn_surgery.huggingface.config import ConfigLike, WeightNormConfig, fill_in, recorded
+from wn_surgery.huggingface.usual import rules_for
 from wn_surgery.model import records, reloading
 from wn_surgery.model.sites import normed
 from wn_surgery.model.state_keys import keys_of
@@ -33,9 +34,9 @@ def patch_model(model: nn.Module, config: ConfigLike = None, *, optimizers: Any 
         model: any model of transformers or diffusers; its outputs stay as they are (bit for bit in
             float32).
         config: a :class:`WeightNormConfig`, or its rules: a rule, a list of rules or dicts, a
-            file, or a preset's name; None for :func:`rules_for` the model's type, of transformers.
-            A config that has sites already, from another model of the same kind, is replayed
-            instead.
+            file, or a preset's name; None for :func:`rules_for` the model, if it is of
+            transformers. A config that has sites already, from another model of the same kind, is
+            replayed instead.
         optimizers: optimizers that hold the weights, which get g and v in their place.
 
     Returns:
@@ -178,7 +179,7 @@ def put(
     if config.sites is not None:
         rules, meant = tuple(_replayed(model, config, replace)), config.rules
     else:
-        meant = configs.rules_for(model_type) if config.rules is None else config.rules
+        meant = rules_for(model) if config.rules is None else config.rules
         rules = without_adapters(model, meant)
     tied = embeddings.ties_of(model)
     of_g = [_of_g(step) for step in wn.plan(model, rules).steps]

@@ -35,7 +35,7 @@ class Normed:
 
     ``maker`` is what computes the weight: ``torch``, ``wn_surgery``, or a dotted class name;
     ``compute`` returns the weight as its maker computes it; ``g_init`` is what a rule has filled
-    g with, where that is known.
+    g with, where that is known, and ``renormalize`` what a rule wants v put back to.
     """
 
     layout: NormedLayout
@@ -45,16 +45,25 @@ class Normed:
     norm: NormOptions
     compute: Callable[[], Tensor]
     g_init: float | None = None
+    renormalize: float | str | None = None
 
-    def weight(self) -> nn.Parameter:
-        """The weight as a Parameter: same bits as the last forward's, laid out like v."""
+    def computed(self) -> Tensor:
+        """The weight: same bits as the last forward's, laid out like v."""
         with torch.no_grad():
             w = self.compute()
             if w.stride() != self.v.stride():
                 w = torch.empty_like(self.v).copy_(w)
-        weight = nn.Parameter(w.detach(), self.g.requires_grad or self.v.requires_grad)
-        hand_over(self.v, weight)
-        return weight
+        return w.detach()
+
+    def parameter(self, weight: Tensor) -> nn.Parameter:
+        """The Parameter that takes the place of g and v."""
+        made = nn.Parameter(weight, self.g.requires_grad or self.v.requires_grad)
+        hand_over(self.v, made)
+        return made
+
+    def weight(self) -> nn.Parameter:
+        """The weight as that Parameter."""
+        return self.parameter(self.computed())
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +109,9 @@ def _read_parametrized(plist: Any) -> Normed | Foreign:
     if len(plist) == 1 and {"original0", "original1"} <= parameters.keys():
         g, v = parameters["original0"], parameters["original1"]
         if isinstance(first, WeightNorm):
-            g_init = getattr(plist, "g_init", None)
-            return Normed("parametrized", "wn_surgery", g, v, first.options, plist, g_init)
+            return Normed(
+                "parametrized", "wn_surgery", g, v, first.options, plist, *_of_training(plist)
+            )
         if type(first).__name__.endswith("WeightNorm") and hasattr(first, "dim"):
             maker = "torch" if type(first) is TorchParametrization else _dotted(type(first))
             return Normed("parametrized", maker, g, v, _options(first.dim, v), plist)
@@ -118,7 +128,12 @@ def _read_legacy(module: nn.Module, hook: Any, name: str) -> Normed | None:
     def compute() -> Tensor:
         return cast(Tensor, hook.compute_weight(module))
 
-    return Normed("legacy", maker, g, v, _options(hook.dim, v), compute)
+    return Normed("legacy", maker, g, v, _options(hook.dim, v), compute, *_of_training(hook))
+
+
+def _of_training(holder: Any) -> tuple[float | None, float | str | None]:
+    """What a rule has said about g and v, on the list or the hook: see :func:`note`."""
+    return getattr(holder, "g_init", None), getattr(holder, "renormalize", None)
 
 
 def _options(dim: int | None, v: Tensor) -> NormOptions:
@@ -239,6 +254,16 @@ def put_legacy(
     # Not by a number, as torch counts them anew in each process: a later hook would take the place
     # of one that was unpickled.
     module._forward_pre_hooks[cast(int, f"wn_surgery.{name}")] = hook
+
+
+def note(module: nn.Module, name: str, held: Any) -> None:
+    """Keep what a rule, or a site before it was moved, says about training g and v."""
+    lists = module.__dict__["_modules"].get("parametrizations", {})
+    hooks = cast("dict[Any, Any]", module._forward_pre_hooks)
+    holder = lists[name] if name in lists else hooks[f"wn_surgery.{name}"]
+    for key in ("g_init", "renormalize"):
+        if (value := getattr(held, key)) is not None:
+            setattr(holder, key, value)
 
 
 def refresh(module: nn.Module) -> None:

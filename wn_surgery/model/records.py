@@ -32,7 +32,8 @@ def record(model: nn.Module) -> list[dict[str, Any]]:
     """The sites on which this library has put weight norm, with their options.
 
     Weight norm that a model's own code puts on is left out: it is there when the model is built
-    again. ``g_init`` is where a rule has filled g, so that the same rule does not fill it again.
+    again. ``g_init`` is where a rule has filled g, so that the same rule does not fill it again;
+    ``renormalize`` is the norm that v is put back to.
 
     Example:
         >>> import torch, wn_surgery as wn
@@ -45,9 +46,9 @@ def record(model: nn.Module) -> list[dict[str, Any]]:
     sites = []
     for site in normed(model):
         if site.ours:
-            g_init = site.held.g_init
-            filled = {} if g_init is None else {"g_init": g_init}
-            sites.append({"name": site.name, **site.norm.to_dict(), **filled})
+            held = {key: getattr(site.held, key) for key in ("g_init", "renormalize")}
+            said = {key: value for key, value in held.items() if value is not None}
+            sites.append({"name": site.name, **site.norm.to_dict(), **said})
     return sites
 
 
@@ -69,17 +70,17 @@ def _dim(site: Mapping[str, Any]) -> Any:
 def replay(records: Iterable[Mapping[str, Any]], *, replace: bool = False) -> list[Rule]:
     """The rules that put weight norm where :func:`record` found it.
 
-    Sites with the same options share a rule, and tied parameters stay tied. ``g_init`` and
-    ``train_g`` are taken from a site that has them, as of a rule. ``replace`` is for a model that
-    was just built and has weight norm with other options.
+    Sites with the same options share a rule, and tied parameters stay tied. ``g_init``,
+    ``train_g`` and ``renormalize`` are taken from a site that has them, as of a rule. ``replace``
+    is for a model that was just built and has weight norm with other options.
     """
     alike: dict[tuple[Any, ...], list[str]] = {}
     for site in records:
         path, _, param = site["name"].rpartition(".")
         options = (_dim(site), site["eps"], site["norm_dtype"], site.get("g_init"))
-        key = (param, *options, site.get("train_g", True))
+        key = (param, *options, site.get("train_g", True), site.get("renormalize"))
         alike.setdefault(key, []).append(f"re:{re.escape(path)}")
-    given = ("params", "dim", "eps", "norm_dtype", "g_init", "train_g")
+    given = ("params", "dim", "eps", "norm_dtype", "g_init", "train_g", "renormalize")
     return [
         Rule(names=names, tied="together", replace=replace, **dict(zip(given, key, strict=True)))
         for key, names in alike.items()
@@ -87,11 +88,9 @@ def replay(records: Iterable[Mapping[str, Any]], *, replace: bool = False) -> li
 
 
 def bare(sites: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Sites by name, without what they say of g: what two need to share to compute the same."""
-    return {
-        site["name"]: {key: site[key] for key in site if key not in ("g_init", "train_g")}
-        for site in sites
-    }
+    """Sites by name, without what is about training: what two share that compute the same."""
+    training = ("g_init", "train_g", "renormalize")
+    return {site["name"]: {key: site[key] for key in site if key not in training} for site in sites}
 
 
 def line(site: Mapping[str, Any]) -> str:

@@ -90,7 +90,10 @@ def types(name: str, value: object) -> tuple[str | type, ...]:
 
 
 def dim(value: object) -> Dim | Literal["out"]:
-    """Normalise ``dim``: an axis, distinct axes in order, None (the whole tensor) or "out"."""
+    """Normalise ``dim``: an axis, distinct axes in order, None (the whole tensor) or "out".
+
+    No axes are the whole tensor too, with a g that has the weight's rank, which FSDP can cut.
+    """
     if value is None:
         return None
     if isinstance(value, str):
@@ -101,10 +104,6 @@ def dim(value: object) -> Dim | Literal["out"]:
         raise RuleError(f"dim: expected an axis, axes, None or 'out', got {value!r}{hint}")
     if not isinstance(value, list | tuple):
         return _axis(value)
-    if not value:
-        raise RuleError(
-            "dim: expected at least one axis; for one norm of the whole tensor, write None (null)"
-        )
     axes = sorted(map(_axis, value))
     if len(set(axes)) < len(axes):
         raise RuleError(f"dim: expected distinct axes, got {value!r}")
@@ -122,6 +121,25 @@ def eps(value: object) -> float:
 def g_init(value: object) -> float | None:
     """Normalise ``g_init``: None (keep the weight as it is) or the number that fills g."""
     return None if value is None else _finite("g_init", value)
+
+
+def renormalize(value: object) -> float | Literal["rms"] | None:
+    """Normalise ``renormalize``: None, ``"rms"``, or the norm that v is put back to."""
+    if value is None or value is False:
+        return None
+    if value is True:
+        return 1.0
+    if isinstance(value, str):
+        if value == "rms":
+            return "rms"
+        raise RuleError(
+            f"renormalize: expected true, false, a norm or 'rms', got {value!r}"
+            f"{did_you_mean(value, ['rms'])}"
+        )
+    number = _finite("renormalize", value)
+    if number <= 0:
+        raise RuleError(f"renormalize: expected a norm above 0, true or 'rms', got {value!r}")
+    return number
 
 
 def norm_dtype(value: object) -> torch.dtype | None:

@@ -26,7 +26,7 @@ TypeSpec: TypeAlias = str | type
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 
 _DEFAULT_PARAMS = ("weight",)
-_OPTIONS = ("dim", "eps", "norm_dtype", "g_init", "train_g")
+_OPTIONS = ("dim", "eps", "norm_dtype", "g_init", "train_g", "renormalize")
 _APPLY_ONLY = (*_OPTIONS, "tied", "replace")
 
 
@@ -48,11 +48,14 @@ class Rule:
         exclude_names: Patterns of paths that are left out.
         exclude_types: Classes, and names of classes, that are left out.
         dim: The axis that keeps its own norms, or several; None for one norm over the whole
-            tensor; ``"out"`` for the output channels of each known type of layer.
+            tensor, with a scalar g; ``[]`` for the same with a g of the weight's rank, which FSDP
+            can cut; ``"out"`` for the output channels of each known type of layer.
         eps: A lower bound for ‖v‖; 0.0 gives torch's exact values.
         norm_dtype: The dtype to compute norms in, such as ``"float32"``; None is the weight's.
         g_init: A number to fill g with; None keeps the weight as it is.
         train_g: False freezes g.
+        renormalize: The norm that :func:`wn_surgery.renormalize` puts each slice of v back to;
+            True is 1.0, ``"rms"`` is the square root of the slice's size; None leaves v alone.
         tied: What to do with a parameter tied to another: ``"error"``, ``"skip"``,
             ``"together"`` or ``"untie"``.
         replace: True replaces a weight norm that has other options.
@@ -89,6 +92,7 @@ class Rule:
     _names: PatternSet | None = field(init=False, compare=False)
     _params: PatternSet = field(init=False, compare=False)
     _exclude_names: PatternSet | None = field(init=False, compare=False)
+    renormalize: float | Literal["rms"] | None = None  # the last, see __setstate__
 
     def __init__(
         self,
@@ -105,6 +109,7 @@ class Rule:
         norm_dtype: torch.dtype | str | None = None,
         g_init: float | None = None,
         train_g: bool = True,
+        renormalize: bool | float | Literal["rms"] | None = None,
         tied: Tied = "error",
         replace: bool = False,
         label: str | None = None,
@@ -121,11 +126,16 @@ class Rule:
             patterns = PatternSet.of(values[name]) if values[name] else None
             object.__setattr__(self, f"_{name}", patterns)
 
+    def __setstate__(self, state: list[Any]) -> None:
+        # A pickle has the values in their order, and that of 0.1.0 no `renormalize`.
+        for name, value in zip(self.__dataclass_fields__, [*state, None], strict=False):
+            object.__setattr__(self, name, value)
+
     def __repr__(self) -> str:
         return _spelled({name: getattr(self, name) for name in _FIELDS})
 
     def options(self) -> dict[str, Any]:
-        """The options of weight norm itself: dim, eps, norm_dtype, g_init and train_g."""
+        """The options of weight norm itself, from dim to renormalize."""
         return {name: getattr(self, name) for name in _OPTIONS}
 
     def describe(self) -> str:
@@ -173,8 +183,8 @@ class Rule:
         """Make a rule from a mapping of field names to values.
 
         Args:
-            data: As `to_dict` gives it. ``eps`` and ``g_init`` may be text: in YAML 1.1,
-                ``1e-12`` is a string.
+            data: As `to_dict` gives it. ``eps``, ``g_init`` and ``renormalize`` may be text: in
+                YAML 1.1, ``1e-12`` is a string.
 
         Raises:
             RuleError: A field is unknown, or its value is wrong.
@@ -192,7 +202,9 @@ class Rule:
                 detail = f"unknown field {key!r}{near}"
                 raise RuleError(f"rule {dict(data)!r}: {detail}", detail=detail)
         numbers = {
-            name: fields.number_from_text(data[name]) for name in ("eps", "g_init") if name in data
+            name: fields.number_from_text(data[name])
+            for name in ("eps", "g_init", "renormalize")
+            if name in data
         }
         return cls(**{**data, **numbers})
 
@@ -214,7 +226,7 @@ def _normalised(given: Mapping[str, Any]) -> dict[str, Any]:
             f"where: expected a Python function (name, module) -> bool, got {given['where']!r}; "
             "a rule in a file cannot have one"
         )
-    for name in ("dim", "eps", "norm_dtype", "g_init"):
+    for name in ("dim", "eps", "norm_dtype", "g_init", "renormalize"):
         values[name] = getattr(fields, name)(given[name])
     for name in ("train_g", "replace"):
         values[name] = fields.flag(name, given[name])
@@ -304,6 +316,8 @@ def _spelled(values: Mapping[str, Any]) -> str:
 
 def _word(value: object) -> str:
     """A field's value for a table."""
+    if value == ():
+        return "[]"
     if isinstance(value, tuple):
         separator = "," if isinstance(value[0], int) else "|"
         return separator.join(map(_word, value))

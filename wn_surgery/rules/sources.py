@@ -43,6 +43,7 @@ class RuleFields(TypedDict, total=False):
     norm_dtype: torch.dtype | str | None
     g_init: float | None
     train_g: bool
+    renormalize: bool | float | Literal["rms"] | None
     tied: Tied
     replace: bool
     label: str | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import warnings
 from collections.abc import Collection, Generator, Hashable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,14 @@ from wn_surgery.surgery.matching import Match, match, takes
 from wn_surgery.surgery.plan import Plan, Step
 from wn_surgery.surgery.ties import Index, resolve_ties
 
-__all__ = ["OnUnmatched", "UnmatchedRuleWarning", "build", "build_migration", "plan"]
+__all__ = [
+    "OnUnmatched",
+    "UnmatchedRuleWarning",
+    "build",
+    "build_migration",
+    "divided_in_parts",
+    "plan",
+]
 
 OnUnmatched: TypeAlias = Literal["error", "warn", "ignore"]
 
@@ -106,14 +114,21 @@ def build(model: nn.Module, rules: tuple[Rule, ...], on_unmatched: OnUnmatched =
     resolve_ties(made, index)
     # Checked after ties are resolved: a tied site that is skipped is never divided by its norm.
     # BERT's decoder is tied to embeddings whose padding is zero.
-    made.problems += checks.before_division(
-        (step.site, step.norm, None if step.rule is None else step.rule.g_init)
-        for step in made.changes
-        if step.norm is not None
-    )
+    made.problems += checks.before_division(_divided(made), in_parts=False)
     made.leftovers += _leftovers(nodes, rules)
     _report_unmatched(made, nodes, winning, on_unmatched)
     return made
+
+
+def divided_in_parts(plan: Plan) -> list[WeightNormError]:
+    """What :func:`build` leaves out, since every rank has to ask: what is wrong with DTensors."""
+    return checks.before_division(_divided(plan), in_parts=True)
+
+
+def _divided(plan: Plan) -> Iterator[tuple[Site, NormOptions, float | None]]:
+    for step in plan.changes:
+        if step.norm is not None and step.action != "migrate":
+            yield step.site, step.norm, None if step.rule is None else step.rule.g_init
 
 
 def _nodes(model: nn.Module) -> list[Node]:
@@ -225,7 +240,7 @@ def _plan_application(step: Step, rule: Rule, sound: _Sound) -> Iterable[WeightN
     if isinstance(norm, WeightNormError):
         return [norm]
     step.norm = norm
-    problems = checks.before_norm(site, norm, rule.g_init)
+    problems = checks.before_norm(site, norm, rule)
     if alike is not None and not problems:
         sound[alike] = norm
     return problems
@@ -242,25 +257,29 @@ def _plan_replacement(step: Step, rule: Rule, held: Normed) -> list[WeightNormEr
         return []
     if not rule.replace:
         frozen = "" if rule.train_g else ", train_g=False"
+        if rule.renormalize != held.renormalize:
+            frozen += f", renormalize={rule.renormalize}"
         message = (
             f"{site.name} already carries weight norm with {held.norm}; the rule asks "
             f"for {wanted}{frozen}; give the rule replace=True, or remove first"
         )
         return [checks.error_at(site, "existing", message)]
-    problems = [*checks.before_any_change(site), *checks.before_norm(site, wanted, rule.g_init)]
+    problems = [*checks.before_any_change(site), *checks.before_norm(site, wanted, rule)]
     if not problems:
         step.action, step.after, step.norm = "replace", "parametrized", wanted
     return problems
 
 
 def _differs(rule: Rule, held: Normed) -> bool:
-    """Whether a g that is there is not as the rule wants it.
+    """Whether a g that is there, or what v is put back to, is not as the rule wants it.
 
     Without ``replace``, only a g that trains and should not: ``g_init`` is only where g began,
     and a frozen g may have been frozen since. With ``replace``, g is thawed and filled; but filled
     only once, so that the same rules given again do not undo a training.
     """
     if not rule.train_g and held.g.requires_grad:
+        return True
+    if rule.renormalize != held.renormalize and (rule.renormalize or rule.replace):
         return True
     thaws = rule.train_g and held.v.requires_grad and not held.g.requires_grad
     fills = rule.g_init is not None and rule.g_init != held.g_init
@@ -290,6 +309,15 @@ def _conflicts(found: Match, rules: tuple[Rule, ...]) -> Iterator[WeightNormErro
         yield checks.error_at(site, "names", message)
 
 
+def _level_of_caller() -> int:
+    """The stack level, seen from who asks, of the code that called this library."""
+    level, frame = 1, sys._getframe(1)
+    own = ("wn_surgery", "contextlib")
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in own:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
 def _report_unmatched(
     made: Plan, nodes: list[Node], winning: set[int], on_unmatched: OnUnmatched
 ) -> None:
@@ -303,4 +331,4 @@ def _report_unmatched(
         if on_unmatched == "error":
             made.problems.append(WeightNormError(message, kind=unmatched.kind, site=site))
         elif on_unmatched == "warn":
-            warnings.warn(message, UnmatchedRuleWarning, stacklevel=5)
+            warnings.warn(message, UnmatchedRuleWarning, stacklevel=_level_of_caller())

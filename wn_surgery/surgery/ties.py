@@ -153,11 +153,12 @@ def _alike(step: Step, other: Step | None) -> bool:
 
 
 def _of_g(step: Step) -> str:
-    """What the rule says of g, if anything."""
+    """What the rule says of training g and v, if anything."""
     if step.rule is None:
         return ""
-    g_init = "" if step.rule.g_init is None else f", g_init={step.rule.g_init}"
-    return g_init + ("" if step.rule.train_g else ", train_g=False")
+    said = {key: getattr(step.rule, key) for key in ("g_init", "renormalize")}
+    words = [f", {key}={value}" for key, value in said.items() if value is not None]
+    return "".join([*words, "" if step.rule.train_g else ", train_g=False"])
 
 
 def _told(step: Step) -> str:

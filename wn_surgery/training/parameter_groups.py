@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from numbers import Real
 from typing import Any, cast
 
@@ -26,11 +26,50 @@ class ParameterGroups(list[dict[str, Any]]):
     """
 
     def __init__(
-        self, groups: Iterable[dict[str, Any]], decayed: tuple[str, ...], exempt: dict[str, str]
+        self,
+        groups: Iterable[dict[str, Any]],
+        decayed: tuple[str, ...],
+        exempt: dict[str, str],
+        matrices: Collection[int] = (),
     ) -> None:
         super().__init__(groups)
         self.decayed = decayed
         self.exempt = exempt
+        self._matrices = matrices
+
+    def split_matrices(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The groups of the directions v that are matrices, and those of everything else.
+
+        For ``torch.optim.Muon``, which takes parameters with two axes only and is meant for hidden
+        layers: the v of an embedding is with the rest, as are g, biases, and convolutions.
+
+        Raises:
+            ValueError: no v is a matrix.
+
+        Example:
+            >>> import torch, wn_surgery as wn
+            >>> model = torch.nn.Sequential(torch.nn.Conv1d(2, 4, 3), torch.nn.Linear(4, 8))
+            >>> _ = wn.apply(model, [torch.nn.Conv1d, torch.nn.Linear])
+            >>> groups = wn.parameter_groups(model, weight_decay=0.01)
+            >>> for_muon, others = groups.split_matrices()
+            >>> [len(group["params"]) for group in (*for_muon, *others)]
+            [1, 1, 4]
+            >>> adamw = torch.optim.AdamW(others)
+        """
+        if not self._matrices:
+            raise ValueError(
+                "no weight-normed layer has a v with two axes that trains, so that there is "
+                "nothing for Muon; apply weight norm to linear layers first"
+            )
+        matrices, others = (
+            [
+                {**group, "params": kept}
+                for group in self
+                if (kept := [p for p in group["params"] if (id(p) in self._matrices) is wanted])
+            ]
+            for wanted in (True, False)
+        )
+        return matrices, others
 
     def __repr__(self) -> str:
         return f"<ParameterGroups: {self._counts()}>"
@@ -45,14 +84,19 @@ class ParameterGroups(list[dict[str, Any]]):
 
 
 def parameter_groups(
-    model: nn.Module, *, weight_decay: float, no_decay: str | Iterable[str] = ()
+    model: nn.Module,
+    *,
+    weight_decay: float,
+    no_decay: str | Iterable[str] = (),
+    g_lr: float | None = None,
 ) -> ParameterGroups:
-    """The trainable parameters of a model in two groups: with weight decay and without.
+    """The trainable parameters of a model in groups: with weight decay and without.
 
     Without decay: the magnitudes g (torch's g has the rank of the weight, so the usual test for
     vectors misses it), parameters with fewer than two axes (biases, gains of norms), and what
     ``no_decay`` names. Decay on v does not change the function that the model computes, but it
-    keeps ‖v‖, and with it the effective learning rate, from drifting.
+    keeps ‖v‖, and with it the effective learning rate, from drifting. Where a rule says
+    ``renormalize``, v does not decay: :func:`wn_surgery.renormalize` does more.
 
     Args:
         model: any module tree, in any layout. Apply weight norm first. Frozen parameters are left
@@ -60,14 +104,17 @@ def parameter_groups(
         weight_decay: of the first group, as the optimizer takes it.
         no_decay: patterns (docs/rules.md) over parameter names. A weight-normed weight has its
             name without weight norm: ``"**.embed.weight"``.
+        g_lr: a learning rate for g alone, which then is a group by itself. The others have that of
+            the optimizer. A schedule scales each group's own.
 
     Returns:
         A list of groups with the keys ``params``, ``weight_decay`` and ``name`` (``decay``,
-        ``no_decay``), in the order of ``model.named_parameters()``, without empty groups.
+        ``no_decay``, and ``magnitudes`` with a key ``lr``), in the order of
+        ``model.named_parameters()``, without empty groups.
 
     Raises:
-        ValueError: ``weight_decay`` is negative or not finite, a pattern is not valid or matches
-            no trainable parameter, or the model has no trainable parameter.
+        ValueError: ``weight_decay`` or ``g_lr`` is negative or not finite, a pattern is not valid
+            or matches no trainable parameter, or the model has no trainable parameter.
 
     Example:
         >>> import torch, wn_surgery as wn
@@ -85,15 +132,18 @@ def parameter_groups(
         1 with weight decay, 4 without
         >>> optimizer = torch.optim.AdamW(groups)
     """
-    if not isinstance(cast(object, weight_decay), Real) or not 0 <= weight_decay < math.inf:
-        raise ValueError(f"weight_decay={weight_decay!r}; expected a finite number of at least 0")
+    given = {"weight_decay": weight_decay, **({} if g_lr is None else {"g_lr": g_lr})}
+    for argument, value in given.items():
+        if not isinstance(cast(object, value), Real) or not 0 <= value < math.inf:
+            raise ValueError(f"{argument}={value!r}; expected a finite number of at least 0")
     sources = fields.strings("no_decay", no_decay, or_none=True)
     patterns = {source: PatternSet.of([source]) for source in sources}
     unused = set(sources)
     found = normed(model)
     magnitudes = {id(site.held.g) for site in found}
     plain_names = {id(part): site.name for site in found for part in (site.held.g, site.held.v)}
-    params: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
+    put_back = {id(site.held.v) for site in found if site.held.renormalize is not None}
+    params: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "magnitudes": []}
     decayed: list[str] = []
     exempt: dict[str, str] = {}
     for name, parameter in model.named_parameters():
@@ -102,11 +152,13 @@ def parameter_groups(
         known_as = plain_names.get(id(parameter), name)
         named = [source for source, pattern in patterns.items() if pattern.matches(known_as)]
         unused -= set(named)
-        if why := _why_exempt(parameter, id(parameter) in magnitudes, named):
+        magnitude = id(parameter) in magnitudes
+        if why := _why_exempt(parameter, magnitude, named, id(parameter) in put_back):
             exempt[name] = why
         else:
             decayed.append(name)
-        params["no_decay" if why else "decay"].append(parameter)
+        apart = magnitude and g_lr is not None
+        params["magnitudes" if apart else "no_decay" if why else "decay"].append(parameter)
     if unused:
         raise ValueError(
             f"no_decay={min(unused)!r} matches no trainable parameter of the model; patterns are "
@@ -114,18 +166,30 @@ def parameter_groups(
         )
     if not decayed and not exempt:
         raise ValueError(f"{type(model).__name__} has no trainable parameter")
-    decay = {"decay": weight_decay, "no_decay": 0.0}
     groups = [
-        {"params": held, "weight_decay": decay[name], "name": name}
+        {"params": held, "weight_decay": weight_decay if name == "decay" else 0.0, "name": name}
         for name, held in params.items()
         if held
     ]
-    return ParameterGroups(groups, tuple(decayed), exempt)
+    for group in groups:
+        if group["name"] == "magnitudes":
+            group["lr"] = g_lr
+    matrices = {
+        id(site.held.v)
+        for site in found
+        if site.held.v.ndim == 2
+        and site.held.v.requires_grad
+        and not site.held.v.is_complex()
+        and not isinstance(site.module, nn.Embedding | nn.EmbeddingBag)
+    }
+    return ParameterGroups(groups, tuple(decayed), exempt, matrices)
 
 
-def _why_exempt(parameter: nn.Parameter, magnitude: bool, named: list[str]) -> str:
+def _why_exempt(parameter: nn.Parameter, magnitude: bool, named: list[str], put_back: bool) -> str:
     if magnitude:
         return "magnitude g"
     if named:
         return f"no_decay={named[0]!r}"
+    if put_back:
+        return "renormalized"
     return "fewer than two axes" if parameter.ndim < 2 else ""
