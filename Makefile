@@ -48,8 +48,9 @@ hifigan: $(STAMP) ## a small HiFi-GAN: train, resume, strip, export (HIFIGAN_ARG
 test: $(STAMP) ## all tests and doctests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TEST_ARGS)
 
-test-long: $(STAMP) ## the property tests, with many more cases, and AOTInductor
+test-long: $(STAMP) ## the property tests, with many more cases, a longer soak, and AOTInductor
 	$(ONE_THREAD) WN_SURGERY_CASES=20000 $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS) tests/surgery/test_properties.py
+	$(ONE_THREAD) WN_SURGERY_SOAK=5000 $(BIN)/python -m pytest $(TEST_ARGS) tests/attack/test_soak.py
 	$(ONE_THREAD) WN_SURGERY_LONG=1 $(BIN)/python -m pytest $(TEST_ARGS) tests/export/test_verify.py tests/checkpoints/test_files.py
 
 fuzz: $(STAMP) ## hostile checkpoint files, many more of them
@@ -58,8 +59,8 @@ fuzz: $(STAMP) ## hostile checkpoint files, many more of them
 attack: $(STAMP) ## random sequences of operations against a twin in float64, 100,000 of them
 	$(ONE_THREAD) WN_SURGERY_ATTACK=100000 $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS) tests/attack
 
-soak: $(STAMP) ## a training with operations at random moments, a million steps of it (an hour or two)
-	$(ONE_THREAD) WN_SURGERY_SOAK=1000000 $(BIN)/python -m pytest $(TEST_ARGS) tests/attack/test_soak.py
+soak: $(STAMP) ## a training with operations at random moments, 300,000 steps of it (about an hour)
+	$(ONE_THREAD) WN_SURGERY_SOAK=300000 $(BIN)/python -m pytest $(TEST_ARGS) tests/attack/test_soak.py
 
 matrix: ## the tests on the oldest and newest versions, in .matrix (CELLS=oldest for one)
 	$(PYTHON) tests/project/matrix.py $(CELLS) --torch-arguments='$(TORCH_PIP_ARGS)' $(MATRIX_ARGS)

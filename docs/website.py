@@ -71,7 +71,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for face, line in FACES.items():
         names = [name for name in names_of(face) if known()[f"{face}.{name}"] == f"{face}.{name}"]
         names.sort(key=lambda name: (name[0].isupper(), name))  # what you call, then what it gives
-        hidden = [hidden_of(face, name) for name in names if hidden_of(face, name)]
+        hidden = filter(None, (hidden_of(face, name) for name in names))
         options = f"\n    options: {{members: {names}}}"
         apart = "\n    options: {show_root_heading: true}"
         blocks = [f"::: {face}{options}", *(f"::: {path}{apart}" for path in hidden)]
@@ -99,7 +99,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if files.get_file_from_path(new) is None:
             return f"`{text}`" if text == old else text
         if text in (target, old):  # a file's name; the site has titles
-            text = titles[new]
+            text = titles.get(new, text)
         new = posixpath.relpath(new, posixpath.dirname(path) or ".")
         return f"[{text}]({new}{'#' + anchor if anchor else ''})"
 
@@ -115,7 +115,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             flags=re.MULTILINE,
         )
     text = "".join(parts)
-    if path == "troubleshooting.md":  # messages are long lines, and no tables
+    if path == "troubleshooting.md":
+        page.meta["search"] = {"boost": 4}  # whoever pastes a message wants this page
+        # Messages are long lines, and no tables.
         text = text.replace("\n```text\n", "\n``` { .text .wrap }\n")
     return text
 

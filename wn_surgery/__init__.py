@@ -34,6 +34,7 @@ from wn_surgery.errors import LazyParameterError as LazyParameterError
 from wn_surgery.errors import MissingSiteError as MissingSiteError
 from wn_surgery.errors import NonFloatingError as NonFloatingError
 from wn_surgery.errors import QuantizedWeightError as QuantizedWeightError
+from wn_surgery.errors import RanksError as RanksError
 from wn_surgery.errors import RuleFileError as RuleFileError
 from wn_surgery.errors import StackedParametrizationError as StackedParametrizationError
 from wn_surgery.errors import TiedParameterError as TiedParameterError
@@ -118,7 +119,7 @@ _HOMES = {
     "training.statistics": "SiteStatistics Statistics statistics",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
-_ROOMS = {"checkpoints", "export", *(home.partition(".")[0] for home in _HOMES), "norm"}
+_ROOMS = {"checkpoints", "compat", "export", *(home.partition(".")[0] for home in _HOMES), "norm"}
 
 
 def __getattr__(name: str) -> Any:

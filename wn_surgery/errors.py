@@ -147,7 +147,11 @@ class QuantizedWeightError(ModelError, TypeError, kind="quantized"):
 
 
 class WrappedModuleError(ModelError, kind="wrapped"):
-    """The module is wrapped by DDP or FSDP, or its parameters are sharded."""
+    """The module is wrapped by DDP or FSDP, or its parameters are cut as no norm can be."""
+
+
+class RanksError(ModelError, kind="ranks"):
+    """The processes that share a model would change it differently, or one of them cannot."""
 
 
 class InferenceModeError(ModelError, kind="inference"):

@@ -184,10 +184,15 @@ class WeightNorm(Callback):
         if self.export_to is not None:
             exporting.check(pl_module, self.export_to)
         hooks = patching.building_hooks(pl_module)
+        # Tensor parallelism cuts plain parameters, so weight norm comes after it.
+        late = neighbours.cuts_tensors(trainer) and "configure_model" in hooks
+        if late:
+            hooks = ["configure_model"]
         for hook in hooks:
             then = partial(self._apply, trainer, pl_module, last=hook == hooks[-1])
             patching.once_after(pl_module, hook, then)
-        self._apply(trainer, pl_module, last=not hooks)
+        if not late:
+            self._apply(trainer, pl_module, last=not hooks)
         if not neighbours.shards(trainer):
             # The last to see what is saved and the first to see what is read.
             inner = trainer.strategy.checkpoint_io

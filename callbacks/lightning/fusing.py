@@ -10,6 +10,7 @@ from torch import nn
 
 import wn_surgery as wn
 from wn_surgery.fused import is_fused
+from wn_surgery.model.gathering import FSDP2
 from wn_surgery.model.sites import normed
 
 if TYPE_CHECKING:
@@ -67,7 +68,6 @@ class Folding:
             return
         self._stack = ExitStack()
         found = normed(pl_module)
-        # A sharded v is not whole before the forward of its unit.
         if not found or any(_is_split(site) for site in found):
             return
         # Not as inference tensors: a step may turn gradients on, for a penalty.
@@ -82,6 +82,6 @@ class Folding:
 
 
 def _is_split(site: wn.Site) -> bool:
-    if site.node.wrapped not in (None, "DistributedDataParallel"):
-        return True
-    return type(site.tensor).__name__ == "DTensor" or hasattr(site.tensor, "ds_id")
+    """Return whether nothing but a forward makes the weight's parts whole."""
+    wrapped = site.node.wrapped not in (None, "DistributedDataParallel", FSDP2)
+    return wrapped or hasattr(site.tensor, "ds_id")

@@ -7,20 +7,17 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 import wn_surgery as wn
-from wn_surgery.callbacks.lightning.bases import Callback
 from wn_surgery.model.sites import normed
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["check", "in_worker_processes", "is_a", "shards"]
+__all__ = ["check", "cuts_tensors", "in_worker_processes", "is_a", "shards"]
 
 _SHARDING = ("ModelParallelStrategy", "FSDPStrategy", "DeepSpeedStrategy")
 
 
-def check(
-    trainer: Trainer, pl_module: LightningModule, callback: Callback, save_layout: str
-) -> None:
+def check(trainer: Trainer, pl_module: LightningModule, callback: Any, save_layout: str) -> None:
     """Raise CallbackError where weight norm cannot work with what else the Trainer has."""
     callbacks: list[Any] = list(getattr(trainer, "callbacks", ()))
     own = sum(isinstance(other, type(callback)) for other in callbacks)
@@ -42,6 +39,14 @@ def check(
                 f"{name} comes before WeightNorm in callbacks= and has copied the model without "
                 f"weight norm; put WeightNorm first: callbacks=[WeightNorm(...), {name}(...)]"
             )
+    if shards(trainer) and getattr(trainer.strategy, "_data_parallel_size", 2) != 1:
+        scalar = [rule for rule in callback.rules if rule.action == "apply" and rule.dim is None]
+        for rule in scalar:
+            raise wn.CallbackError(
+                f"the rule ({rule.describe()}) has dim=None, for which g is a scalar, and "
+                f"{type(trainer.strategy).__name__} cannot cut scalars; write dim=[] (no axes): "
+                "the same norm, with a g that has as many axes as the weight"
+            )
     if save_layout != "parametrized" and shards(trainer):
         raise wn.CallbackError(
             f"save_layout={save_layout!r} needs whole tensors, and "
@@ -59,6 +64,11 @@ def in_worker_processes(trainer: Trainer) -> bool:
 def shards(trainer: Trainer) -> bool:
     """Return whether the strategy splits parameters."""
     return any(is_a(trainer.strategy, name) for name in _SHARDING)
+
+
+def cuts_tensors(trainer: Trainer) -> bool:
+    """Return whether the strategy has a mesh for tensor parallelism."""
+    return getattr(trainer.strategy, "_tensor_parallel_size", 1) != 1
 
 
 def is_a(thing: object, name: str) -> bool:

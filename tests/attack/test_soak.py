@@ -1,6 +1,6 @@
 """A long training with operations at random moments: no bit changes, and nothing is left behind.
 
-``WN_SURGERY_SOAK=1000000`` asks for more steps (``make soak``).
+``WN_SURGERY_SOAK=300000`` asks for more steps (``make soak``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from wn_surgery.huggingface import patch_model, unpatch_model
 
 from .soak import RULES, Net, Run, soak
 
-STEPS = int(os.environ.get("WN_SURGERY_SOAK", "5000"))
+STEPS = int(os.environ.get("WN_SURGERY_SOAK", "2000"))
 RULE_LIST = list(RULES.values())
 
 # torch's own advice, at each to_legacy.

@@ -208,11 +208,16 @@ def run_sharded() -> dict[str, Any]:
     assert isinstance(module.model[0].parametrizations.weight.original1, DTensor)  # type: ignore[index,union-attr]
     state = {key: value.full_tensor() for key, value in module.state_dict().items()}
     results["usual"] = {"losses": module.losses, "state": state, "history": callback.history.steps}
-    for kind, options in ((Forgets, {}), (Sharded, {"save_layout": "plain"})):
+    one_norm = [{"types": "Linear", "dim": None}]
+    for name, kind, callback in (
+        ("Forgets", Forgets, WeightNorm(RULES)),
+        ("Sharded", Sharded, WeightNorm(RULES, save_layout="plain")),
+        ("scalar", Sharded, WeightNorm(one_norm)),
+    ):
         try:
-            trainer("sharded", 2, WeightNorm(RULES, **options)).fit(kind())
+            trainer("sharded", 2, callback).fit(kind())
         except wn.WeightNormError as error:
-            results[kind.__name__] = f"{type(error).__name__}: {error}"
+            results[name] = f"{type(error).__name__}: {error}"
     return results
 
 

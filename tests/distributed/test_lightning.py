@@ -94,6 +94,10 @@ def test_a_sharded_run_cannot_save_plain(found: dict[str, Any]) -> None:
     assert "save_layout='plain' needs whole tensors" in found["sharded"]["Sharded"]
 
 
+def test_a_scalar_g_is_refused_before_fsdp_does(found: dict[str, Any]) -> None:
+    assert "ModelParallelStrategy cannot cut scalars; write dim=[]" in found["sharded"]["scalar"]
+
+
 def test_the_weights_of_spawned_processes_come_back(found: dict[str, Any]) -> None:
     trained = found["ddp"]["usual"]["state"]
     for case in ("usual", "patched before"):

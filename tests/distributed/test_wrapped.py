@@ -70,10 +70,26 @@ def test_directions_are_put_back_inside_ddp_and_not_where_they_are_split() -> No
         wn.renormalize(fully_shard(applied(), mesh=mesh), 1.0)
 
 
-def test_tensors_that_are_sharded_by_hand() -> None:
-    from torch.distributed.tensor import distribute_module
+def test_a_part_of_what_fsdp2_holds_is_refused_too() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    network, normed = model(), applied()
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    for each in (network, normed):
+        fully_shard(each, mesh=mesh)
+    with pytest.raises(wn.WrappedModuleError, match="held by fully_shard"):
+        wn.apply(network[0], "linears")
+    with pytest.raises(wn.WrappedModuleError, match="get_model_state_dict") as caught:
+        wn.remove(normed[0])
+    assert caught.value.site == "weight"
+
+
+def test_tensors_that_are_distributed_by_hand() -> None:
+    from torch.distributed.tensor import DTensor, distribute_module
 
     mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
     network = distribute_module(model(), mesh)
-    with pytest.raises(wn.WrappedModuleError, match="DTensor"):
-        wn.apply(network, "linears")
+    assert wn.apply(network, "linears").changed == ("0.weight", "2.weight")
+    assert all(isinstance(parameter, DTensor) for parameter in network.parameters())
+    wn.remove(network)
+    assert torch.equal(network[0].weight.full_tensor(), model()[0].weight)

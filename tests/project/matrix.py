@@ -101,9 +101,11 @@ def versions(python: Path) -> dict[str, str]:
     """What is installed."""
     code = (
         "import importlib.metadata as m, json, platform, sys\n"
-        "held = {d.metadata['Name'].lower(): d.version for d in m.distributions()}\n"
-        "shown = {n: held[n] for n in sys.argv[1:] if n in held}\n"
-        "print(json.dumps({'python': platform.python_version(), **shown}))"
+        "held = {'python': platform.python_version()}\n"
+        "for name in sys.argv[1:]:\n"
+        "    try: held[name] = m.version(name)\n"
+        "    except m.PackageNotFoundError: pass\n"
+        "print(json.dumps(held))"
     )
     run = subprocess.run([python, "-c", code, *SHOWN], capture_output=True, text=True, check=True)
     found: dict[str, str] = json.loads(run.stdout)

@@ -116,7 +116,7 @@ def failing_at(number: int) -> Iterator[None]:
 
 _STEPS: dict[Any, tuple[str, ...]] = {
     layouts: ("clear", "put_plain", "put_parametrized", "put_legacy", "refresh", "hand_over"),
-    execution: ("_split", "magnitude"),
+    execution: ("_values", "magnitude"),
     OptimizerEdit: ("replace",),
     UndoLog: ("record",),
 }

@@ -297,6 +297,7 @@ def test_every_exception_has_a_case() -> None:
         wn.RuleFileError,
         wn.FoldedModelError,
         wn.FusionError,
+        wn.RanksError,
         wn.MissingSiteError,
         wn.ModelError,
         wn.WeightNormError,
@@ -394,8 +395,10 @@ def test_rule_files(tmp_path: Path, text: str, says: str) -> None:
 
 def test_unmatched_rules_can_be_tolerated() -> None:
     rules = [LINEARS, {"names": "nowhere"}]
-    with pytest.warns(wn.UnmatchedRuleWarning, match="rule 2"):
-        wn.apply(linear(), rules, on_unmatched="warn")
+    for verb in (wn.plan, wn.apply):
+        with pytest.warns(wn.UnmatchedRuleWarning, match="rule 2") as caught:
+            verb(linear(), rules, on_unmatched="warn")
+        assert caught[0].filename == __file__  # where this library was called
     model = linear()
     report = wn.apply(model, rules, on_unmatched="ignore")
     assert report.changed == ("0.weight", "1.weight")

@@ -34,8 +34,8 @@ class Injected(BaseException):
 
 
 def _try_lines() -> range:
-    """The lines of ``execute`` that may fail: the body of its ``try``."""
-    source, first = inspect.getsourcelines(execution.execute)
+    """The lines of ``_carry_out`` that may fail: the body of its ``try``."""
+    source, first = inspect.getsourcelines(execution._carry_out)
     (function,) = ast.parse(textwrap.dedent("".join(source))).body
     (guarded,) = (node for node in ast.walk(function) if isinstance(node, ast.Try))
     last = guarded.body[-1].end_lineno
@@ -44,7 +44,7 @@ def _try_lines() -> range:
 
 
 class Interruption:
-    """Raise at the ``number``-th line that runs inside the ``try`` of ``execute``."""
+    """Raise at the ``number``-th line that runs inside the ``try`` of ``_carry_out``."""
 
     def __init__(self, number: int, error: type[BaseException]) -> None:
         self.count = 0
@@ -63,14 +63,14 @@ class Interruption:
 
     def _called(self, frame: FrameType, event: str, arg: Any) -> Callable[..., Any] | None:
         # Rolling back runs the same files, but from the lines of the handler.
-        if frame.f_code is execution.execute.__code__ or (
+        if frame.f_code is execution._carry_out.__code__ or (
             self._inside and frame.f_code.co_filename in FILES
         ):
             return self._line
         return None
 
     def _line(self, frame: FrameType, event: str, arg: Any) -> Callable[..., Any]:
-        if frame.f_code is execution.execute.__code__ and event == "line":
+        if frame.f_code is execution._carry_out.__code__ and event == "line":
             self._inside = frame.f_lineno in self._lines
         if event == "line" and self._inside:
             self.count += 1

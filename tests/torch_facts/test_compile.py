@@ -85,7 +85,7 @@ def test_equal_blocks_are_compiled_once() -> None:
     assert frames(ours) == 1
     assert frames(options) == 1
     # A class for each module ends at the limit; the blocks after it run uncompiled.
-    assert frames(theirs) == torch._dynamo.config.recompile_limit < BLOCKS
+    assert frames(theirs) == torch._dynamo.config.cache_size_limit < BLOCKS
 
 
 def test_copies_and_unpickled_blocks_share_the_compiled_code() -> None:

@@ -427,7 +427,7 @@ def test_a_class_for_each_module_recompiles_each() -> None:
         return counter.frame_count
 
     assert (classes(parametrized), classes(ours)) == (12, 1)
-    limit = torch._dynamo.config.recompile_limit
+    limit = torch._dynamo.config.cache_size_limit
     assert frames(lambda layer: layer) == frames(legacy) == 1
     assert frames(parametrized) == limit == 8  # then it gives up and runs uncompiled
     assert frames(ours) == 1

@@ -66,7 +66,7 @@ def fold(g: Tensor, v: Tensor, options: NormOptions | None = None) -> Tensor:
 def _rounded_once(g: Tensor, v: Tensor, options: NormOptions, wide: torch.dtype) -> Tensor:
     dim, eps = options.dim, options.eps
     as_wide = wide.to_complex() if v.dtype.is_complex else wide
-    if dim is None or v.numel() <= PART:
+    if dim is None or dim == () or v.numel() <= PART:
         return weight_norm(v.to(as_wide), g, dim, eps).to(v.dtype)
     # A part of the slices at a time: three wide copies of a large tensor would be six of its own.
     axis = dim if isinstance(dim, int) else max(dim, key=lambda each: v.shape[each])

@@ -26,9 +26,9 @@ __all__ = ["DiffusionQuantizer", "register"]
 class DiffusionQuantizer(DiffusersQuantizer):
     """Puts weight norm on a model of diffusers while ``from_pretrained`` builds it."""
 
-    quantization_config: WeightNormConfig
+    quantization_config: Any  # a WeightNormConfig, which is of the family of transformers
 
-    def __init__(self, quantization_config: WeightNormConfig, **kwargs: Any) -> None:
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._keys: frozenset[str] = frozenset()
         self._layouts: dict[str, Layout] = {}
@@ -75,9 +75,10 @@ class DiffusionQuantizer(DiffusersQuantizer):
     def _layout(self, model: Any, site: Any) -> Layout:
         """In which layout the checkpoint has a weight."""
         name: str = site["name"]
-        for layout in ("parametrized", "legacy"):
-            if self._keys.issuperset(keys_for(name, layout)):
-                return layout
+        if self._keys.issuperset(keys_for(name, "parametrized")):
+            return "parametrized"
+        if self._keys.issuperset(keys_for(name, "legacy")):
+            return "legacy"
         if name in self._keys:
             return "plain"
         raise CheckpointMismatchError(

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from wn_surgery.errors import ModelError, ZeroNormError
 from wn_surgery.model import layouts
+from wn_surgery.model.gathering import FSDP2, gather, release
 from wn_surgery.model.sites import NormedSite, is_folded, normed
 from wn_surgery.model.undo import Snapshot
+from wn_surgery.norm.cuts import is_dtensor, on_any_rank, own_part, write
 from wn_surgery.norm.math import builds_graph, real_dtype
 from wn_surgery.norm.module_class import (
     FOLDED,
@@ -65,13 +67,17 @@ def folded(model: nn.Module) -> Generator[None]:
     live model. A fold belongs to its thread; another thread computes its weights as usual, or
     has a fold of its own. (But call a compiled model and fold it in one thread.)
 
+    Under FSDP2 the units of the weights are gathered on entry and stay so until the end, so that no
+    forward gathers them again: each rank has v and the weight whole meanwhile. Every rank enters.
+
     Args:
         model: any module tree, any layouts. Contexts may be nested and may overlap.
 
     Raises:
         ModelError: a folded weight was assigned or deleted: at once, or for the hook of
             ``torch.nn.utils.weight_norm`` on exit. Nothing has changed then. Also for surgery
-            inside; and for that hook's layout where another thread folds or calls the layer.
+            inside; for that hook's layout where another thread folds or calls the layer; and under
+            FSDP2 with grad enabled, or where a rank has no memory for it.
 
     Example:
         >>> import torch, wn_surgery as wn
@@ -83,10 +89,12 @@ def folded(model: nn.Module) -> Generator[None]:
     found: list[NormedSite] = []
     entered: list[tuple[str, _Fold]] = []
     replaced: list[str] = []
+    units: list[nn.Module] = []
     try:
         # One step for all threads: the last to leave must not tear down what another enters.
         with _LOCK:
             found = normed(model)
+            units = gather((site.held.g, site.held.v) for site in found if _is_cut(site))
             for site in found:
                 fold = _fold_of(site)
                 fold.enter()
@@ -96,6 +104,7 @@ def folded(model: nn.Module) -> Generator[None]:
     finally:
         with _LOCK:
             replaced = [name for name, fold in reversed(entered) if not fold.leave()]
+            release(units)
             _refresh(found)
     if replaced:
         raise ModelError(
@@ -103,6 +112,20 @@ def folded(model: nn.Module) -> Generator[None]:
             "only read, and is as it was before; write to it inside writable(), or outside",
             kind="folded",
         )
+
+
+def _is_cut(site: NormedSite) -> bool:
+    """Whether FSDP2 holds the parts of the weight."""
+    if site.node.wrapped != FSDP2:
+        return False
+    if builds_graph() and (site.held.g.requires_grad or site.held.v.requires_grad):
+        raise ModelError(
+            f"{site.name} is held by {FSDP2}, which takes gradients only of what it gathers for "
+            "one forward; fold it inside torch.no_grad()",
+            kind="folded",
+            site=site.name,
+        )
+    return True
 
 
 def _fold_of(site: NormedSite) -> _Fold:
@@ -372,6 +395,11 @@ class _Weight:
                 f"{name} has dtype {weight.dtype} and layout {weight.layout} now; expected a dense "
                 "floating-point one of 16 bits or more; remove weight norm first to store it so"
             )
+        if is_dtensor(weight) != is_dtensor(self._before):
+            raise ValueError(
+                f"{name} is a {type(weight).__name__} now; expected a {type(self._before).__name__}"
+                "; write into it, or assign one of its kind"
+            )
         if weight.shape != self._before.shape:
             raise ValueError(
                 f"{name} has shape {tuple(weight.shape)} now; expected "
@@ -388,9 +416,10 @@ class _Weight:
     def _is_unwritten(self, weight: Tensor) -> bool:
         if weight.is_meta or self._before.is_meta:
             return weight.is_meta
+        part, before = own_part(weight), own_part(self._before)
         # Unlike torch.equal, this takes the NaNs of a diverged model as unchanged.
-        before = self._before.to(weight)
-        return torch.allclose(weight, before, rtol=0.0, atol=0.0, equal_nan=True)
+        same = torch.allclose(part, before.to(part), rtol=0.0, atol=0.0, equal_nan=True)
+        return not on_any_rank(not same, weight)
 
     def moved(self, weight: Tensor) -> _Values | None:
         """Both in the dtype and on the device of ``weight``; ``None`` if they are there."""
@@ -405,7 +434,7 @@ class _Weight:
         moves = _differ(values[1], self._v)
         for parameter, value in zip((self._g, self._v), values, strict=True):
             if not moves:
-                parameter.copy_(value)
+                write(parameter, value)
             elif parameter.is_meta != value.is_meta:  # no assignment leads out of meta
                 new = exchanged.setdefault(id(parameter), nn.Parameter(value, False))
                 self._exchange(parameter, new)

@@ -47,15 +47,23 @@ class Normed:
     g_init: float | None = None
     renormalize: float | str | None = None
 
-    def weight(self) -> nn.Parameter:
-        """The weight as a Parameter: same bits as the last forward's, laid out like v."""
+    def computed(self) -> Tensor:
+        """The weight: same bits as the last forward's, laid out like v."""
         with torch.no_grad():
             w = self.compute()
             if w.stride() != self.v.stride():
                 w = torch.empty_like(self.v).copy_(w)
-        weight = nn.Parameter(w.detach(), self.g.requires_grad or self.v.requires_grad)
-        hand_over(self.v, weight)
-        return weight
+        return w.detach()
+
+    def parameter(self, weight: Tensor) -> nn.Parameter:
+        """The Parameter that takes the place of g and v."""
+        made = nn.Parameter(weight, self.g.requires_grad or self.v.requires_grad)
+        hand_over(self.v, made)
+        return made
+
+    def weight(self) -> nn.Parameter:
+        """The weight as that Parameter."""
+        return self.parameter(self.computed())
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from wn_surgery.model.gathering import FSDP2, held_by_fsdp
 from wn_surgery.model.layouts import Foreign, Normed, SiteLayout, carried
 from wn_surgery.norm.math import PLAIN_TYPES
 from wn_surgery.norm.module_class import FOLDED, beneath
@@ -34,7 +35,7 @@ _TRANSPARENT = {
 _HOLDERS = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "DistributedDataParallel",
     _FSDP: "FSDP",
-    "torch.distributed.fsdp.FSDPModule": "fully_shard (FSDP2)",
+    "torch.distributed.fsdp.FSDPModule": FSDP2,
 }
 # Modules that read the parameters of these children without calling them, so that no hook on the
 # children runs. (The fast path of nn.TransformerEncoderLayer does too, but not where a hook is.)
@@ -232,7 +233,19 @@ def walk(model: nn.Module) -> list[Node]:
     """
     found = _Walk()
     found.visit(as_module(model), "", None)
-    return list(found.nodes.values())
+    nodes = list(found.nodes.values())
+    _mark_sharded(nodes)
+    return nodes
+
+
+def _mark_sharded(nodes: list[Node]) -> None:
+    """Mark what FSDP2 holds where the model is only a part of what ``fully_shard`` was given."""
+    held = held_by_fsdp()
+    for node in nodes if held else ():
+        lists = node.module._modules.get("parametrizations")
+        own = [*node.module._parameters.values(), *(lists.parameters() if lists else ())]
+        if node.wrapped is None and any(id(parameter) in held for parameter in own):
+            node.wrapped = FSDP2
 
 
 class _Walk:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from wn_surgery.errors import ZeroNormError
+from wn_surgery.norm.cuts import write
 from wn_surgery.norm.parametrization import WeightNorm, WeightNormList, is_weight_norm
 from wn_surgery.norm.slots import NotCopied
 
@@ -95,8 +96,8 @@ def following(module: nn.Module) -> Generator[None]:
     with torch.no_grad():
         for plist, parts in written:
             if parts is not None:
-                plist.original0.copy_(parts[0])
-                plist.original1.copy_(parts[1])
+                write(plist.original0, parts[0])
+                write(plist.original1, parts[1])
 
 
 # transformers calls `model._init_weights(layer)` for each layer, and asks nothing of the layer.

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from wn_surgery.norm.cuts import Cut, is_dtensor
 from wn_surgery.norm.math import computed_norms, g_shape, in_dtype, norm_except, real_dtype
 from wn_surgery.norm.options import Dim
 
@@ -30,10 +31,12 @@ def zero_slices(
     A slice counts if its norm is not finite; if it is so small that the squares under it have
     lost digits (3e-16 in float32), and ``eps`` is not above that; if g is not finite or 0; or if
     g (or ``g_init``) divided by the norm does not fit the norm's dtype. ``v`` is not on meta.
+    Of a DTensor every rank gets the same number, and has to ask for it.
     """
     if v.numel() == 0:
         return math.prod(g_shape(v.shape, dim))
-    if g_init is None and has_easy_norms(v, dim, norm_dtype):
+    # What is easy differs from rank to rank, and what is sent must not.
+    if g_init is None and not is_dtensor(v) and has_easy_norms(v, dim, norm_dtype):
         return 0
     stored = real_dtype(v.dtype)
     norms = computed_norms(v.detach(), dim, eps, norm_dtype)
@@ -52,7 +55,8 @@ def zero_slices(
     elif g_init != 0.0:
         ratio = abs(g_init) / norms
         bad |= (ratio < divided.smallest_normal) | (ratio > divided.max)
-    return int(bad.sum())
+    found = int(bad.sum())
+    return Cut(v, dim).count(found, v) if is_dtensor(v) else found
 
 
 def has_easy_norms(v: Tensor, dim: Dim, norm_dtype: torch.dtype | None = None) -> bool:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
+from wn_surgery.norm.cuts import Cut, is_dtensor, spread
 from wn_surgery.norm.options import Dim, kept_axes
 
 __all__ = ["Dim", "g_shape", "magnitude", "norm_except", "wanted_norm", "weight_norm"]
@@ -79,6 +80,9 @@ def weight_norm(
 
     With ``norm_dtype`` the norm and the product are computed in it, for example in float32 under
     bfloat16 weights. A g of another shape than ``g_shape(v.shape, dim)`` is a ``ValueError``.
+
+    For DTensors the weight is placed as v. If v is cut along a normed axis, a tensor of g's size is
+    summed over the ranks, once forward and once backward; otherwise nothing is sent.
     """
     if traced():
         if not _jit_traced():  # to torch.jit a size is a tensor
@@ -106,6 +110,8 @@ def weight_norm(
         return values(v, g, dim, eps, norm_dtype)[0]
     else:
         _check_shape(v, g, dim)
+        if is_dtensor(v) and g.dtype is v.dtype in KERNEL_DTYPES and not transformed():
+            return _of_parts(v, g, dim, eps, norm_dtype)
     return _composite(v, g, dim, eps, norm_dtype)
 
 
@@ -120,11 +126,26 @@ def magnitude(
     """
     with torch.no_grad():
         norms = computed_norms(v.detach(), dim, eps, norm_dtype)
-        return (norms if eps == 0.0 else norms.clamp_min(eps)).to(real_dtype(v.dtype))
+        g = (norms if eps == 0.0 else norms.clamp_min(eps)).to(real_dtype(v.dtype))
+        return Cut(v, dim).magnitude(g, g_shape(v.shape, dim)) if is_dtensor(v) else g
+
+
+def filled(v: Tensor, dim: Dim, value: float) -> Tensor:
+    """A g for ``v`` in which every magnitude is ``value``."""
+    g = torch.full(g_shape(v.shape, dim), value, dtype=real_dtype(v.dtype), device=v.device)
+    return spread(g, Cut(v, dim)) if is_dtensor(v) else g
 
 
 def computed_norms(v: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None) -> Tensor:
-    """The norms of the forward, before they are clamped: of torch's kernel, or of the formula."""
+    """The norms of the forward, before they are clamped: of torch's kernel, or of the formula.
+
+    Of a DTensor, the norms of this rank's slices.
+    """
+    if is_dtensor(v):
+        cut, part = Cut(v, dim), v.to_local()
+        if cut.total is not None:
+            return _norm_of_parts(in_dtype(part, norm_dtype), dim, cut.total)
+        v = part
     if has_kernel(v, dim, eps, norm_dtype):
         ones = v.new_ones(g_shape(v.shape, dim))
         # Through Any: has_kernel has checked that dim is an int.
@@ -161,6 +182,12 @@ def _norm(x: Tensor, dim: Dim) -> Tensor:
     return cast(Tensor, torch.linalg.vector_norm(x, 2, reduced, keepdim=True))
 
 
+def _norm_of_parts(x: Tensor, dim: Dim, total: Total) -> Tensor:
+    """The norms of slices of which other ranks have the rest; in float32 at least, as a kernel."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return total(_norm(wide, dim).square()).sqrt()
+
+
 def in_dtype(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     """``x`` in ``dtype``, or in the complex one of that precision."""
     if dtype is None:
@@ -179,6 +206,9 @@ def _check_shape(v: Tensor, g: Tensor, dim: Dim) -> None:
 def _composite(
     v: Tensor, g: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None
 ) -> Tensor:
+    if is_dtensor(g):
+        # Its gradient would be a partial sum; this makes it whole.
+        g = g.redistribute(placements=g.placements)
     norm_dtype = _wide(v, dim, eps, norm_dtype)
     x = in_dtype(v, norm_dtype)
     norms = norm_except(x, dim, eps)
@@ -195,6 +225,7 @@ def has_kernel(v: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None) 
         and (dim == 0 or dim == v.ndim - 1)
         and v.dtype in KERNEL_DTYPES
         and (v.is_cpu or v.is_cuda)
+        and not is_dtensor(v)
         and not _lacks_kernel(v)
         and not _empty(v)  # torch's kernel divides by the size and takes the process down
     )
@@ -237,21 +268,31 @@ def like(w: Tensor, v: Tensor) -> Tensor:
 # Values and gradients outside of autograd -----------------------------------------------
 
 
+Total: TypeAlias = Callable[[Tensor], Tensor]
+"""Sums over the ranks that have parts of the same slices; may write into what it is given."""
+
+
 def values(
-    v: Tensor, g: Tensor, dim: Dim, eps: float = 0.0, norm_dtype: torch.dtype | None = None
+    v: Tensor,
+    g: Tensor,
+    dim: Dim,
+    eps: float = 0.0,
+    norm_dtype: torch.dtype | None = None,
+    total: Total | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The bits of :func:`weight_norm`, and the norms in the form that :func:`gradients` wants.
 
-    For tensors of one of :data:`KERNEL_DTYPES`, and callers that build no graph.
+    For tensors of one of :data:`KERNEL_DTYPES`, and callers that build no graph. With ``total`` v
+    and g are this rank's parts.
     """
-    if has_kernel(v, dim, eps, norm_dtype):
+    if total is None and has_kernel(v, dim, eps, norm_dtype):
         contiguous = v.contiguous()
         # Through Any: has_kernel has checked that dim is an int.
         w, norms = torch._weight_norm_interface(contiguous, g.contiguous(), cast(Any, dim))
         return (w if contiguous is v else like(w, v)), norms
     norm_dtype = _wide(v, dim, eps, norm_dtype)
     x = in_dtype(v, norm_dtype)
-    norms = _norm(x, dim)
+    norms = _norm(x, dim) if total is None else _norm_of_parts(x, dim, total)
     if eps != 0.0:
         norms = norms.clamp_min(eps)
     scale = g / norms if norm_dtype is None else g.to(norms.dtype) / norms
@@ -266,13 +307,14 @@ def gradients(
     dim: Dim,
     eps: float = 0.0,
     norm_dtype: torch.dtype | None = None,
+    total: Total | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of v and g in their dtypes, given that of the weight; no graph is built.
 
     The paper's eq. 3: grad_g = ⟨grad, v⟩/‖v‖, grad_v = g/‖v‖ · (grad - v ⟨grad, v⟩/‖v‖²), in five
     passes where autograd through the formula takes some thirty. ``norms`` is from :func:`values`.
     """
-    if has_kernel(v, dim, eps, norm_dtype):
+    if total is None and has_kernel(v, dim, eps, norm_dtype):
         dw = grad.to(v.dtype).contiguous()
         return _kernel_backward(dw, v.contiguous(), g.contiguous(), norms, dim)
     wide = torch.promote_types(norm_dtype or v.dtype, torch.float32)
@@ -280,7 +322,8 @@ def gradients(
     n, m = norms.to(wide), g.to(wide)
     buffer = dw * x
     axes = Axes.of(tuple(v.shape), dim)
-    grad_g = _sums(buffer, axes, dim).view(m.shape) / n
+    along_v = _sums(buffer, axes, dim).view(m.shape)
+    grad_g = (along_v if total is None else total(along_v)) / n
     scale = m / n
     along = scale * grad_g / n
     if eps > 0.0:
@@ -329,7 +372,7 @@ def _sums(products: Tensor, axes: Axes | None, dim: Dim) -> Tensor:
         return products.sum(reduced, keepdim=True)
     if axes.before > 1:
         # The leading axis by itself: torch is slow at reducing both sides of a kept axis.
-        products = products.view(axes.before, -1).sum(0)
+        products = products.view(axes.before, axes.kept * axes.after).sum(0)
     return products.view(axes.kept, axes.after).sum(1)
 
 
@@ -370,6 +413,54 @@ class _Node(torch.autograd.Function):
 # much as the rest. torch leaves it untyped.
 _past: Any = super(torch.autograd.Function, _Node)
 _node: Callable[[Tensor, Tensor, Dim, float, torch.dtype | None], Tensor] = _past.apply
+
+
+class _PartsNode(torch.autograd.Function):
+    """The same for DTensors: each rank computes with its parts, and the sums are what is sent."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, v: Any, g: Any, dim: Dim, eps: float, norm_dtype: torch.dtype | None
+    ) -> Tensor:
+        w, norms, cut = _values_of_parts(v, g, dim, eps, norm_dtype)
+        ctx.held, ctx.versions, ctx.options = (v, g, norms), versions(v, g), (dim, eps, norm_dtype)
+        ctx.cut = cut
+        return w
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        v, g, norms = ctx.held
+        cut: Cut = ctx.cut
+        (grad,) = grads
+        check_unwritten(v, g, ctx.versions)
+        found: tuple[Tensor | None, ...]
+        if torch.is_grad_enabled():
+            found = differentiable_gradients(grad, v, g, *ctx.options)
+        else:
+            dim, eps, norm_dtype = ctx.options
+            parts = cut.part_of(grad), *cut.parts(v, g)
+            grad_v, grad_g = gradients(*parts, norms, dim, eps, norm_dtype, cut.total)
+            whole_g = cut.magnitude(grad_g, g.shape).redistribute(placements=g.placements)
+            found = cut.weight(grad_v, v), whole_g
+        need_v, need_g, *_ = ctx.needs_input_grad
+        return found[0] if need_v else None, found[1] if need_g else None, None, None, None
+
+
+def _values_of_parts(
+    v: Any, g: Any, dim: Dim, eps: float, norm_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Cut]:
+    cut = Cut(v, dim)
+    w, norms = values(*cut.parts(v, g), dim, eps, norm_dtype, cut.total)
+    return cut.weight(w, v), norms, cut
+
+
+def _of_parts(v: Tensor, g: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None) -> Tensor:
+    if not is_dtensor(g):
+        raise ValueError(f"v is a DTensor and g a {type(g).__name__}; expected both to be DTensors")
+    if builds_graph() and (v.requires_grad or g.requires_grad):
+        return cast(Tensor, cast(Any, _PartsNode).apply(v, g, dim, eps, norm_dtype))
+    with torch.no_grad():
+        return _values_of_parts(v, g, dim, eps, norm_dtype)[0]
 
 
 def versions(v: Tensor, g: Tensor) -> tuple[int, int]:

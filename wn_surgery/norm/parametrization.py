@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from wn_surgery.errors import ModelError, ZeroNormError
 from wn_surgery.norm import savers
+from wn_surgery.norm.cuts import write
 from wn_surgery.norm.limits import zero_slices
 from wn_surgery.norm.math import magnitude, weight_norm
 from wn_surgery.norm.naming import keys_for
@@ -130,8 +131,8 @@ class WeightNormList(ParametrizationList):
             if value.layout is torch.strided:
                 value = value.detach().to(self.original1)
             g, v = cast(WeightNorm, self[0]).right_inverse(value)
-            self.original0.copy_(g)
-            self.original1.copy_(v)
+            write(self.original0, g)
+            write(self.original1, v)
 
     def _replicate_for_data_parallel(self) -> WeightNormList:
         replica = cast(WeightNormList, cast(Any, super())._replicate_for_data_parallel())

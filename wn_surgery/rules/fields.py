@@ -90,7 +90,10 @@ def types(name: str, value: object) -> tuple[str | type, ...]:
 
 
 def dim(value: object) -> Dim | Literal["out"]:
-    """Normalise ``dim``: an axis, distinct axes in order, None (the whole tensor) or "out"."""
+    """Normalise ``dim``: an axis, distinct axes in order, None (the whole tensor) or "out".
+
+    No axes are the whole tensor too, with a g that has the weight's rank, which FSDP can cut.
+    """
     if value is None:
         return None
     if isinstance(value, str):
@@ -101,10 +104,6 @@ def dim(value: object) -> Dim | Literal["out"]:
         raise RuleError(f"dim: expected an axis, axes, None or 'out', got {value!r}{hint}")
     if not isinstance(value, list | tuple):
         return _axis(value)
-    if not value:
-        raise RuleError(
-            "dim: expected at least one axis; for one norm of the whole tensor, write None (null)"
-        )
     axes = sorted(map(_axis, value))
     if len(set(axes)) < len(axes):
         raise RuleError(f"dim: expected distinct axes, got {value!r}")

@@ -48,7 +48,8 @@ class Rule:
         exclude_names: Patterns of paths that are left out.
         exclude_types: Classes, and names of classes, that are left out.
         dim: The axis that keeps its own norms, or several; None for one norm over the whole
-            tensor; ``"out"`` for the output channels of each known type of layer.
+            tensor, with a scalar g; ``[]`` for the same with a g of the weight's rank, which FSDP
+            can cut; ``"out"`` for the output channels of each known type of layer.
         eps: A lower bound for ‖v‖; 0.0 gives torch's exact values.
         norm_dtype: The dtype to compute norms in, such as ``"float32"``; None is the weight's.
         g_init: A number to fill g with; None keeps the weight as it is.
@@ -315,6 +316,8 @@ def _spelled(values: Mapping[str, Any]) -> str:
 
 def _word(value: object) -> str:
     """A field's value for a table."""
+    if value == ():
+        return "[]"
     if isinstance(value, tuple):
         separator = "," if isinstance(value[0], int) else "|"
         return separator.join(map(_word, value))

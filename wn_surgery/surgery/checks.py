@@ -15,6 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from wn_surgery.errors import WeightNormError
 from wn_surgery.model.layouts import Normed
 from wn_surgery.model.sites import Node, Site, is_folded
+from wn_surgery.norm.cuts import is_dtensor, why_uncut
 from wn_surgery.norm.limits import has_easy_norms, zero_slices
 from wn_surgery.norm.math import wanted_norm, weight_norm
 from wn_surgery.norm.options import Dim, NormOptions, dtype_name, kept_axes
@@ -34,18 +35,28 @@ def before_any_change(site: Site) -> Iterator[WeightNormError]:
     if is_folded(site.node):
         message = f"{site.name} is inside folded() or writable() now; leave the context first"
         yield error_at(site, "folded", message)
-    if holder := site.node.wrapped or _sharded(tensor):
+    if holder := site.node.wrapped or _partitioned(tensor):
         message = (
             f"{site.name} is held by {holder}, which keeps references to the parameters it was "
             "given; change weight norm before wrapping or sharding the model"
         )
+        if site.normed and "FSDP" in holder:
+            message += _PLAIN_STATE
         yield error_at(site, "wrapped", message)
+    elif tensor is not None and (why := why_uncut(tensor)):
+        yield error_at(site, "wrapped", f"{site.name} {why}")
     if torch.is_inference_mode_enabled() or (tensor is not None and tensor.is_inference()):
         message = (
             f"{site.name} cannot be changed under torch.inference_mode(), whose tensors can never "
             "be trained; leave inference mode, or use torch.no_grad()"
         )
         yield error_at(site, "inference", message)
+
+
+_PLAIN_STATE = """. For plain weights, write on every rank:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    plain = wn_surgery.checkpoints.convert(state)"""
 
 
 def kind_of(site: Site, rule: Rule) -> Hashable | None:
@@ -151,12 +162,17 @@ _TOGETHER = 1 << 18  # elements
 
 @torch.no_grad()
 def before_division(
-    wanted: Iterable[tuple[Site, NormOptions, float | None]],
+    wanted: Iterable[tuple[Site, NormOptions, float | None]], *, in_parts: bool
 ) -> list[WeightNormError]:
-    """Sites, each with its options and ``g_init``, that would be divided by an unusable norm."""
+    """Sites, each with its options and ``g_init``, that would be divided by an unusable norm.
+
+    Either the DTensors, for which every rank has to ask, or the others.
+    """
     problems: list[WeightNormError] = []
     groups: dict[Any, list[tuple[Site, Tensor]]] = {}
     for site, norm, g_init in wanted:
+        if is_dtensor(site.tensor) is not in_parts:
+            continue
         weight = site.held.weight() if isinstance(site.held, Normed) else site.tensor
         assert weight is not None  # nothing is planned for a site without a tensor
         # What is exactly a Parameter is not fake, and most are.
@@ -169,7 +185,7 @@ def before_division(
         axes = (0, *(axis + 1 for axis in kept_axes(norm.dim)))
         for start in range(0, len(members), together):
             chunk = members[start : start + together]
-            if g_init is None and len(chunk) > 1:
+            if g_init is None and len(chunk) > 1 and not in_parts:
                 stacked = torch.stack([weight for _, weight in chunk])
                 if has_easy_norms(stacked, axes, norm.norm_dtype):
                     continue
@@ -248,6 +264,12 @@ def before_migration(site: Site, to: str) -> Iterator[WeightNormError]:
             "knows a single dim, eps=0 and no norm_dtype"
         )
         yield error_at(site, "stacked", message)
+    if to == "legacy" and is_dtensor(held.v):
+        message = (
+            f"{site.name} is a DTensor, for which torch's legacy hook has no backward; leave it "
+            "parametrized, or convert the state dict with wn_surgery.checkpoints.convert"
+        )
+        yield error_at(site, "stacked", message)
     if held.maker not in ("torch", "wn_surgery") and not held.v.is_meta:
         with torch.no_grad():
             same = torch.equal(weight_norm(held.v, held.g, *norm), held.compute())
@@ -295,7 +317,5 @@ def quantizer(node: Node, tensor: Tensor | None) -> str | None:
     return str(tensor.dtype) if tensor is not None and (tensor.is_quantized or narrow) else None
 
 
-def _sharded(tensor: Tensor | None) -> str | None:
-    if type(tensor).__name__ == "DTensor":
-        return "a DTensor"
+def _partitioned(tensor: Tensor | None) -> str | None:
     return "DeepSpeed ZeRO" if hasattr(tensor, "ds_id") else None

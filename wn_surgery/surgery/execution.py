@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Unpack, cast
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from wn_surgery.model import layouts
 from wn_surgery.model.undo import UndoLog
+from wn_surgery.norm.cuts import is_dtensor
 from wn_surgery.norm.drafts import follow_initializer
-from wn_surgery.norm.math import g_shape, magnitude, real_dtype
-from wn_surgery.norm.options import NormOptions
+from wn_surgery.norm.local_reads import follow_styles
+from wn_surgery.norm.math import filled, magnitude
 from wn_surgery.norm.slots import settle
 from wn_surgery.rules.sources import Rule, RuleFields, RulesLike, given_rules
+from wn_surgery.surgery.agreement import Ranks
 from wn_surgery.surgery.optimizers import OptimizerChange, OptimizerEdit, Replacement
 from wn_surgery.surgery.plan import Plan, Step
-from wn_surgery.surgery.planning import OnUnmatched, build, build_migration, build_removal
+from wn_surgery.surgery.planning import (
+    OnUnmatched,
+    build,
+    build_migration,
+    build_removal,
+    divided_in_parts,
+)
 
 __all__ = ["Report", "apply", "execute", "migrate", "remove"]
 
@@ -123,7 +130,11 @@ def apply(
         ['0.bias', '0.parametrizations.weight.original0',
          '0.parametrizations.weight.original1']
     """
-    return execute(build(model, given_rules("apply", rules, fields), on_unmatched), optimizers)
+
+    def planned() -> Plan:
+        return build(model, given_rules("apply", rules, fields), on_unmatched)
+
+    return _carry_out("apply", model, planned, optimizers)
 
 
 def remove(
@@ -160,10 +171,14 @@ def remove(
         >>> type(layer) is torch.nn.Linear, torch.equal(layer.weight, weight)
         (True, True)
     """
-    if rules is None and not fields:
-        return execute(build_removal(model), optimizers)
-    wanted = tuple(map(_removing, given_rules("remove", rules, fields)))
-    return execute(build(model, wanted, on_unmatched), optimizers)
+
+    def planned() -> Plan:
+        if rules is None and not fields:
+            return build_removal(model)
+        wanted = tuple(map(_removing, given_rules("remove", rules, fields)))
+        return build(model, wanted, on_unmatched)
+
+    return _carry_out("remove", model, planned, optimizers)
 
 
 def _removing(rule: Rule) -> Rule:
@@ -203,24 +218,39 @@ def migrate(model: nn.Module, *, to: Literal["parametrized", "legacy"] = "parame
             f"migrate(to={to!r}): expected 'parametrized' or 'legacy'; "
             "to get plain weights, use remove()"
         )
-    return execute(build_migration(model, to), ())
+    return _carry_out("migrate", model, lambda: build_migration(model, to), ())
 
 
 def execute(plan: Plan, optimizers: Optimizer | Iterable[Any] = ()) -> Report:
     """Carry out a plan that was just made; if anything is raised, nothing has changed."""
-    edit = OptimizerEdit(optimizers)
-    plan.check()
+    return _carry_out("execute", plan.model, lambda: plan, optimizers)
+
+
+def _carry_out(
+    verb: str, model: nn.Module, planned: Callable[[], Plan], optimizers: Optimizer | Iterable[Any]
+) -> Report:
+    ranks = Ranks(model)
+    with ranks.agree(verb) as body:
+        plan = planned()
+        edit = OptimizerEdit(optimizers)
+        plan.check()
+        body.steps = plan.changes
     log = UndoLog()
     work = _Work(log)
+    plan.problems += divided_in_parts(plan)
+    work.compute_parts(plan.changes)
     try:
-        for step in plan.changes:
-            work.do(step)
-        for site in plan.leftovers:
-            log.record(site.module)
-            layouts.drop_load_hooks(site.module, site.param)
-        for step in plan.changes:
-            layouts.refresh(step.site.module)
-        changes = edit.replace(work.replacements)
+        with ranks.agree(verb) as body:
+            plan.check()
+            for step in plan.changes:
+                body.at = step.site.name
+                work.do(step)
+            for site in plan.leftovers:
+                log.record(site.module)
+                layouts.drop_load_hooks(site.module, site.param)
+            for step in plan.changes:
+                layouts.refresh(step.site.module)
+            changes = edit.replace(work.replacements)
     except BaseException:
         edit.rollback()
         log.rollback()
@@ -228,6 +258,7 @@ def execute(plan: Plan, optimizers: Optimizer | Iterable[Any] = ()) -> Report:
     if plan.changes:
         settle(plan.model)
         follow_initializer(plan.model)
+        follow_styles(plan.model)
     return Report(
         tuple(step.site.name for step in plan.changes),
         tuple(step.to_dict() for step in plan.steps),
@@ -243,7 +274,14 @@ class _Work:
     def __init__(self, log: UndoLog) -> None:
         self._log = log
         self._made: dict[Hashable, tuple[nn.Parameter, ...]] = {}
+        self._computed: dict[int, _Values] = {}
         self.replacements: list[Replacement] = []
+
+    def compute_parts(self, steps: Iterable[Step]) -> None:
+        """Compute what ranks compute together, while no rank can have anything else to say."""
+        for step in steps:
+            if step.action != "migrate" and is_dtensor(step.site.tensor):
+                self._computed[id(step)] = _values(step)
 
     def do(self, step: Step) -> None:
         """Change one site."""
@@ -279,29 +317,39 @@ class _Work:
         put = layouts.put_legacy if step.after == "legacy" else layouts.put_parametrized
         put(step.site.module, step.site.param, step.norm, g, v, order)
 
-    @staticmethod
-    def _new(step: Step) -> tuple[nn.Parameter, ...]:
+    def _new(self, step: Step) -> tuple[nn.Parameter, ...]:
         held = step.site.held
-        weight = held.weight() if isinstance(held, layouts.Normed) else step.site.tensor
+        computed = self._computed.get(id(step)) or _values(step)
+        weight = computed.weight
+        if isinstance(held, layouts.Normed):
+            weight = held.parameter(weight)
         assert isinstance(weight, nn.Parameter)
         if step.action == "remove":
             return (weight,)
-        assert step.norm is not None and step.rule is not None
-        g_init = step.rule.g_init
-        if isinstance(held, layouts.Normed) and (held.g_init, held.norm) == (g_init, step.norm):
-            g_init = None  # it is thawed, and has been filled before
-        return _split(weight, step.norm, g_init, step.rule.train_g, step.copies)
+        assert step.rule is not None and computed.g is not None
+        v = weight.detach().clone() if step.copies else weight.detach()  # or in its memory
+        direction = nn.Parameter(v, weight.requires_grad)
+        layouts.hand_over(weight, direction)
+        return nn.Parameter(computed.g, weight.requires_grad and step.rule.train_g), direction
 
 
-def _split(
-    weight: nn.Parameter, norm: NormOptions, g_init: float | None, train_g: bool, copies: bool
-) -> tuple[nn.Parameter, nn.Parameter]:
-    """The g and v for a weight; v shares its memory unless ``copies``."""
+class _Values(NamedTuple):
+    """The weight of a step, and the g that it gets, if it gets one."""
+
+    weight: Tensor
+    g: Tensor | None = None
+
+
+def _values(step: Step) -> _Values:
+    held = step.site.held
+    weight = held.computed() if isinstance(held, layouts.Normed) else step.site.tensor
+    assert weight is not None  # nothing is planned for a site without a tensor
+    if step.action == "remove":
+        return _Values(weight)
+    assert step.norm is not None and step.rule is not None
+    g_init = step.rule.g_init
+    if isinstance(held, layouts.Normed) and (held.g_init, held.norm) == (g_init, step.norm):
+        g_init = None  # it is thawed, and has been filled before
     if g_init is None:
-        g = magnitude(weight, *norm)
-    else:
-        shape = g_shape(weight.shape, norm.dim)
-        g = torch.full(shape, g_init, dtype=real_dtype(weight.dtype), device=weight.device)
-    v = nn.Parameter(weight.detach().clone() if copies else weight.detach(), weight.requires_grad)
-    layouts.hand_over(weight, v)
-    return nn.Parameter(g, weight.requires_grad and train_g), v
+        return _Values(weight, magnitude(weight, *step.norm))
+    return _Values(weight, filled(weight, step.norm.dim, g_init))

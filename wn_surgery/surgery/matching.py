@@ -37,16 +37,17 @@ def match(nodes: Sequence[Node], rules: Sequence[Rule]) -> Iterator[Match]:
     tests = [path_test(rule) for rule in rules]
 
     # Models have many modules, but few classes and few parameter names.
-    @functools.cache
-    def of_class(base: type) -> list[tuple[int, Callable[[str], object]]]:
-        return [(i, tests[i]) for i, rule in numbered if matches_class(rule, base)]
+    by_class: dict[type, list[tuple[int, Callable[[str], object]]]] = {}
 
     @functools.cache
     def of_param(param: str) -> set[int]:
         return {i for i, rule in numbered if matches_param(rule, param)}
 
     for node in nodes:
-        if not (typed := of_class(node.base)):
+        base = node.base
+        if base not in by_class:
+            by_class[base] = [(i, tests[i]) for i, rule in numbered if matches_class(rule, base)]
+        if not (typed := by_class[base]):
             continue
         named = [(path, i) for path in node.paths for i, test in typed if test(path)]
         for site in sites_of(node, of_param) if named else ():

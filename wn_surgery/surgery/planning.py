@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import warnings
 from collections.abc import Collection, Generator, Hashable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,14 @@ from wn_surgery.surgery.matching import Match, match, takes
 from wn_surgery.surgery.plan import Plan, Step
 from wn_surgery.surgery.ties import Index, resolve_ties
 
-__all__ = ["OnUnmatched", "UnmatchedRuleWarning", "build", "build_migration", "plan"]
+__all__ = [
+    "OnUnmatched",
+    "UnmatchedRuleWarning",
+    "build",
+    "build_migration",
+    "divided_in_parts",
+    "plan",
+]
 
 OnUnmatched: TypeAlias = Literal["error", "warn", "ignore"]
 
@@ -80,10 +88,6 @@ def _uncollected() -> Generator[None]:
         yield
     finally:
         if enabled:
-            if not gc.get_freeze_count():
-                # What was made becomes old without a pass that looks at it.
-                gc.freeze()
-                gc.unfreeze()
             gc.enable()
 
 
@@ -106,14 +110,21 @@ def build(model: nn.Module, rules: tuple[Rule, ...], on_unmatched: OnUnmatched =
     resolve_ties(made, index)
     # Checked after ties are resolved: a tied site that is skipped is never divided by its norm.
     # BERT's decoder is tied to embeddings whose padding is zero.
-    made.problems += checks.before_division(
-        (step.site, step.norm, None if step.rule is None else step.rule.g_init)
-        for step in made.changes
-        if step.norm is not None
-    )
+    made.problems += checks.before_division(_divided(made), in_parts=False)
     made.leftovers += _leftovers(nodes, rules)
     _report_unmatched(made, nodes, winning, on_unmatched)
     return made
+
+
+def divided_in_parts(plan: Plan) -> list[WeightNormError]:
+    """What :func:`build` leaves out, since every rank has to ask: what is wrong with DTensors."""
+    return checks.before_division(_divided(plan), in_parts=True)
+
+
+def _divided(plan: Plan) -> Iterator[tuple[Site, NormOptions, float | None]]:
+    for step in plan.changes:
+        if step.norm is not None and step.action != "migrate":
+            yield step.site, step.norm, None if step.rule is None else step.rule.g_init
 
 
 def _nodes(model: nn.Module) -> list[Node]:
@@ -294,6 +305,15 @@ def _conflicts(found: Match, rules: tuple[Rule, ...]) -> Iterator[WeightNormErro
         yield checks.error_at(site, "names", message)
 
 
+def _level_of_caller() -> int:
+    """The stack level, seen from who asks, of the code that called this library."""
+    level, frame = 1, sys._getframe(1)
+    own = ("wn_surgery", "contextlib")
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in own:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
 def _report_unmatched(
     made: Plan, nodes: list[Node], winning: set[int], on_unmatched: OnUnmatched
 ) -> None:
@@ -307,4 +327,4 @@ def _report_unmatched(
         if on_unmatched == "error":
             made.problems.append(WeightNormError(message, kind=unmatched.kind, site=site))
         elif on_unmatched == "warn":
-            warnings.warn(message, UnmatchedRuleWarning, stacklevel=5)
+            warnings.warn(message, UnmatchedRuleWarning, stacklevel=_level_of_caller())

@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from wn_surgery.errors import ModelError, WeightNormError
 from wn_surgery.model.sites import NormedSite, as_module, normed, walk
+from wn_surgery.norm.cuts import gathered, is_dtensor, write
 from wn_surgery.norm.options import dtype_name, kept_axes
 from wn_surgery.rules import fields
 from wn_surgery.rules.patterns import PatternSet
@@ -65,7 +66,8 @@ def initialize_from_batch(
     Calls ``model(*inputs, **kwargs)`` once, without gradients. Each weight-normed linear layer or
     convolution is set at its first call, before later layers see its output. v, buffers and random
     number generators stay as they were. In a process group, every rank calls it with its own part
-    of the batch; the statistics are those of all parts, and g and biases the same on all.
+    of the batch; the statistics are those of all parts, and g and biases the same on all. Where g
+    is a DTensor, each rank sets its part, from the gathered output of the layer.
 
     Args:
         model: weight-normed, before it is compiled or exported; best in training mode.
@@ -217,6 +219,9 @@ def _why_not(site: NormedSite) -> str:
         return "its bias is computed, by a parametrization or a hook"
     if held.g.is_meta:
         return "it is on the meta device and has no values"
+    if is_dtensor(held.g):
+        by = site.node.wrapped
+        return f"its g is held by {by}: initialize before that" if by else ""
     if type(held.g) is not nn.Parameter:
         return f"its g is a {type(held.g).__name__}"
     return ""
@@ -259,6 +264,12 @@ class _Layer:
 
     def _set(self, y: Tensor) -> None:
         name, (g, *biases) = self.site.name, self._held
+        if is_dtensor(g) and not is_dtensor(y):
+            raise _error(
+                f"g of {name} is a DTensor, but its layer gives a plain tensor, of which this rank "
+                "may have a part only; initialize before the model is cut"
+            )
+        y = gathered(y.detach())
         axis = _channel_axis(self.site.module, y.ndim)
         assert axis is not None  # or there would be no layer
         mean, variance = _moments(y, axis, name)
@@ -272,10 +283,11 @@ class _Layer:
         )
         std = torch.where(constant, 1.0, std) if per_channel else std.new_tensor(total or 1.0)
         self._before = [(tensor, tensor.clone()) for tensor in self._held]
-        g.div_(std.reshape(g.shape if per_channel else ()).to(g.dtype))
+        scale = std.expand(g.numel()) if not per_channel else std
+        write(g, gathered(g) / scale.reshape(g.shape).to(g.dtype))
         for bias in biases:
-            bias.copy_((bias.to(mean.dtype) - mean) / std)
-        if not all(bool(tensor.isfinite().all()) for tensor in self._held):
+            write(bias, (gathered(bias).to(mean.dtype) - mean) / std)
+        if not all(bool(gathered(tensor).isfinite().all()) for tensor in self._held):
             raise _error(
                 f"the output of {name} varies by {total:.3g}, and a g or bias that makes it 1 does "
                 f"not fit {dtype_name(g.dtype)}; scale the inputs"

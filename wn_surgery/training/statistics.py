@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from wn_surgery.model.sites import NormedSite, normed
-from wn_surgery.norm.math import norm_except
+from wn_surgery.norm.cuts import gathered
+from wn_surgery.norm.math import magnitude
 from wn_surgery.surgery.optimizers import all_unwrapped
 from wn_surgery.tables import render
 
@@ -109,8 +110,8 @@ def statistics(model: nn.Module, optimizers: Optimizer | Iterable[Any] = ()) -> 
     2.1; van Laarhoven 2017, arXiv:1706.05350).
 
     Args:
-        model: any module tree, in any layout. Sharded parameters are gathered, so every rank
-            has to call it.
+        model: any module tree, in any layout. Of sharded parameters the norms are gathered, so
+            every rank has to call it.
         optimizers: for the effective learning rate: a ``torch.optim.Optimizer``, a wrapper that
             keeps one under ``.optimizer``, or several of them.
 
@@ -153,9 +154,9 @@ def _of_sites(found: list[NormedSite], rates: dict[int, float]) -> Iterator[Site
         return
     values: list[Tensor] = []
     for site in found:
-        g, v = _whole(site.held.g), _whole(site.held.v)
+        g, v = gathered(site.held.g.detach()), site.held.v.detach()
         # In bfloat16 a sum of squares stops growing at 256 equal terms.
-        v_norm = norm_except(v.float() if v.dtype in _HALVES else v, site.dim)
+        v_norm = gathered(magnitude(v.float() if v.dtype in _HALVES else v, site.dim))
         values += [g.float().flatten(), v_norm.float().flatten()]
     # Everything at once: a transfer for each site would stop a GPU hundreds of times.
     whole = torch.cat([value.to(values[0].device) for value in values]).cpu()
@@ -165,12 +166,6 @@ def _of_sites(found: list[NormedSite], rates: dict[int, float]) -> Iterator[Site
         lr = rates.get(id(site.held.v))
         rate = None if lr is None else float((lr / v_norm.square()).mean())
         yield SiteStatistics(site.name, _three(g), _three(v_norm), rate, g, v_norm)
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    tensor = parameter.detach()
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
 
 
 def _three(values: Tensor) -> tuple[float, float, float]:
