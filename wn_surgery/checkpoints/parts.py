@@ -66,8 +66,8 @@ class Parts:
         shapes: dict[Steps, tuple[tuple[int, ...], torch.dtype]] = {}
         tensors: dict[Steps, Callable[[], Tensor]] = {}
         for part in self.source.parts.values():
-            for path, shape, kind, read in self._of(part):
-                shapes[path], tensors[path] = (shape, kind), read
+            for place, shape, kind, compute in self._of(part):
+                shapes[place], tensors[place] = (shape, kind), compute
         blobs = {
             path: partial(self._blob, key)
             for key in self.source.blobs

@@ -249,10 +249,12 @@ def write_distributed(
 
     ``tensors`` and ``blobs`` are by their paths in the containers; joined with dots they are keys.
     """
-    import torch.distributed.checkpoint as dcp
+    # From where they are defined: the package does not export them to type checkers.
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     paths = {".".join(path): path for path in (*tensors, *blobs)}
     failed: list[BaseException] = []
@@ -279,9 +281,9 @@ def write_distributed(
     state |= {".".join(path): b"" for path in blobs}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it saves in a single process
-        writer = dcp.FileSystemWriter(folder, single_file_per_rank=True)
+        writer = FileSystemWriter(folder, single_file_per_rank=True)
         try:
-            dcp.save(state, storage_writer=writer, planner=Planner(), no_dist=True)
+            save(state, storage_writer=writer, planner=Planner(), no_dist=True)
         except CheckpointException as error:
             # torch reports the failures of all ranks, of which there is one here.
             failed += [cause for cause, _ in error.failures.values()]

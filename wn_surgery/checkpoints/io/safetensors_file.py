@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from wn_surgery.checkpoints.io.header import TORCH, Entry, read_header
 from wn_surgery.errors import CheckpointError, CheckpointFileError
 
-__all__ = ["File", "Sink", "owners_of", "reading", "write_tensor"]
+__all__ = ["File", "Holder", "Sink", "owners_of", "reading", "write_tensor"]
 
 CHUNK = 1 << 24
 
@@ -107,22 +107,45 @@ class File:
         self._file.close()
 
 
-class _Holder(Protocol):
+class Stored(Protocol):
+    """What is known of a tensor before it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+        ...
+
+    @property
+    def kind(self) -> torch.dtype | str:
+        """Its dtype, or the name of one that torch lacks."""
+        ...
+
+
+class Holder(Protocol):
     """What has tensors by name."""
 
     @property
-    def path(self) -> Path: ...
+    def path(self) -> Path:
+        """The file, or the folder."""
+        ...
 
     @property
-    def entries(self) -> Mapping[str, object]: ...
+    def entries(self) -> Mapping[str, Stored]:
+        """The tensors, by name."""
+        ...
+
+    def tensor(self, name: str, /) -> Tensor:
+        """One of them, in memory of its own."""
+        ...
+
+    def copy(self, name: str, out: Sink, /) -> None:
+        """Write its bytes."""
+        ...
 
 
-_H = TypeVar("_H", bound=_Holder)
-
-
-def owners_of(files: Iterable[_H]) -> dict[str, _H]:
+def owners_of(files: Iterable[Holder]) -> dict[str, Holder]:
     """The file that each tensor of several shards is in; it must be in one only."""
-    owners: dict[str, _H] = {}
+    owners: dict[str, Holder] = {}
     for file in files:
         for name in file.entries:
             if name in owners:
