@@ -85,7 +85,8 @@ def train(rules: tuple[wn.Rule, ...], put_back: bool, steps: int, lr: float) -> 
     """Train with or without renormalized directions, from the same start."""
     torch.manual_seed(0)
     began = time.perf_counter()
-    images = torch.from_numpy(load_digits().images).float().flatten(1) / 8 - 1
+    pixels, _ = load_digits(return_X_y=True)
+    images = torch.from_numpy(pixels).float() / 8 - 1
     images = images[torch.randperm(len(images))]
     train_on, held_out = images[300:], images[:300]
     model = Denoiser()

@@ -151,8 +151,9 @@ class Site:
 class NormedSite(Site):
     """A site that carries weight norm: what may be ``None`` in a site is there."""
 
-    held: Normed
-    tensor: Tensor = field(repr=False)
+    # Nobody assigns to them, which is what pyright fears.
+    held: Normed  # pyright: ignore[reportIncompatibleVariableOverride]
+    tensor: Tensor = field(repr=False)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @property
     def norm(self) -> NormOptions:

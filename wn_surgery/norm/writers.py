@@ -73,7 +73,7 @@ class Followed(Tensor):
                     view._whole = mine[0] if mine[0]._whole is None else mine[0]._whole
             if func is Tensor.requires_grad_ and mine:
                 # nn.Parameter() goes this way, and would make one that writes into the layer.
-                result = result.as_subclass(Tensor)
+                result = cast(Tensor, result).as_subclass(Tensor)
         return result
 
     def _assign(self) -> None:

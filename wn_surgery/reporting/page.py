@@ -123,7 +123,7 @@ def _document(content: Content) -> str:
     from wn_surgery import __version__
 
     style, script = (
-        resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+        resources.files("wn_surgery.reporting").joinpath(name).read_text(encoding="utf-8")
         for name in ("page.css", "page.js")
     )
     columns = _columns(content)
