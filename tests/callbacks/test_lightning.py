@@ -12,7 +12,8 @@ import pytest
 import pytorch_lightning
 import torch
 from torch import nn
-from torch.distributed.tensor import DeviceMesh, distribute_tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import wn_surgery as wn
 from tests.callbacks.lightning_tools import (
@@ -233,15 +234,13 @@ def test_layers_sharded_in_configure_model_are_refused(tmp_path: Path) -> None:
     class Shards(Late):
         def configure_model(self) -> None:
             super().configure_model()
-            for module in self.model.modules():
-                if isinstance(module, nn.Linear):
-                    module.weight = nn.Parameter(distribute_tensor(module.weight, mesh))
+            fully_shard(self.model, mesh=mesh)
 
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
     )
     try:
-        mesh = DeviceMesh("cpu", [0])
+        mesh = init_device_mesh("cpu", (1,))
         with pytest.raises(wn.WrappedModuleError, match=r"in configure_model\(\) before sharding"):
             trainer(WeightNorm(RULES)).fit(Shards(), loader())
     finally:
