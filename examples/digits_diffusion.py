@@ -155,7 +155,7 @@ def draw(runs: dict[str, Run], path: Path) -> None:
     for column, (name, run) in enumerate(runs.items()):
         tiles = run.samples.clamp(-1, 1).reshape(4, 10, 8, 8).permute(0, 2, 1, 3).reshape(32, 80)
         shown: Any = axes[0][column]
-        shown.imshow(tiles, cmap="gray_r", vmin=-1, vmax=1)
+        shown.imshow(tiles.numpy(), cmap="gray_r", vmin=-1, vmax=1)
         shown.set_title(f"{name}\nheld-out loss {run.held_out:.4f}", fontsize=10)
         shown.axis("off")
         curves: Any = axes[1][column]

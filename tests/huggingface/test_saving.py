@@ -376,7 +376,9 @@ def test_what_cannot_be_noted_is_refused(tmp_path: Path) -> None:
     model.config.quantization_config = {"quant_method": "torchao"}
     with pytest.raises(wn.QuantizedWeightError, match="has a quantization"):
         model.save_pretrained(tmp_path)
-    with pytest.raises(TypeError, match="expected a model of transformers, got Linear"):
+    with pytest.raises(
+        TypeError, match="expected a model of transformers or diffusers, got Linear"
+    ):
         save_pretrained(nn.Linear(2, 2), tmp_path)  # type: ignore[arg-type]
 
 

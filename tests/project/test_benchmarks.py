@@ -106,7 +106,9 @@ def test_the_check_of_one_tensor_and_of_which_there_are() -> None:
 def test_a_missing_verb_leaves_its_rows_out(monkeypatch: pytest.MonkeyPatch) -> None:
     import wn_surgery
 
+    # The package fetches a name from its home when it is first used.
     monkeypatch.delattr(wn_surgery, "fuse", raising=False)
+    monkeypatch.delitem(wn_surgery._HOME, "fuse")
     with alternatives(small(), NO_GRAD) as found:
         assert "ours fused" not in {each.name for each in found}
     (table, *_) = next(case for case in CASES if case.name == "rnn").tables(True, False, "cpu")
