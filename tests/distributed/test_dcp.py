@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +12,9 @@ from safetensors.torch import load_file
 
 import wn_surgery as wn
 from tests.distributed.dcp_run import build
+from tests.distributed.launching import launch
 from wn_surgery.checkpoints.io.distributed import Distributed
 
-SCRIPT = Path(__file__).with_name("dcp_run.py")
-ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.processes,
     pytest.mark.xdist_group("dcp"),
@@ -26,30 +22,15 @@ pytestmark = [
 ]
 
 
-def launch(folder: Path, what: str, count: int) -> Any:
-    env = {
-        **{key: value for key, value in os.environ.items() if "RANK" not in key},
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    done = subprocess.run(
-        [sys.executable, *run, str(SCRIPT), str(folder), what],
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+def run(folder: Path, what: str, count: int) -> Any:
+    launch("dcp_run.py", folder, what, processes=count)
     return torch.load(folder / f"{what}.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("dcp")
-    launch(made, "save", 2)
+    run(made, "save", 2)
     return made
 
 
@@ -72,7 +53,7 @@ def test_one_process_and_four_read_what_two_have_saved(folder: Path) -> None:
     state = {"model": build().state_dict()}
     dcp.load(state, checkpoint_id=folder / "saved", no_dist=True)
     assert equal(state["model"], saved)
-    assert equal(launch(folder, "load", 4)["loaded"], saved)
+    assert equal(run(folder, "load", 4)["loaded"], saved)
 
 
 def test_conversion_of_pieces(folder: Path) -> None:

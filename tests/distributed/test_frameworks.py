@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).with_name("framework_runs.py")
-ROOT = Path(__file__).parents[2]
+from tests.distributed.launching import launch
+
 pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("parallel")]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("frameworks")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(SCRIPT), str(folder / "found.pt"), str(folder)],
-        env={
-            **{key: value for key, value in os.environ.items() if "RANK" not in key},
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch("framework_runs.py", folder / "found.pt", folder, processes=2)
     return torch.load(folder / "found.pt", weights_only=True)
 
 

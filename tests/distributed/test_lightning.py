@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-SCRIPT = Path(__file__).with_name("lightning_runs.py")
-ROOT = Path(__file__).parents[2]
+from tests.distributed.launching import launch
+
 # One worker runs them all: the fixture is of a whole minute.
 pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("lightning strategies")]
 STRATEGIES = ("auto", "ddp", "ddp_spawn", "sharded")
@@ -21,21 +18,7 @@ G, V = "parametrizations.weight.original0", "parametrizations.weight.original1"
 
 
 def run(strategy: str, folder: Path) -> Any:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), strategy, str(folder)],
-        # No rank of a launcher above, and no CUDA where there is one.
-        env={
-            **{key: value for key, value in os.environ.items() if "RANK" not in key},
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch("lightning_runs.py", strategy, folder)
     return torch.load(folder / f"{strategy}.pt", weights_only=True)
 
 

@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).with_name("parallel_runs.py")
-ROOT = Path(__file__).parents[2]
+from tests.distributed.launching import launch
+
 pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("parallel")]
 
 
-def launch(processes: int, folder: Path) -> Any:
+def run(processes: int, folder: Path) -> Any:
     file = folder / f"{processes}.pt"
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone",
-         f"--nproc_per_node={processes}", str(SCRIPT), str(file)],
-        env={
-            **{key: value for key, value in os.environ.items() if "RANK" not in key},
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch("parallel_runs.py", file, processes=processes)
     return torch.load(file, weights_only=True)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return launch(2, tmp_path_factory.mktemp("two"))
+    return run(2, tmp_path_factory.mktemp("two"))
 
 
 def test_parts_give_what_the_whole_gives_with_one_sum_a_pass(two: Any) -> None:
@@ -173,7 +156,7 @@ def test_bfloat16_rounds_g_more_than_norms(two: Any) -> None:
 
 
 def test_both_together(tmp_path: Path) -> None:
-    for name, found in launch(4, tmp_path)["two dimensions"].items():
+    for name, found in run(4, tmp_path)["two dimensions"].items():
         assert found["after"] <= 1e-5, name
         assert found["statistics"] <= 1e-5, name
         assert found["folded"] <= 1e-5, name

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +10,16 @@ import torch
 import transformers as hf
 
 import wn_surgery as wn
+from tests.distributed.launching import launch
 
-SCRIPT = Path(__file__).with_name("trainer_run.py")
-ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("transformers ddp")]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("trainer")
-    env = {
-        **{key: value for key, value in os.environ.items() if "RANK" not in key},
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    commands = {2: [*launch, str(SCRIPT)], 1: [str(SCRIPT)]}
-    for count, command in commands.items():
-        done = subprocess.run(
-            [sys.executable, *command, str(made), str(count)],
-            env=env,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=900,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+    launch("trainer_run.py", made, 2, processes=2)
+    launch("trainer_run.py", made, 1)
     return made
 
 

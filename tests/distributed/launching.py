@@ -1,0 +1,31 @@
+"""Starts a script of this folder in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+def launch(script: str, *arguments: object, processes: int | None = None) -> None:
+    """Run a script, on several ranks if ``processes`` says so; its last words if it fails."""
+    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run(
+        [sys.executable, *(ranks if processes else ()), HERE / script, *map(str, arguments)],
+        # No rank of a launcher above, and no CUDA where there is one.
+        env={
+            **{key: value for key, value in os.environ.items() if "RANK" not in key},
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
