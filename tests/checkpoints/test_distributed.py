@@ -99,7 +99,7 @@ def test_a_folder_becomes_plain(tmp_path: Path, pieces: bool) -> None:
     if pieces:
         in_pieces(tmp_path / "a")
     before = listing(tmp_path / "a")
-    with pytest.warns(UserWarning, match="12 entries of optimizers about g and v were left out"):
+    with pytest.warns(UserWarning, match="state of 4 tensors is left out"):
         done = convert_file(tmp_path / "a", tmp_path / "b", verify=True)
     assert done.weights == ("0.weight", "2.weight") and done.files == (tmp_path / "b",)
     assert listing(tmp_path / "a") == before
@@ -313,3 +313,18 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(wn.CheckpointFileError, match="No space left"):
         convert_file(tmp_path / "a", tmp_path / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_damaged_list_of_names(tmp_path: Path) -> None:
+    model = normed()
+    weights, moments = get_state_dict(model, trained(model))
+    dcp.save({"model": weights, "optim": moments}, checkpoint_id=tmp_path / "a", no_dist=True)
+    said = pickle.loads((tmp_path / "a" / ".metadata").read_bytes())
+    info = said.storage_data[MetadataIndex("optim.param_groups.0.params")]
+    path = tmp_path / "a" / info.relative_path
+    content = bytearray(path.read_bytes())
+    content[info.offset : info.offset + info.length] = bytes(info.length)
+    path.write_bytes(content)
+    with pytest.raises(wn.CheckpointError, match=r"'optim.param_groups.0.params' is damaged"):
+        convert_file(tmp_path / "a", tmp_path / "b", "legacy")
+    assert [each.name for each in tmp_path.iterdir()] == ["a"]

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from wn_surgery.checkpoints.containers import bound, converted_record, recorded, shapes_of
 from wn_surgery.checkpoints.folding import compute, kind_of
-from wn_surgery.checkpoints.optimizer_names import is_numbered, new_names, renamed_lists
+from wn_surgery.checkpoints.optimizer_names import (
+    is_numbered,
+    new_names,
+    renamed_lists,
+    warn_of_forgotten,
+)
 from wn_surgery.checkpoints.pairs import Axes
 from wn_surgery.checkpoints.plan import Line, Plan, plan, refuse_unused_rules
 from wn_surgery.checkpoints.request import Also, Choice, Layout, Request
@@ -84,12 +89,7 @@ def converted(
     with torch.no_grad():
         result = work.walk(state, dict(asked.known), 0)
     refuse_unused_rules(asked, work.plans)
-    if work.forgotten:
-        warnings.warn(
-            f"the optimizer's state of {len(work.forgotten)} tensors is left out, such as that of "
-            f"{work.forgotten[0]!r}: g and v have moments of their own, a weight would need others",
-            stacklevel=3,
-        )
+    warn_of_forgotten(work.forgotten, stacklevel=3)
     if work.numbered and asked.to != "plain" and any(each.weights for each in work.plans):
         warnings.warn(
             "an optimizer's state by number is left as it is: it fits where the parameters of the "

@@ -19,6 +19,7 @@ from wn_surgery.checkpoints.folders import Source, copy_companions, find
 from wn_surgery.checkpoints.io.atomic import atomic, atomic_folder, is_same, writing
 from wn_surgery.checkpoints.io.safetensors_file import File
 from wn_surgery.checkpoints.io.torch_file import SUFFIXES, Parking, check_written, load
+from wn_surgery.checkpoints.optimizer_names import warn_of_forgotten
 from wn_surgery.checkpoints.pairs import Axes
 from wn_surgery.checkpoints.parts import Parts
 from wn_surgery.checkpoints.plan import Plan, refuse_unused_rules
@@ -186,7 +187,7 @@ class _Work:
         if goal.suffix != ".safetensors":
             with atomic_folder(goal, like=parts.source.path) as made:
                 parts.write(made, self.verify)
-            parts.warn_of_forgotten()
+            warn_of_forgotten(parts.forgotten, stacklevel=3)
             return _summary([goal], parts.plans)
         part, stream = parts.only_model()
         check = partial(stream.check, file=part, verify=self.verify)

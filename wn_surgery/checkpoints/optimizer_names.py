@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,10 @@ from torch import Tensor
 from wn_surgery.checkpoints.pairs import examine
 from wn_surgery.norm.naming import keys_for
 
-__all__ = ["is_numbered", "new_names", "renamed_lists"]
+__all__ = ["is_numbered", "new_names", "renamed", "renamed_lists", "warn_of_forgotten"]
+
+LISTS = ("params", "param_names")
+"""Where ``param_groups`` list parameters."""
 
 
 def new_names(state: Mapping[Any, Any], to: str) -> dict[str, str | None]:
@@ -45,18 +49,30 @@ def is_numbered(state: Mapping[Any, Any]) -> bool:
     )
 
 
+def renamed(value: Any, names: Mapping[str, str | None]) -> Any:
+    """A list of parameters' names with the new ones; anything else as it is."""
+    if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
+        return [new for name in value if (new := names.get(name, name)) is not None]
+    return value
+
+
+def warn_of_forgotten(parameters: Collection[str], stacklevel: int) -> None:
+    """Warn of the parameters whose optimizer's state has no place in plain weights, if any."""
+    if parameters:
+        warnings.warn(
+            f"the optimizer's state of {len(parameters)} tensors is left out, such as that of "
+            f"{next(iter(parameters))!r}: g and v have moments of their own, a weight would need "
+            "others",
+            stacklevel=stacklevel + 1,
+        )
+
+
 def renamed_lists(groups: Any, names: Mapping[str, str | None]) -> Any:
     """An optimizer's ``param_groups`` with new names under ``params`` and ``param_names``."""
-
-    def of(value: Any) -> Any:
-        if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
-            return [new for name in value if (new := names.get(name, name)) is not None]
-        return value
-
     if not isinstance(groups, list):
         return groups
     return [
-        {key: of(value) if key in ("params", "param_names") else value for key, value in g.items()}
+        {key: renamed(value, names) if key in LISTS else value for key, value in g.items()}
         if isinstance(g, dict)
         else g
         for g in groups

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,8 +11,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from wn_surgery.checkpoints.io.distributed import Distributed, Part, write_distributed
+from wn_surgery.checkpoints.io.distributed import (
+    Distributed,
+    Part,
+    unpickled,
+    write_distributed,
+)
 from wn_surgery.checkpoints.io.torch_file import same_bits
+from wn_surgery.checkpoints.optimizer_names import LISTS, renamed
 from wn_surgery.checkpoints.plan import Plan, refuse_unused_rules
 from wn_surgery.checkpoints.reading import is_model
 from wn_surgery.checkpoints.request import Request
@@ -34,7 +39,7 @@ class Parts:
     Attributes:
         source: the folder.
         plans: one for each state dict of a model.
-        forgotten: what optimizers held of g and v, for which a plain weight has no place.
+        forgotten: the g and v of which an optimizer's state is left out, once it is written.
     """
 
     def __init__(self, path: Path, asked: Request) -> None:
@@ -47,7 +52,7 @@ class Parts:
         self.plans: list[Plan] = [stream.plan for stream in self._streams.values()]
         refuse_unused_rules(asked, self.plans)
         self._renames = _renames(self._streams)
-        self.forgotten: list[str] = []
+        self.forgotten: dict[str, None] = {}
 
     def only_model(self) -> tuple[Part, Stream]:
         """The one state dict that a safetensors file has room for."""
@@ -92,15 +97,6 @@ class Parts:
         if not same:
             raise CheckpointFileError(f"{str(made)!r} was not written as planned; try again")
 
-    def warn_of_forgotten(self) -> None:
-        """Warn of what optimizers held of g and v, if it was left out."""
-        if self.forgotten:
-            warnings.warn(
-                f"{len(self.forgotten)} entries of optimizers about g and v were left out, since a "
-                f"plain weight has no place for them: {self.forgotten[0]!r}",
-                stacklevel=4,
-            )
-
     def _of(
         self, part: Part
     ) -> list[tuple[Steps, tuple[int, ...], torch.dtype, Callable[[], Tensor]]]:
@@ -130,7 +126,7 @@ class Parts:
                 steps.append(step)
                 continue
             if (new := self._renames[name]) is None:
-                self.forgotten.append(".".join(path))
+                self.forgotten[name] = None
                 return None
             steps.append(f"{start}{new}.{rest}" if start else new)
         return tuple(steps)
@@ -139,14 +135,10 @@ class Parts:
         """A pickle as it is; but the lists of parameters' names have the new names."""
         content = self.source.blob(key)
         *place, name = self.source.path_of(key)
-        if name not in ("params", "param_names") or "param_groups" not in place:
+        if name not in LISTS or "param_groups" not in place:
             return content
-        names = torch.load(io.BytesIO(content), weights_only=True)
-        if not isinstance(names, list):
-            return content
-        moved = [self._renames.get(each, each) for each in names]
         out = io.BytesIO()
-        torch.save([each for each in moved if each is not None], out)
+        torch.save(renamed(unpickled(content, f"{key!r}"), self._renames), out)
         return out.getvalue()
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from wn_surgery.checkpoints.io.safetensors_file import Sink, reading, write_tensor
 from wn_surgery.errors import CheckpointError, CheckpointFileError
 
-__all__ = ["METADATA", "Distributed", "Part", "write_distributed"]
+__all__ = ["METADATA", "Distributed", "Part", "unpickled", "write_distributed"]
 
 METADATA = ".metadata"
 MAX_METADATA = 1 << 30
@@ -139,14 +139,8 @@ class Distributed:
         return whole
 
     def _load(self, piece: _Piece, dtype: torch.dtype) -> Tensor:
-        memory = io.BytesIO(self._bytes(piece.file, piece.start, piece.length))
         where = f"the piece at byte {piece.start} of {str(self._known[piece.file])!r}"
-        try:
-            made = torch.load(memory, map_location="cpu", weights_only=True)
-        except Exception as error:
-            # As for PyTorch files: a damaged pickle raises whatever its last instruction called.
-            said = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{where} is damaged: {type(error).__name__}: {said}") from error
+        made = unpickled(self._bytes(piece.file, piece.start, piece.length), where)
         if not isinstance(made, Tensor) or (tuple(made.shape), made.dtype) != (piece.sizes, dtype):
             raise CheckpointError(f"{where} is not the tensor that {METADATA} describes")
         return made
@@ -237,6 +231,16 @@ class Part:
 
     def __exit__(self, *_: object) -> None:
         """Nothing is open between two reads."""
+
+
+def unpickled(content: bytes, where: str) -> Any:
+    """The plain data or the tensor in the bytes of one piece; ``where`` is for the error."""
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:
+        # As for PyTorch files: a damaged pickle raises whatever its last instruction called.
+        said = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{where} is damaged: {type(error).__name__}: {said}") from error
 
 
 def write_distributed(
