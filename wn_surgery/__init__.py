@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from wn_surgery import checkpoints, export
     from wn_surgery.fused import Fusion, fuse, unfuse
     from wn_surgery.model.contexts import folded, writable
+    from wn_surgery.model.exact import exact_norms
     from wn_surgery.model.sites import Site, sites
     from wn_surgery.reporting.page import report
     from wn_surgery.rules.sources import Rule
@@ -86,6 +87,7 @@ __all__ = [
     "ZeroNormError",
     "apply",
     "checkpoints",
+    "exact_norms",
     "export",
     "folded",
     "fuse",
@@ -107,6 +109,7 @@ __all__ = [
 _HOMES = {
     "fused": "Fusion fuse unfuse",
     "model.contexts": "folded writable",
+    "model.exact": "exact_norms",
     "model.sites": "Site sites",
     "reporting.page": "report",
     "rules.sources": "Rule",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from wn_surgery.errors import ModelError, ZeroNormError
 from wn_surgery.model import layouts
+from wn_surgery.model.exact import shown
 from wn_surgery.model.gathering import FSDP2, gather, release
 from wn_surgery.model.sites import NormedSite, is_folded, normed
 from wn_surgery.model.undo import Snapshot
@@ -94,11 +95,13 @@ def folded(model: nn.Module) -> Generator[None]:
         # One step for all threads: the last to leave must not tear down what another enters.
         with _LOCK:
             found = normed(model)
-            units = gather((site.held.g, site.held.v) for site in found if _is_cut(site))
-            for site in found:
-                fold = _fold_of(site)
-                fold.enter()
-                entered.append((site.name, fold))
+            cut = [site.held for site in found if _is_cut(site)]
+            with shown(held.compute for held in cut):
+                units = gather((held.g, held.v) for held in cut)
+                for site in found:
+                    fold = _fold_of(site)
+                    fold.enter()
+                    entered.append((site.name, fold))
             _refresh(found)
         yield
     finally:

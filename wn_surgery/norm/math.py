@@ -19,7 +19,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from wn_surgery.norm.cuts import Cut, is_dtensor, spread
-from wn_surgery.norm.options import Dim, kept_axes
+from wn_surgery.norm.options import Dim, NormOptions, kept_axes
 
 __all__ = ["Dim", "g_shape", "magnitude", "norm_except", "wanted_norm", "weight_norm"]
 
@@ -390,10 +390,20 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, v: Tensor, g: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None
+        ctx: Any,
+        v: Tensor,
+        g: Tensor,
+        dim: Dim,
+        eps: float,
+        norm_dtype: torch.dtype | None,
+        known: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        w, norms = values(v, g, dim, eps, norm_dtype)
+        if known is None:
+            w, norms = values(v, g, dim, eps, norm_dtype)
+        else:
+            w, norms = _scaled(v, *known, norm_dtype), known[1]
         ctx.held, ctx.versions, ctx.options = (v, g, norms), versions(v, g), (dim, eps, norm_dtype)
+        ctx.wide_g = g if known is None else known[0]
         return w
 
     @staticmethod
@@ -404,15 +414,33 @@ class _Node(torch.autograd.Function):
         if torch.is_grad_enabled():
             grad_v, grad_g = differentiable_gradients(grad, v, g, *ctx.options)
         else:
-            grad_v, grad_g = gradients(grad, v, g, norms, *ctx.options)
+            grad_v, grad_g = gradients(grad, v, ctx.wide_g, norms, *ctx.options)
+            grad_g = grad_g.to(g.dtype)
         need_v, need_g, *_ = ctx.needs_input_grad
-        return grad_v if need_v else None, grad_g if need_g else None, None, None, None
+        return grad_v if need_v else None, grad_g if need_g else None, *(None,) * 4
 
 
 # Past Function.apply, which looks for functorch's transforms: that has been done, and costs as
 # much as the rest. torch leaves it untyped.
 _past: Any = super(torch.autograd.Function, _Node)
-_node: Callable[[Tensor, Tensor, Dim, float, torch.dtype | None], Tensor] = _past.apply
+_node: Callable[..., Tensor] = _past.apply
+
+
+def weight_of_known(
+    v: Tensor, g: Tensor, known: tuple[Tensor, Tensor], options: NormOptions
+) -> Tensor:
+    """The weight of a rounded v and g, where the g and the norms of before the rounding are known.
+
+    The gradients are those of the weight, for v and g as they are here.
+    """
+    if builds_graph() and (v.requires_grad or g.requires_grad):
+        return _node(v, g, *options, known)
+    with torch.no_grad():
+        return _scaled(v, *known, options.norm_dtype)
+
+
+def _scaled(v: Tensor, g: Tensor, norms: Tensor, norm_dtype: torch.dtype | None) -> Tensor:
+    return (in_dtype(v, norm_dtype) * (g / norms)).to(v.dtype)
 
 
 class _PartsNode(torch.autograd.Function):
