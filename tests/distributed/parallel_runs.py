@@ -34,6 +34,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import wn_surgery as wn
@@ -47,6 +48,7 @@ class Sent(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.ops: list[str] = []
+        self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind is DTensor for kind in types):
@@ -54,6 +56,9 @@ class Sent(TorchDispatchMode):
         space, _, name = func.name().partition("::")
         if space in ("c10d", "_c10d_functional") and "wait" not in name:
             self.ops.append(name)
+            if "wrap" not in name:
+                tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+                self.bytes += max(t.nbytes for t in tensors)
         return func(*args, **(kwargs or {}))
 
 
@@ -562,7 +567,7 @@ def exact_norms(mesh: DeviceMesh) -> Any:
     """The weights of each kind of norm, in forwards, in ``folded``, and after steps."""
     found: dict[str, Any] = {}
     for dim in (0, 1, []):
-        layer, plist = skewed(dim, "float32")
+        layer, _ = skewed(dim, "float32")
         one = copy.deepcopy(layer)
         fully_shard(layer, mesh=mesh, mp_policy=HALF)
         before = [id(p) for p in layer.parameters()]
@@ -570,12 +575,12 @@ def exact_norms(mesh: DeviceMesh) -> Any:
         optimizers = [torch.optim.SGD(each.parameters(), lr=30.0) for each in (layer, one)]
         x = torch.randn(8, 256, generator=torch.Generator().manual_seed(1))
 
-        def off() -> float:
+        def off(layer: nn.Module = layer, one: Any = one) -> float:
             """Beyond the rounding of v and of the weight."""
-            plain: Any = one.parametrizations.weight  # type: ignore[union-attr]
-            g, v = plain.original0, plain.original1
+            plist = one.parametrizations.weight
+            g, v = plist.original0, plist.original1
             with torch.no_grad():
-                near = (v.bfloat16().float() * (g / norm_except(v, plain[0].dim))).bfloat16()
+                near = (v.bfloat16().float() * (g / norm_except(v, plist[0].dim))).bfloat16()
                 return float((layer(torch.eye(256)).T - near).abs().max())
 
         offs = [off()]
@@ -671,6 +676,74 @@ def two_dimensions(mesh: DeviceMesh) -> Any:
     return found
 
 
+def spent(mesh: DeviceMesh) -> Any:
+    """What a step keeps and sends under each engine, plain and normed: state, weights, bytes."""
+    shapes = [[8, 6], [6, 8], [4, 6]]
+    found: dict[str, Any] = {}
+    for engine in ("ddp", "fsdp", "tp"):
+        for normed in (False, True):
+            model: Any = Net()
+            if engine == "tp":
+                plan = {"blocks.0.up": ColwiseParallel(), "blocks.0.down": RowwiseParallel()}
+                model = parallelize_module(model, mesh, plan)
+                shapes = [[4, 6], [6, 4], [4, 6]]
+            if normed:
+                wn.apply(model, {"types": "Linear"})
+            averaged = 0
+            if engine == "fsdp":
+                shard(model, mesh)
+            elif engine == "ddp":
+                model = nn.parallel.DistributedDataParallel(model)
+
+                def average(bucket: Any) -> Any:
+                    nonlocal averaged
+                    averaged += bucket.buffer().nbytes
+                    work = dist.all_reduce(bucket.buffer(), async_op=True)
+                    return work.get_future().then(lambda done: done.value()[0])
+
+                # Without annotations, which DDP compares with classes.
+                model.register_comm_hook(None, lambda _, bucket: average(bucket))
+            own = {whole_storage(p) for p in model.parameters()}
+            kept: list[Tensor] = []
+
+            def keep(saved: Tensor) -> Tensor:
+                kept.append(saved)  # noqa: B023
+                return saved
+
+            optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+            with Sent() as sent:
+                with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+                    loss = model(tokens()).square().mean()
+                own |= {whole_storage(p) for p in model.parameters()}  # FSDP2's root is whole
+                parts = {whole_storage(t): t for t in map(local, kept) if t.ndim == 2}
+                weights = sum(
+                    place[1]
+                    for place, t in parts.items()
+                    if place not in own and sorted(t.shape) in map(sorted, shapes)
+                )
+                loss.backward()
+            optimizer.step()
+            state = 0
+            for p in model.parameters():
+                moments = [optimizer.state[p][name] for name in ("exp_avg", "exp_avg_sq")]
+                state += sum(local(each).nbytes for each in (p, p.grad, *moments))
+            found[f"{engine} {'normed' if normed else 'plain'}"] = (
+                state, weights, sent.bytes if engine != "ddp" else averaged
+            )  # fmt: skip
+    return found
+
+
+def local(tensor: Any) -> Tensor:
+    tensor = tensor.detach()
+    part: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return part
+
+
+def whole_storage(tensor: Any) -> tuple[int, int]:
+    storage = local(tensor).untyped_storage()
+    return storage.data_ptr(), storage.size()
+
+
 CASES: dict[str, Callable[[DeviceMesh], Any]] = {
     "math": math,
     "second derivatives": second_derivatives,
@@ -683,6 +756,7 @@ CASES: dict[str, Callable[[DeviceMesh], Any]] = {
     "exact norms": exact_norms,
     "exact in checkpoints": exact_in_checkpoints,
     "exact refusals": exact_refusals,
+    "spent": spent,
 }
 
 

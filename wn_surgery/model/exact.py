@@ -9,7 +9,7 @@ for parameters of a tensor subclass of their own, which every optimizer and chec
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -31,8 +31,8 @@ def exact_norms(model: nn.Module) -> tuple[str, ...]:
     Call it after the last ``fully_shard``. From then on every forward, and ``folded``, computes
     the weights whose rule has a ``norm_dtype`` with the norms and the g of the cut parameters;
     only v is rounded. Each takes one more all-gather a forward, of twice g's size (and one
-    all-reduce of g's size, where ranks have parts of a slice). What trains, and what is saved, stays
-    as it is. Outside of them, a weight that you gather by ``unshard()`` is one of rounded parts.
+    all-reduce of g's size, where ranks have parts of a slice). What trains, and what is saved,
+    stays as it is. Elsewhere, what you gather by ``unshard()`` is computed of rounded parts.
 
     Args:
         model: a module tree with units of FSDP2. Every rank calls it.
@@ -173,11 +173,9 @@ class _Hide(_Show):
 @contextmanager
 def shown(lists: Iterable[Any]) -> Generator[None]:
     """Inside, the weights of these lists are exact, where :func:`exact_norms` was asked for it."""
-    weights = [plist.exact for plist in lists if getattr(plist, "exact", None) is not None]
-    for exact in weights:
-        exact.show()
-    try:
+    with ExitStack() as stack:
+        for plist in lists:
+            if (exact := getattr(plist, "exact", None)) is not None:
+                exact.show()
+                stack.callback(exact.hide)
         yield
-    finally:
-        for exact in weights:
-            exact.hide()
