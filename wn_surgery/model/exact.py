@@ -59,8 +59,8 @@ def exact_norms(model: nn.Module) -> tuple[str, ...]:
     """
     from torch.distributed.fsdp import FSDPModule
 
-    names = {module: name for name, module in model.named_modules()}
-    units = {
+    names: dict[Any, str] = {module: name for name, module in model.named_modules()}
+    units: dict[Any, list[_Exact]] = {
         unit: [_Exact(names[plist], plist) for plist in _own_lists(unit)]
         for unit in names
         if isinstance(unit, FSDPModule)
@@ -75,7 +75,7 @@ def exact_norms(model: nn.Module) -> tuple[str, ...]:
     for unit, own in units.items():
         for hooks in (unit._forward_pre_hooks, unit._forward_hooks):
             for key, hook in list(hooks.items()):
-                if isinstance(hook, _Show):
+                if isinstance(hook, _Hook):
                     del hooks[key]
                     unit._forward_hooks_always_called.pop(key, None)
         for exact in own:
@@ -86,7 +86,7 @@ def exact_norms(model: nn.Module) -> tuple[str, ...]:
     return tuple(exact.name for exact in weights)
 
 
-def _own_lists(module: nn.Module) -> Iterator[WeightNormList]:
+def _own_lists(module: Any) -> Iterator[WeightNormList]:
     """The lists with a ``norm_dtype`` that are of this unit, and not of one below it."""
     from torch.distributed.fsdp import FSDPModule
 
@@ -104,7 +104,7 @@ class _Exact(NotCopied):
         owner, _, param = path.rpartition("parametrizations.")
         self.name, self.plist = owner + param, plist
         self._options = cast(WeightNorm, plist[0]).options
-        self._cut = plist.original0, plist.original1
+        self._cut: tuple[Any, Any] = (plist.original0, plist.original1)
         self._known: tuple[Tensor, Tensor] | None = None
         self._shows = 0
         if said := _why_not(plist.original1):
@@ -114,7 +114,7 @@ class _Exact(NotCopied):
         """Compute the norms, and give the weight of them until :meth:`hide`."""
         if is_dtensor(self.plist.original1):  # otherwise it is gathered, of what was cut before
             self._cut = self.plist.original0, self.plist.original1
-        g, v = cast(Any, self._cut)
+        g, v = self._cut
         dim, eps, norm_dtype = self._options
         cut = Cut(v, dim)
         with torch.no_grad():
@@ -151,18 +151,22 @@ def _why_not(v: Tensor) -> str:
     return ""
 
 
-class _Show:
-    """In front of a forward."""
+class _Hook:
+    """Of one unit."""
 
     def __init__(self, weights: list[_Exact]) -> None:
         self._weights = weights
+
+
+class _Show(_Hook):
+    """In front of a forward."""
 
     def __call__(self, _module: nn.Module, _inputs: Any) -> None:
         for exact in self._weights:
             exact.show()
 
 
-class _Hide(_Show):
+class _Hide(_Hook):
     """After it, also when it has raised."""
 
     def __call__(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:

@@ -112,7 +112,8 @@ class WeightNormList(ParametrizationList):
         g, v = self._parameters.get("original0"), self._parameters.get("original1")
         if g is None or v is None:  # a replica of DataParallel has them as attributes
             g, v = self.original0, self.original1
-        if self.exact is not None and (weight := self.exact.weight(g, v)) is not None:
+        exact = getattr(self, "exact", None)
+        if exact is not None and (weight := exact.weight(g, v)) is not None:
             return cast(Tensor, weight)
         # Called as a module, so that hooks on it run.
         return cast(Tensor, self._modules["0"](g, v))
