@@ -94,15 +94,15 @@ def clipped(run: Run) -> None:
 
 def scaled(run: Run) -> None:
     # So that the scaler skips steps, on its way down from infinity.
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**130, backoff_factor=2.0**-10)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-10)
     for i in range(STEPS):
         run.optimizer.zero_grad()
-        scaler.scale(run.loss(i)).backward()
+        scaler.scale(1e4 * run.loss(i)).backward()
         scaler.unscale_(run.optimizer)
         nn.utils.clip_grad_norm_(run.model.parameters(), 1e-2)
         scaler.step(run.optimizer)
         scaler.update()
-    assert scaler.get_scale() < 2.0**129
+    assert scaler.get_scale() < 2.0**126
 
 
 def accumulated(run: Run) -> None:
@@ -238,7 +238,7 @@ def test_norm_dtype_and_ties() -> None:
         model = Net()
         model.middle[2].weight = model.middle[0].weight
         rules = [
-            {"types": "Conv1d", "norm_dtype": "float64", "tied": "all"},
+            {"types": "Conv1d", "norm_dtype": "float64", "tied": "together"},
             {"types": "Linear", "eps": 1e-3},
             RULES[1],
         ]
@@ -431,7 +431,7 @@ def remove_and_apply(model: Net) -> None:
 
 
 def legacy_and_back(model: Net) -> None:
-    wn.migrate(model, to="legacy")
+    wn.migrate(model.front, to="legacy")
     scale_v(model)
     wn.migrate(model)
 
@@ -491,7 +491,7 @@ def by_numpy(model: Net) -> None:
 
 
 def by_storage(model: Net) -> None:
-    parts(model, 4)[1].untyped_storage().fill_(3)
+    parts(model, 4)[1].untyped_storage()[3] = 60  # the high byte of the first element
 
 
 def scale_g_data(model: Net) -> None:
@@ -513,16 +513,14 @@ HIDDEN = {
 
 
 @pytest.mark.parametrize("write", list(HIDDEN))
-@pytest.mark.parametrize("calls", [1, 2])
-def test_a_hidden_write_within_a_step(write: Callable[[Net], None], calls: int) -> None:
+def test_a_hidden_write_within_a_step(write: Callable[[Net], None]) -> None:
     run = Run(lasts=True)
     run.loss(0).backward()
     before = [p.grad.clone() for p in run.model.parameters() if p.grad is not None]
     write(run.model)
     loss = run.loss(1)
-    for _ in range(calls):  # the second is no better
-        with pytest.raises(wn.ModelError, match=r"written to through \.data") as caught:
-            loss.backward()
+    with pytest.raises(wn.ModelError, match=r"written to through \.data") as caught:
+        loss.backward()
     assert caught.value.site == HIDDEN[write]  # type: ignore[index]
     assert caught.value.kind == "fusion"
     for site, place in zip(sites_of(run.model), range(5), strict=True):

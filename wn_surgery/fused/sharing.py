@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from types import FrameType
 from typing import TypeAlias, cast
-from weakref import ReferenceType, ref
+from weakref import ReferenceType, WeakSet, ref
 
 import torch
 from torch import Tensor
@@ -42,7 +42,8 @@ class Scope:
     def __init__(self) -> None:
         self.calls = 0
         self.steps = False  # whether a weight with a graph lasts until the next optimizer step
-        self.kept: list[Group] = []  # with such weights
+        # With such weights. Weak, since a group holds its scope.
+        self.kept: WeakSet[Group] = WeakSet()
         self.filled: list[Group] = []  # with values that were computed since forget()
         self.last: Group | None = None  # of them, the last to compute without a graph
         self.stale = False  # whether the groups no longer fit the model
@@ -86,7 +87,8 @@ class Scope:
         """
         filled, self.filled, self.last = self.filled, [], None
         if step:
-            filled, self.kept = filled + self.kept, []
+            filled += self.kept
+            self.kept.clear()
         for group in filled:
             for slot in group.slots:
                 slot.forget()
@@ -350,10 +352,12 @@ class Group:
             v.append(pair[1])
         if not builds:
             self._make_room()
-        lasts = wanted.lasts(builds)
-        filled, names = (self.scope.kept, self._names) if lasts else (self.scope.filled, ())
-        if self not in filled:
-            filled.append(self)
+        names: Sequence[str] = ()
+        if wanted.lasts(builds):
+            names = self._names
+            self.scope.kept.add(self)
+        elif self not in self.scope.filled:
+            self.scope.filled.append(self)
         weights = evaluate(self._evaluator, v, g, wanted.out_dtype(), self._stacks, names)
         for slot, weight, now, m, x in zip(self.slots, weights, states, g, v, strict=True):
             slot.put(weight, extent, now, m, x)
