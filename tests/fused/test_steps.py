@@ -194,12 +194,15 @@ def with_closure(run: Run) -> None:
         run.optimizer.step(closure)
 
 
-@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+LOOPS = [plain, clipped, scaled, accumulated, averaged, scheduled, resumed, frozen_g, frozen_v,
+         renormalized, clamped, with_closure]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "loop",
-    [plain, clipped, scaled, accumulated, averaged, scheduled, resumed, frozen_g, frozen_v,
-     renormalized, clamped, with_closure],
-)  # fmt: skip
+    ("loop", "optimizer"),
+    [(loop, name) for loop in LOOPS for name in ("adamw, fused", "sgd")]
+    + [(accumulated, "adamw"), (accumulated, "adamw, foreach")],
+)
 def test_the_same_bits(loop: Callable[[Run], None], optimizer: str) -> None:
     lasting, usual = (Run(lasts, OPTIMIZERS[optimizer]) for lasts in (True, False))
     before = [p.detach().clone() for p in usual.model.parameters()]
@@ -454,6 +457,19 @@ def test_a_write_between_two_forwards(write: Callable[[Net], None]) -> None:
     for p, q in zip(lasting.model.parameters(), usual.model.parameters(), strict=True):
         assert p.grad is not None
         assert torch.equal(p.grad, q.grad)
+
+
+def test_hooks_on_the_parametrization_run_when_it_computes() -> None:
+    run = Run(lasts=True)
+    run.loss(0)
+    seen: list[Any] = []
+    layer: Any = run.model.front
+    layer.parametrizations.weight.register_forward_hook(lambda *_: seen.append(1))
+    run.loss(0)
+    assert not seen  # nothing is computed
+    run.step(0)
+    run.loss(1)
+    assert seen
 
 
 def test_functional_call_takes_what_it_is_given() -> None:

@@ -176,7 +176,8 @@ class Slot(NotCopied):
         entry = self.grad if builds else self.plain
         if entry is None or entry[2] != extent:
             return self._compute(extent, alone=False)
-        if entry[0]._version == entry[1] and self.state() == entry[3]:
+        # Hooks on what computes the weight wait for the next time that it is computed.
+        if entry[0]._version == entry[1] and self.state(extent is not STEP) == entry[3]:
             return entry[0]
         return self._compute(extent, alone=True)
 
@@ -195,10 +196,10 @@ class Slot(NotCopied):
         """The dtype of the weight; ``None``: that of v."""
         return None
 
-    def state(self) -> tuple[object, ...] | None:
+    def state(self, hooks: bool = True) -> tuple[object, ...] | None:
         """All that the weight depends on; equal twice if it is the same weight.
 
-        ``None`` if g and v are missing, or are not all that computes it.
+        ``None`` if g and v are missing, or are not all that computes it: there may be ``hooks``.
         """
         parameters, parametrizations, norm = self._parameters, self._parametrizations, self._norm
         g, v = parameters.get("original0"), parameters.get("original1")
@@ -207,7 +208,7 @@ class Slot(NotCopied):
             or v is None
             or parametrizations.get("0") is not norm
             or len(parametrizations) != 1
-            or any(self._hooks)
+            or (hooks and any(self._hooks))
         ):
             return None
         return (
