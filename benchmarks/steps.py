@@ -76,7 +76,12 @@ def alternatives(
     rows = ("plain", "plain (A/A)", "torch", "ours", "ours fused", ONCE)
     calls = {name: step_of(*prepared(name, plain, options), batches) for name in rows}
     losses = {name: [float(call()) for _ in range(5)] for name, call in calls.items()}
-    for pair in (("plain", "plain (A/A)"), ("torch", "ours"), ("ours", "ours fused"), ("ours", ONCE)):
+    for pair in (
+        ("plain", "plain (A/A)"),
+        ("torch", "ours"),
+        ("ours", "ours fused"),
+        ("ours", ONCE),
+    ):
         one, other = (torch.tensor(losses[name]) for name in pair)
         if not torch.allclose(one, other, rtol=1e-4):
             raise RuntimeError(f"{pair[0]} and {pair[1]} do not train alike: {one} and {other}")

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import wn_surgery as wn
 from tests.fused.models import RULES, X, Net, normed
-from wn_surgery.fused import is_fused
+from wn_surgery.fused import evaluator, is_fused
 from wn_surgery.model.sites import normed as sites_of
 
 STEPS = 20
@@ -301,7 +301,9 @@ def test_two_optimizers() -> None:
                 model.zero_grad()
                 model(X).square().mean().backward()
                 optimizer.step()
-    assert_same([p.detach() for p in lasting.parameters()], [p.detach() for p in usual.parameters()])
+    assert_same(
+        [p.detach() for p in lasting.parameters()], [p.detach() for p in usual.parameters()]
+    )
 
 
 def test_memory_is_freed_by_the_step_and_with_the_model() -> None:
@@ -543,6 +545,24 @@ def test_a_hidden_write_within_a_step(write: Callable[[Net], None]) -> None:
         for part in (site.held.g, site.held.v):
             assert part.grad is not None
             assert any(torch.equal(part.grad, old) for old in before), place
+
+
+def test_one_forward_a_step_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, checks = Run(lasts=True), []
+    monkeypatch.setattr(evaluator, "_check_kept", lambda *_: checks.append(1))
+    for i in range(3):
+        run.step(i)
+    assert not checks
+    run.loss(3).backward()
+    run.loss(4).backward()
+    assert checks
+    run.optimizer.step()
+    checks.clear()
+    run.step(5)
+    assert not checks
+    _ = run.model.front.weight  # by itself
+    run.loss(6).backward()
+    assert checks
 
 
 @pytest.mark.parametrize("write", [w for w in HIDDEN if w is not the_weight_itself])

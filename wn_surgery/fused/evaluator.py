@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -21,7 +22,7 @@ from wn_surgery.norm.math import (
 )  # fmt: skip
 from wn_surgery.norm.options import NormOptions
 
-__all__ = ["Evaluator", "Gradients", "Spec", "Stacks", "evaluate"]
+__all__ = ["Evaluator", "Gradients", "Lasting", "Reuse", "Spec", "Stacks", "evaluate"]
 
 _T = TypeVar("_T")
 
@@ -167,6 +168,21 @@ class Stacks:
         return found
 
 
+@dataclass(slots=True)
+class Reuse:
+    """Whether weights were read in another ``call`` than the first that read them."""
+
+    call: int | None = None
+    happened: bool = False
+
+
+class Lasting(NamedTuple):
+    """The names of weights that last until the next optimizer step, and of their reuse till then."""
+
+    names: Sequence[str]
+    reuse: Reuse
+
+
 # The autograd node ----------------------------------------------------------------------------
 
 
@@ -176,18 +192,18 @@ def evaluate(
     g: Sequence[Tensor],
     out: torch.dtype | None = None,
     stacks: Stacks | None = None,
-    names: Sequence[str] = (),
+    lasting: Lasting | None = None,
 ) -> Sequence[Tensor]:
     """The weights of a group, from one node if any of them needs a gradient; in dtype ``out``.
 
-    ``evaluator`` is that of the ``stacks``, where there are any. With ``names`` each backward
-    checks that g and v still give these weights: they are to outlive a forward.
+    ``evaluator`` is that of the ``stacks``, where there are any. ``lasting`` is for weights that
+    outlive a forward: a backward after their reuse checks that g and v still give them.
     """
     if builds_graph():
         needed = tuple(x.requires_grad or m.requires_grad for x, m in zip(v, g, strict=True))
         if any(needed):
             x, m = (v, g) if stacks is None else (stacks.stack(v), stacks.stack(g))
-            return _group(evaluator, stacks, (v, g), needed, out, names, *x, *m)
+            return _group(evaluator, stacks, (v, g), needed, out, lasting, *x, *m)
     # Not inference tensors: those have no version, by which a write into them is seen.
     with torch.inference_mode(False), torch.no_grad():
         if stacks is None:
@@ -212,13 +228,13 @@ class _Group(torch.autograd.Function):
         members: tuple[Sequence[Tensor], Sequence[Tensor]],
         needed: tuple[bool, ...],
         out_dtype: torch.dtype | None,
-        names: Sequence[str],
+        lasting: Lasting | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         v, g = _halves(tensors)
         weights, norms = evaluator.forward(v, g, out_dtype)
         # Aliases without a node, by which there would be a cycle.
-        ctx.kept = names, out_dtype, [w.detach() for w in weights] if names else []
+        ctx.kept = None if lasting is None else (lasting, out_dtype, [w.detach() for w in weights])
         if stacks is not None:
             weights = stacks.unstack(weights, members[0])
         ctx.set_materialize_grads(False)
@@ -248,7 +264,7 @@ class _Group(torch.autograd.Function):
                     _reach_only(edges[place + len(stacks.stacks)][0], reached)
             # Again, so that the stacks of the forward need not be kept for so long.
             v, g = stacks.stack(v), stacks.stack(g)
-        if ctx.kept[0]:
+        if ctx.kept is not None and ctx.kept[0].reuse.happened:
             _check_kept(ctx, v, g, whole)
         if torch.is_grad_enabled():  # with create_graph
             every = zip(ctx.evaluator.specs, v, g, whole, strict=True)
@@ -275,7 +291,7 @@ def _check_kept(
 
     Exactly: torch does not count what is written through ``.data``, numpy or the storage.
     """
-    names, out_dtype, kept = ctx.kept
+    (names, _), out_dtype, kept = ctx.kept
     with torch.no_grad():
         now = ctx.evaluator.forward(v, g, out_dtype)[0]
         for place, (weight, before, grad) in enumerate(zip(now, kept, grads, strict=True)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from types import FrameType
 from typing import TypeAlias, cast
 from weakref import ReferenceType, WeakSet, ref
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as module_hooks
 
-from wn_surgery.fused.evaluator import Evaluator, Spec, Stacks, evaluate
+from wn_surgery.fused.evaluator import Evaluator, Lasting, Reuse, Spec, Stacks, evaluate
 from wn_surgery.norm.math import PLAIN_TYPES, builds_graph, g_shape, traced, transformed
 from wn_surgery.norm.parametrization import WeightNorm, WeightNormList
 from wn_surgery.norm.slots import NotCopied
@@ -36,7 +36,8 @@ class Scope:
     """The call of a fused root that is under way, if any; one at a time."""
 
     __slots__ = (
-        "_clear", "_lock", "_owner", "_thread", "calls", "filled", "kept", "last", "stale", "steps",
+        "_clear", "_lock", "_owner", "_thread", "calls", "filled", "kept", "last", "reuse", "stale",
+        "steps",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -44,6 +45,7 @@ class Scope:
         self.steps = False  # whether a weight with a graph lasts until the next optimizer step
         # With such weights. Weak, since a group holds its scope.
         self.kept: WeakSet[Group] = WeakSet()
+        self.reuse = Reuse()  # of such weights, since the last step
         self.filled: list[Group] = []  # with values that were computed since forget()
         self.last: Group | None = None  # of them, the last to compute without a graph
         self.stale = False  # whether the groups no longer fit the model
@@ -89,9 +91,18 @@ class Scope:
         if step:
             filled += self.kept
             self.kept.clear()
+            self.reuse = Reuse()
         for group in filled:
             for slot in group.slots:
                 slot.forget()
+
+    def note_reuse(self) -> None:
+        """A weight that lasts until the next step is read."""
+        call = self.calls if self._thread is not None else -1
+        if self.reuse.call is None:
+            self.reuse.call = call
+        elif self.reuse.call != call or call == -1:
+            self.reuse.happened = True
 
     def here(self) -> Hashable:
         """What a value that is computed here and now may be shared within; ``None``: nothing.
@@ -169,28 +180,31 @@ class Slot(NotCopied):
         ``None`` where it must be computed as if nothing were fused.
         """
         builds = _is_grad_enabled() and not _is_inference()
-        extent = self.extent(builds)
+        lasts = self.lasts(builds)
+        extent = self.extent(lasts)
         if extent is None:
             return None
         # No need to ask for an active transform: a transformed g or v is another object.
         entry = self.grad if builds else self.plain
+        if lasts and not self._scope.reuse.happened:
+            self._scope.note_reuse()
         if entry is None or entry[2] != extent:
             return self._compute(extent, alone=False)
         # Hooks on what computes the weight wait for the next time that it is computed.
-        if entry[0]._version == entry[1] and self.state(extent is not STEP) == entry[3]:
+        if entry[0]._version == entry[1] and self.state(not lasts) == entry[3]:
             return entry[0]
         return self._compute(extent, alone=True)
 
-    def extent(self, builds: bool) -> Hashable:
+    def extent(self, lasts: bool) -> Hashable:
         """What a value that is computed now may be shared within; ``None``: nothing."""
-        return STEP if self._scope.steps and self.lasts(builds) else self._scope.here()
+        return STEP if lasts else self._scope.here()
 
     def lasts(self, builds: bool) -> bool:
         """Whether a value that is computed now may be shared until the next optimizer step.
 
         Without a graph no backward would notice that it is old. In eval mode none is expected.
         """
-        return builds and self._scope.steps and self._norm.training
+        return self._scope.steps and builds and self._norm.training
 
     def out_dtype(self) -> torch.dtype | None:
         """The dtype of the weight; ``None``: that of v."""
@@ -264,8 +278,10 @@ class Slot(NotCopied):
         if self._alone is None:
             self._alone = Evaluator([self.spec])
         g, v = pair
-        names = (self.name,) if self.lasts(builds_graph()) else ()
-        (weight,) = evaluate(self._alone, (v,), (g,), self.out_dtype(), names=names)
+        lasting = None
+        if self.lasts(builds_graph()):
+            lasting = Lasting((self.name,), self._scope.reuse)
+        (weight,) = evaluate(self._alone, (v,), (g,), self.out_dtype(), lasting=lasting)
         self.put(weight, extent, state, g, v)
         return weight
 
@@ -282,9 +298,9 @@ class CudaSlot(Slot):
         self._index = group.device.index or 0
         self._castable = castable
 
-    def extent(self, builds: bool) -> Hashable:
+    def extent(self, lasts: bool) -> Hashable:
         """As in the base class, on the current stream and for the current dtype of autocast."""
-        here = super().extent(builds)
+        here = super().extent(lasts)
         if here is None:
             return None
         # torch's public function makes an object each time.
@@ -353,13 +369,13 @@ class Group:
             v.append(pair[1])
         if not builds:
             self._make_room()
-        names: Sequence[str] = ()
+        lasting = None
         if wanted.lasts(builds):
-            names = self._names
+            lasting = Lasting(self._names, self.scope.reuse)
             self.scope.kept.add(self)
         elif self not in self.scope.filled:
             self.scope.filled.append(self)
-        weights = evaluate(self._evaluator, v, g, wanted.out_dtype(), self._stacks, names)
+        weights = evaluate(self._evaluator, v, g, wanted.out_dtype(), self._stacks, lasting)
         for slot, weight, now, m, x in zip(self.slots, weights, states, g, v, strict=True):
             slot.put(weight, extent, now, m, x)
         return weights[self.slots.index(wanted)]
