@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import wn_surgery as wn
-from tests.fused.models import RULES, X, Net, normed
+from tests.fused.models import RULES, Net, X, normed
 from wn_surgery.fused import evaluator, is_fused
 from wn_surgery.model.sites import normed as sites_of
 
@@ -184,13 +184,15 @@ def clamped(run: Run) -> None:
 
 
 def with_closure(run: Run) -> None:
+    steps = iter(range(STEPS))
+
     def closure() -> float:
         run.optimizer.zero_grad()
-        loss = run.loss(i)
+        loss = run.loss(next(steps))
         loss.backward()
         return loss.item()
 
-    for i in range(STEPS):
+    for _ in range(STEPS):
         run.optimizer.step(closure)
 
 
@@ -351,8 +353,7 @@ def test_gradients_by_name_and_of_second_order() -> None:
         pair = parts(run.model)
         first = torch.autograd.grad(loss, pair, create_graph=True)
         second = torch.autograd.grad(sum(t.square().sum() for t in first), pair)
-        loss = run.loss(2)
-        loss.backward(inputs=[pair[1]])
+        run.loss(2).backward(inputs=[pair[1]])
         assert pair[0].grad is None
         answers.append([*(t.detach() for t in first), *second, pair[1].grad])
     for one, other in zip(*answers, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -124,11 +125,8 @@ class Stacks:
 
     def member(self, place: int, row: int) -> int:
         """Which member has this row of a stack."""
-        for i, share in zip(self.stacks[place], self._shares[place], strict=True):
-            if row < share:
-                break
-            row -= share
-        return i
+        ends = itertools.accumulate(self._shares[place])
+        return next(i for i, end in zip(self.stacks[place], ends, strict=True) if row < end)
 
     def unstack(self, stacked: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
         """A tensor for each member, in the layout of its v, from one for each stack.
@@ -177,7 +175,7 @@ class Reuse:
 
 
 class Lasting(NamedTuple):
-    """The names of weights that last until the next optimizer step, and of their reuse till then."""
+    """The names of weights that last until the next optimizer step, and their reuse till then."""
 
     names: Sequence[str]
     reuse: Reuse
