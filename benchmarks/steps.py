@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=[*OPTIMIZERS])
+    parser.add_argument("--models", nargs="+", choices=("tcn", "wavenet"))
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON goes")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -106,6 +107,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     tables: list[dict[str, Any]] = []
     for name, (model, x) in models.items():
+        if args.models and name not in args.models:
+            continue
         for optimizer in args.optimizers:
             for count in args.micro_batches:
                 print(f"\n## {name}, AdamW {optimizer}, {count} micro-batch(es)\n", flush=True)
