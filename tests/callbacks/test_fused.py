@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import wn_surgery as wn
 from wn_surgery.callbacks.lightning import Fused, WeightNorm
+from wn_surgery.callbacks.lightning.fusing import fuse
 from wn_surgery.fused import is_fused
 
 pytestmark = [
@@ -161,10 +162,18 @@ def test_once_per_step(tmp_path: Path) -> None:
         )
         made.fit(module, loader(), loader())
         same = [a is b for a, b in pairwise(module.weights)]
-        assert same == ([True, False] * 4)[:-1] if once else [False] * 7
+        assert same == (([True, False] * 4)[:-1] if once else [False] * 7)
         assert not any(is_fused(m) for m in module.modules())
         found[once] = module.state_dict()
     for key, value in found[True].items():
         assert torch.equal(value, found[False][key])
     with pytest.raises(ValueError, match="leave out fused='off'"):
         WeightNorm(RULES, once_per_step=True, fused="off")
+
+
+def test_auto_fuses_on_the_cpu_alone() -> None:
+    for device, fused in (("cpu", True), ("meta", False)):
+        module = Nested()
+        wn.apply(module, RULES)
+        fuse(module.to(device), "auto")
+        assert any(is_fused(each) for each in module.modules()) is fused
