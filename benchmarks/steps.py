@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import wn_surgery as wn
-from benchmarks.measure import Call, compare
+from benchmarks.measure import compare
 from benchmarks.models import TCN, WaveNet
 from benchmarks.report import as_data, environment, markdown, write
 
@@ -24,7 +25,7 @@ __all__ = ["OPTIMIZERS", "alternatives", "main"]
 
 RESULTS = Path(__file__).parent / "results" / "steps.json"
 RULES = {"types": "Conv1d"}
-OPTIMIZERS: dict[str, dict[str, bool]] = {
+OPTIMIZERS: dict[str, dict[str, Any]] = {
     "default": {},
     "foreach": {"foreach": True},
     "fused": {"fused": True},
@@ -32,7 +33,7 @@ OPTIMIZERS: dict[str, dict[str, bool]] = {
 ONCE = "ours once per step"
 
 
-def prepared(name: str, plain: nn.Module, options: dict[str, bool]) -> tuple[nn.Module, Any]:
+def prepared(name: str, plain: nn.Module, options: dict[str, Any]) -> tuple[nn.Module, Any]:
     """A copy of the model with one kind of weight norm, and its optimizer."""
     model = copy.deepcopy(plain)
     if name == "torch":
@@ -49,14 +50,14 @@ def prepared(name: str, plain: nn.Module, options: dict[str, bool]) -> tuple[nn.
     return model, optimizer
 
 
-def step_of(model: nn.Module, optimizer: Any, batches: list[Tensor]) -> Call:
+def step_of(model: nn.Module, optimizer: Any, batches: list[Tensor]) -> Callable[[], Tensor]:
     """One training step; its result is the loss of the last micro-batch."""
 
     def step() -> Tensor:
         optimizer.zero_grad()
         for x in batches:
             loss: Tensor = model(x).square().mean()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         return loss.detach()
@@ -65,8 +66,8 @@ def step_of(model: nn.Module, optimizer: Any, batches: list[Tensor]) -> Call:
 
 
 def alternatives(
-    plain: nn.Module, x: Tensor, micro_batches: int, options: dict[str, bool]
-) -> dict[str, Call]:
+    plain: nn.Module, x: Tensor, micro_batches: int, options: dict[str, Any]
+) -> dict[str, Callable[[], Tensor]]:
     """A step of each row.
 
     Raises:
