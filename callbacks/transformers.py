@@ -48,6 +48,8 @@ class WeightNormCallback(TrainerCallback):
             steps, and once when a new run begins. It acts on the sites of rules with
             ``renormalize``; if no rule has it, each gets ``renormalize: true``. None is 1 where a
             rule has it, and otherwise never.
+        once_per_step: compute each weight once per optimizer step, for all micro-batches; see
+            ``optimizers`` of :func:`wn_surgery.fuse`. It ends with the training.
 
     Attributes:
         report: what was changed; None while nothing has been.
@@ -65,11 +67,13 @@ class WeightNormCallback(TrainerCallback):
         export_to: str | Path | None = None,
         *,
         renormalize_every_n_steps: int | None = None,
+        once_per_step: bool = False,
     ) -> None:
         renormalizing((), renormalize_every_n_steps)  # refuses a wrong number here
         self.config = as_config(config)
         self.export_to = export_to
         self.renormalize_every_n_steps = renormalize_every_n_steps
+        self.once_per_step = once_per_step
         self._after_steps = AfterSteps()
         self.report: wn.Report | None = None
 
@@ -114,10 +118,14 @@ class WeightNormCallback(TrainerCallback):
             # The Trainer counts a step after it has been made.
             due = partial(_is_due, state, every or 1)
             self._after_steps.start(model, [optimizer], due)
+        if optimizer is not None and self.once_per_step:
+            wn.fuse(model, optimizers=[optimizer])
 
     @override
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._after_steps.stop()
+        if self.once_per_step:
+            wn.unfuse(kwargs["model"])
         if self.export_to is not None and state.is_world_process_zero:
             save_pretrained(kwargs["model"], self.export_to, layout="plain")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -21,16 +22,20 @@ __all__ = ["Folding", "Fused", "fuse"]
 Fused: TypeAlias = Literal["auto", "off", "triton", "cpu"]
 
 
-def fuse(pl_module: LightningModule, mode: Fused) -> None:
-    """Fuse the modules that ``training_step`` calls, if they are not fused already."""
+def fuse(pl_module: LightningModule, mode: Fused, optimizers: Sequence[Any] = ()) -> None:
+    """Fuse the modules that ``training_step`` calls, if they are not fused already.
+
+    With ``optimizers``, weights last until the next step of one.
+    """
     if mode == "off":
         return
-    # The Triton kernels have not been run on a GPU, so that only who asks for them gets them.
-    if mode == "auto" and any(p.device.type != "cpu" for p in pl_module.parameters()):
+    # Who has not asked for it gets nothing that has not been run on a GPU.
+    asked = bool(optimizers)
+    if mode == "auto" and not asked and any(p.device.type != "cpu" for p in pl_module.parameters()):
         return
     for root in _roots(pl_module):
         if not is_fused(root):
-            wn.fuse(root, mode)
+            wn.fuse(root, mode, optimizers=optimizers)
 
 
 def _roots(pl_module: LightningModule) -> list[nn.Module]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import wn_surgery as wn
 
 from .conftest import trained
+from .launching import launch
 
 pytestmark = pytest.mark.usefixtures("gloo")
 
@@ -119,3 +120,8 @@ def test_a_copy_of_a_wrapped_model_is_right() -> None:
     model(torch.ones(2, 4))
     twin = copy.deepcopy(model.module)
     torch.testing.assert_close(twin(torch.ones(2, 4)), model(torch.ones(2, 4)))
+
+
+@pytest.mark.processes
+def test_weights_that_last_under_ddp_on_two_ranks() -> None:
+    launch("steps_run.py", processes=2)
