@@ -160,15 +160,15 @@ def draw(runs: dict[str, Run], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(
-        3, 2, figsize=(10, 10), height_ratios=(1.35, 1, 1.2), layout="constrained"
+        3, 2, figsize=(10, 9), height_ratios=(1.15, 0.9, 1.1), layout="constrained"
     )
     rates = [rate for run in runs.values() for row in run.effective for rate in row]
     largest = max(value for run in runs.values() for row in run.magnitudes for value in row)
     for column, (name, run) in enumerate(runs.items()):
         # White edges, so that the digits stand apart.
-        tiles = F.pad(run.samples.clamp(-1, 1).reshape(4, 10, 8, 8), (1, 1, 1, 1), value=-1)
+        tiles = F.pad(run.samples.clamp(-1, 1).reshape(5, 8, 8, 8), (1, 1, 1, 1), value=-1)
         shown: Any = axes[0][column]
-        image = tiles.permute(0, 2, 1, 3).reshape(40, 100)
+        image = tiles.permute(0, 2, 1, 3).reshape(50, 80)
         shown.imshow(image.numpy(), cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
         shown.set_title(f"{name}\nheld-out loss {run.held_out:.4f}; samples:", fontsize=11)
         shown.axis("off")
