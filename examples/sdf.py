@@ -81,8 +81,9 @@ def loss_of(model: nn.Module, generator: torch.Generator, count: int = 256) -> T
     distances = model(points)
     (slopes,) = torch.autograd.grad(distances.sum(), points, create_graph=True)
     eikonal = (slopes.norm(dim=1) - 1).square().mean()
-    loss: Tensor = distances[:count].abs().mean() + 0.1 * eikonal
-    return loss + 0.1 * (slopes[:count] - normals).norm(dim=1).mean()
+    along = (slopes[:count] - normals).norm(dim=1).mean()
+    loss: Tensor = distances[:count].abs().mean() + 0.1 * (eikonal + along)
+    return loss
 
 
 def error_of(model: nn.Module) -> float:
