@@ -82,7 +82,7 @@ def loss_of(model: nn.Module, generator: torch.Generator, count: int = 256) -> T
     (slopes,) = torch.autograd.grad(distances.sum(), points, create_graph=True)
     eikonal = (slopes.norm(dim=1) - 1).square().mean()
     along = (slopes[:count] - normals).norm(dim=1).mean()
-    loss: Tensor = distances[:count].abs().mean() + 0.1 * (eikonal + along)
+    loss: Tensor = distances[:count].abs().mean() + 0.1 * eikonal + 0.1 * along
     return loss
 
 
