@@ -15,6 +15,7 @@ import argparse
 import importlib
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -249,7 +250,9 @@ class Results(dict[str, Any]):
         """Put another file in the place of the one that is there."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         new = self.path.with_suffix(".new")
-        new.write_text(json.dumps(self, indent=1) + "\n", encoding="utf-8")
+        # A line for each point of a curve.
+        text = re.sub(r"\[\s+(\S+),\s+(\S+)\s+\]", r"[\1, \2]", json.dumps(self, indent=1))
+        new.write_text(text + "\n", encoding="utf-8")
         new.replace(self.path)
 
 
