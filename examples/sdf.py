@@ -154,7 +154,7 @@ def draw(runs: dict[str, Run], path: Path) -> None:
             f"{name}: level sets at y = 0\nsurface black, exact surface red", fontsize=10
         )
         errors: Any = axes[1][column]
-        shown = errors.imshow(
+        errors.imshow(
             abs(found[name] - truth),
             extent=(-1, 1, -1, 1),
             origin="lower",
@@ -169,9 +169,10 @@ def draw(runs: dict[str, Run], path: Path) -> None:
             each.set_aspect("equal")
             each.set_xlabel("x")
             each.set_ylabel("z")
-    figure.colorbar(shown, ax=axes[1][:2].tolist(), shrink=0.9, label="|learned − exact distance|")
+    image = axes[1][0].images[0]  # of one scale with the other
+    figure.colorbar(image, ax=axes[1][:2].tolist(), shrink=0.9, label="|learned − exact distance|")
+    width = max(1, len(next(iter(runs.values())).losses) // 40)
     for name, run in runs.items():
-        width = max(1, len(run.losses) // 40)
         chunks = torch.tensor(run.losses[: len(run.losses) // width * width]).reshape(-1, width)
         at = [width * (i + 0.5) for i in range(len(chunks))]
         axes[0][2].semilogy(at, chunks.mean(1).tolist(), label=name)
