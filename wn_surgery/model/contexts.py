@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from wn_surgery.errors import ModelError, ZeroNormError
 from wn_surgery.model import layouts
 from wn_surgery.model.gathering import FSDP2, gather, release
-from wn_surgery.model.sites import NormedSite, is_folded, normed
+from wn_surgery.model.sites import NormedSite, is_folded, whole
 from wn_surgery.model.undo import Snapshot
 from wn_surgery.norm.cuts import is_dtensor, on_any_rank, own_part, write
 from wn_surgery.norm.math import builds_graph, real_dtype
@@ -93,7 +93,7 @@ def folded(model: nn.Module) -> Generator[None]:
     try:
         # One step for all threads: the last to leave must not tear down what another enters.
         with _LOCK:
-            found = normed(model)
+            found = whole(model)
             units = gather((site.held.g, site.held.v) for site in found if _is_cut(site))
             for site in found:
                 fold = _fold_of(site)
@@ -320,7 +320,7 @@ def writable(model: nn.Module) -> Generator[None]:
     written: list[_Values | None] | None = None
     try:
         with _LOCK:
-            found = normed(model)
+            found = whole(model, written=True)
             for site in found:
                 if is_folded(site.node):
                     where = f"{site.name} is inside folded() or writable() now"

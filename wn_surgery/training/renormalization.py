@@ -142,9 +142,9 @@ def _chosen(
         said = True
         v = site.held.v
         # No step moves a frozen v, and whoever froze it does not expect it to move.
-        if not (v.requires_grad and v.numel()) or (optimizers and id(v) not in held):
+        if not v.requires_grad or 0 in site.shape or (optimizers and id(v) not in held):
             continue
-        wanted = wanted_norm(how, tuple(v.shape), site.dim)
+        wanted = wanted_norm(how, site.shape, site.dim)
         if problem := _refused(site, wanted):
             raise problem
         before = found.setdefault(id(v), _Direction(site, wanted))
@@ -183,10 +183,9 @@ def _refused(site: NormedSite, wanted: float) -> WeightNormError | None:
     if is_folded(site.node):
         message = "is inside folded() or writable() now; leave the context first"
         return error_at(site, "folded", f"{site.name} {message}")
-    if site.node.wrapped not in (None, "DistributedDataParallel") or (
-        type(v).__name__ == "DTensor" or hasattr(v, "ds_id")
-    ):
-        message = "is sharded, so that no rank holds whole slices of v; renormalize needs them"
+    if site.holder not in (None, "DistributedDataParallel") or type(v).__name__ == "DTensor":
+        by = f" by {site.holder}" if site.holder else ""
+        message = f"is sharded{by}, so that no rank can put its v back; renormalize needs it whole"
         return error_at(site, "wrapped", f"{site.name} {message}")
     if v.is_meta or is_fake(v):
         return error_at(site, "model", f"{site.name} is on the meta device and has no values")
