@@ -8,6 +8,7 @@ from numbers import Real
 from typing import Any, cast
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from wn_surgery.errors import ModelError
 from wn_surgery.model.holders import FSDP1, holder, whole_shape
@@ -154,7 +155,7 @@ def parameter_groups(
             site=first,
         )
     found = normed(model)
-    magnitudes = {id(site.held.g) for site in found}
+    magnitudes = {id(site.held.g) for site in found} | _traced(model)
     plain_names = {id(part): site.name for site in found for part in (site.held.g, site.held.v)}
     put_back = {id(site.held.v) for site in found if site.held.renormalize is not None}
     params: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "magnitudes": []}
@@ -197,6 +198,19 @@ def parameter_groups(
         and not isinstance(site.module, nn.Embedding | nn.EmbeddingBag)
     }
     return ParameterGroups(groups, tuple(decayed), exempt, matrices)
+
+
+def _traced(model: nn.Module) -> set[int]:
+    """The ids of g in what a tracer has made of a model: a stage of a pipeline, for example.
+
+    There nothing computes a weight but the graph, and the names are left.
+    """
+    return {
+        id(module._parameters["original0"])
+        for module in model.modules()
+        if {"original0", "original1"} <= module._parameters.keys()
+        and not isinstance(module, ParametrizationList)
+    }
 
 
 def _why_exempt(parameter: nn.Parameter, magnitude: bool, named: list[str], put_back: bool) -> str:
