@@ -224,7 +224,8 @@ def pipeline(mesh: DeviceMesh) -> Any:
         found[how] = difference(state(part), kept)
     worst: list[Any] = [None, None]
     dist.all_gather_object(worst, found)
-    return {how: max(each[how] for each in worst) for how in found}
+    both = {how: max(each[how] for each in worst) for how in found}
+    return {"difference": max(both.values()), **both}
 
 
 # accelerate and transformers -------------------------------------------------------------
