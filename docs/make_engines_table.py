@@ -1,8 +1,8 @@
 """Write the table of docs/scaling.md: each engine against one process.
 
-``python docs/make_engines_table.py`` makes it from docs/engines/results.json. With ``--run`` it first
-trains on all engines, which takes some minutes, and writes that file. DeepSpeed's rows are run where
-it is installed, and kept as they are elsewhere.
+``python docs/make_engines_table.py`` makes it from docs/engines/results.json. With ``--run`` it
+first trains on all engines, which takes some minutes, and writes that file. DeepSpeed's rows are run
+where it is installed, and kept as they are elsewhere.
 """
 
 from __future__ import annotations
@@ -42,21 +42,27 @@ def updated(page: str) -> str:
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    lines = ["| engine | apply weight norm | run | against one process | resumed |", "|" + "---|" * 5]
+    lines = [
+        "| engine | apply weight norm | run | against one process | resumed |",
+        "|" + "---|" * 5,
+    ]
     for name, (where, what) in ENGINES.items():
         found = results["engines"][name]
         steps = what if "steps" in what else ", ".join(filter(None, ["20 steps", what]))
-        resumed = found.get("resumed")
-        cells = [name, where, steps, f"{found['difference']:.1e}", _resumed(resumed)]
+        cells = [name, where, steps, _told(found["difference"]), _told(found.get("resumed"))]
         lines.append(f"| {' | '.join(cells)} |")
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    return f"{before}{BEGIN}\n" + "\n".join([*lines, "", f"Run with {versions}."]) + f"\n\n{END}{after}"
+    return (
+        f"{before}{BEGIN}\n"
+        + "\n".join([*lines, "", f"Run with {versions}."])
+        + f"\n\n{END}{after}"
+    )
 
 
-def _resumed(difference: float | None) -> str:
+def _told(difference: float | None) -> str:
     if difference is None:
         return "–"
-    return f"{difference:.1e}" if difference else "the same bits"
+    return f"{difference:.0e}" if difference else "the same bits"
 
 
 def run() -> None:
@@ -78,11 +84,16 @@ def run() -> None:
             file = Path(folder, "found.pt")
             launch("engine_runs.py", file, folder, *names, processes=processes)
             for name, result in torch.load(file, weights_only=True).items():
-                print(name, result["difference"])  # noqa: T201
+                print(name, result["difference"])
                 numbers = {key: value for key, value in result.items() if isinstance(value, float)}
                 engines[name] = numbers
     versions["Python"] = platform.python_version()
-    for package in ("torch", "accelerate", "transformers", *(["deepspeed"] if has_deepspeed else [])):
+    for package in (
+        "torch",
+        "accelerate",
+        "transformers",
+        *(["deepspeed"] if has_deepspeed else []),
+    ):
         versions[package] = importlib.metadata.version(package)
     ordered = {name: engines[name] for name in ENGINES}
     text = json.dumps({"versions": versions, "engines": ordered}, indent=2) + "\n"

@@ -1,8 +1,8 @@
 """A run of which one worker is killed: ``elastic_runs.py lightning|accelerate FOLDER``.
 
 On the first attempt rank 1 kills itself in the middle of an epoch. The launcher starts all workers
-again, which go on from the last checkpoint. Then each trains once more from the beginning, undisturbed,
-and rank 0 writes to ``FOLDER/found.pt`` where both ended.
+again, which go on from the last checkpoint. Then each trains once more from the beginning,
+undisturbed, and rank 0 writes to ``FOLDER/found.pt`` where both ended.
 """
 
 from __future__ import annotations

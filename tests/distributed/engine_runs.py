@@ -1,15 +1,13 @@
 """Training on the engines that people use, each against one process: ``engine_runs.py FILE``.
 
-``FILE FOLDER [CASE...]``; on two processes over gloo, or on four for the last of the CASES. Rank 0
-writes what was found to FILE as JSON, which docs/make_engines_table.py puts into docs/scaling.md.
-DeepSpeed is left out where it is not installed.
+``FILE FOLDER [CASE...]``, on two processes over gloo, or on four. Rank 0 writes what was found to
+FILE, which ``test_engines.py`` checks, and docs/make_engines_table.py puts into docs/scaling.md.
+DeepSpeed's cases are run by name only, since it may not be installed.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-import importlib.util
-import json
 import os
 import sys
 import warnings
@@ -48,7 +46,6 @@ from tests.distributed.parallel_runs import (
 warnings.filterwarnings("ignore")
 
 STEPS = 20
-NO_NORM_OF_ALL = "doesn't support scalar parameters"
 
 
 def normed(rules: Any = ALL) -> nn.Module:
@@ -63,7 +60,11 @@ def mine() -> slice:
 
 
 def steps(
-    model: nn.Module, optimizer: Any, part: slice, numbers: range = range(STEPS), backward: Any = None
+    model: nn.Module,
+    optimizer: Any,
+    part: slice,
+    numbers: range = range(STEPS),
+    backward: Any = None,
 ) -> None:
     for number in numbers:
         optimizer.zero_grad()
@@ -235,9 +236,9 @@ def pipeline(mesh: DeviceMesh) -> Any:
 def accelerated(version: int | None) -> Iterator[Any]:
     """Make an Accelerator for DDP, or for FSDP as accelerate has it on accelerators.
 
-    accelerate takes DDP on the CPU whatever its FSDP plugin says: ``AcceleratorState`` looks for the
-    plugin for some kinds of device only, and the CPU is none. The rest of accelerate looks at what
-    that state holds, so it is set here.
+    accelerate takes DDP on the CPU whatever its FSDP plugin says: ``AcceleratorState`` looks for it
+    on some kinds of device only, and the CPU is none. The rest of accelerate looks at what that
+    state holds, so it is set here.
     """
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, GradientState, PartialState

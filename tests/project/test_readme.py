@@ -106,6 +106,12 @@ def test_the_page_of_the_design_has_every_room() -> None:
     assert {*script["ROOMS"]} == folders | {"callbacks"}
 
 
+def test_the_table_of_engines_is_that_of_its_results() -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    script = runpy.run_path(str(ROOT / "docs" / "make_engines_table.py"))
+    assert script["updated"](page) == page, "run python docs/make_engines_table.py"
+
+
 def test_the_files_that_the_design_names_are_there() -> None:
     page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     start = page.partition("## The rooms")[0] + page.partition("## Where to look")[2]
