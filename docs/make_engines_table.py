@@ -1,8 +1,8 @@
 """Write the table of docs/scaling.md: each engine against one process.
 
 ``python docs/make_engines_table.py`` makes it from docs/engines/results.json. With ``--run`` it
-first trains on all engines, which takes some minutes, and writes that file. DeepSpeed's rows are run
-where it is installed, and kept as they are elsewhere.
+first trains on all engines, which takes some minutes, and writes that file. DeepSpeed's rows are
+run where it is installed, and kept as they are elsewhere.
 """
 
 from __future__ import annotations

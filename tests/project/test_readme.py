@@ -45,6 +45,7 @@ def anchors(text: str) -> set[str]:
     "ignore:The .grad attribute of a Tensor",  # torch.compile looks at it
     "ignore:torch.distributed is disabled",
     "ignore:FSDP2-wrapped module .* returned a view",  # of what tensor parallelism returns
+    "ignore:FSDP is switching to use `NO_SHARD`",  # in one process
 )
 @pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_the_python_of_a_page_runs(
