@@ -98,7 +98,7 @@ bench: $(STAMP) ## every benchmark, alternated in one process (BENCH_ARGS=--quic
 
 gpu: $(STAMP) ## on a CUDA device: its tests, then the benchmark; commit what it writes
 	$(BIN)/python -m pytest tests/gpu $(TEST_ARGS)
-	$(BIN)/python -m benchmarks --gpu $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks --gpu --resume $(BENCH_ARGS)
 
 clean: ## remove .venv and whatever was built
 	rm -rf $(VENV) .matrix build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*

@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--only", metavar="NAME,...", help="these cases, by the names of --list")
     made.add_argument("--rounds", type=int, metavar="N", help="how often each row is measured")
     made.add_argument("--out", type=Path, metavar="PATH", help="where the JSON goes")
+    made.add_argument("--resume", action="store_true", help="keep what PATH has already")
     made.add_argument("--list", action="store_true", help="list the cases and do nothing")
     return made
 
@@ -182,10 +183,19 @@ def run_cases(args: argparse.Namespace, names: Sequence[str]) -> tuple[list[str]
         "parts": [],
         "failures": [],
     }
-    verdicts: list[Verdict] = []
+    if args.resume:
+        result |= report.kept(out, result)
+    verdicts = [
+        Verdict(target["target"], target["value"], target["met"])
+        for measured in (*result["tables"], *result["parts"])
+        for target in measured["targets"]
+    ]
+    done = {report.title_of(table) for table in result["tables"]}
     cases = [case for case in CASES if case.name in names]
     for case in cases:
         for table in case.tables(args.quick, args.compiled, device):
+            if report.heading(case.name, table.variant, table.mode, table.compiled) in done:
+                continue
             if table.compiled:
                 torch.compiler.reset()
             try:
@@ -199,9 +209,11 @@ def run_cases(args: argparse.Namespace, names: Sequence[str]) -> tuple[list[str]
                 verdicts += judged
             report.write(out, result)
     if args.gpu and args.only is None:
-        result["parts"], judged = gpu.run_parts(args.quick)
-        verdicts += judged
-        report.write(out, result)
+        there = {measured["part"] for measured in result["parts"]}
+        for measured, judged in gpu.run_parts(args.quick, there):
+            result["parts"].append(measured)
+            verdicts += judged
+            report.write(out, result)
     if cases:
         print(f"\nwritten to {out}")
     return result["failures"], verdicts

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,7 @@ from benchmarks.peers import (
     agree,
     alternatives,
 )
+from benchmarks.report import verdicts_as_data
 from benchmarks.targets import Verdict, judge_parts
 
 __all__ = [
@@ -261,20 +262,21 @@ def _groups(rows: Iterable[Alternative]) -> int:
     return 1
 
 
-def run_parts(quick: bool) -> tuple[list[dict[str, Any]], list[Verdict]]:
+def run_parts(quick: bool, done: Container[str]) -> Iterator[tuple[dict[str, Any], list[Verdict]]]:
     """Measure every part, print it, and judge it.
 
     Args:
         quick: smaller ones, of which nothing is judged.
+        done: the names of parts to leave out.
 
-    Returns:
-        Plain JSON data, and the verdicts.
+    Yields:
+        Plain JSON data, and the verdicts, of one part.
     """
     copy = copy_bandwidth()
     print(f"\n## weight norm alone\n\na copy: {copy / 1e9:.0f} GB/s\n")
-    data: list[dict[str, Any]] = []
-    verdicts: list[Verdict] = []
     for part in parts(quick):
+        if part.name in done:
+            continue
         workload, around = part.workload(), part.around()
         forward = _measured(workload, NO_GRAD, around)
         if any(row not in forward for row in ROWS):
@@ -289,7 +291,6 @@ def run_parts(quick: bool) -> tuple[list[dict[str, Any]], list[Verdict]]:
         for key, value in found.items():
             print(f"  {key}: {value:.4g}")
         for verdict in judged:
-            print(f"  {verdict}")
-        verdicts += judged
-        data.append({"part": part.name, "elements": part.elements, "groups": groups, **found})
-    return data, verdicts
+            print(f"  {verdict}", flush=True)
+        data = {"part": part.name, "elements": part.elements, "groups": groups, **found}
+        yield data | {"targets": verdicts_as_data(judged)}, judged

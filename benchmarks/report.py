@@ -21,8 +21,10 @@ __all__ = [
     "as_data",
     "environment",
     "heading",
+    "kept",
     "markdown",
     "processor",
+    "title_of",
     "verdicts_as_data",
     "write",
 ]
@@ -90,6 +92,24 @@ def heading(case: str, variant: str, mode: str, compiled: bool) -> str:
     """The title of a table."""
     parts = [case, *([variant] if variant else []), mode, *(["compiled"] if compiled else [])]
     return ", ".join(parts)
+
+
+def title_of(table: Mapping[str, Any]) -> str:
+    """The heading of a table that is JSON data."""
+    return heading(table["case"], table["variant"], table["mode"], table["compiled"])
+
+
+def kept(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables and parts of a file that was begun under the same circumstances, or nothing."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    same = all(found.get(key) == wanted[key] for key in ("quick", "clock"))
+    now, then = wanted["environment"], found["environment"]
+    if not same or any(now[key] != then.get(key) for key in now.keys() - {"date"}):
+        print(f"{path} has other versions, another device or another commit: beginning anew")
+        return {}
+    return {key: found[key] for key in ("tables", "parts")}
 
 
 def as_data(found: Comparison, extra: Mapping[str, Mapping[str, float]] | None = None) -> Any:

@@ -43,8 +43,9 @@ from wn_surgery.errors import WrappedModuleError as WrappedModuleError
 if TYPE_CHECKING:
     from wn_surgery import checkpoints, export
     from wn_surgery.fused import Fusion, fuse, unfuse
-    from wn_surgery.model.contexts import folded, writable
+    from wn_surgery.model.folding import folded
     from wn_surgery.model.sites import Site, sites
+    from wn_surgery.model.writing import writable
     from wn_surgery.reporting.page import report
     from wn_surgery.rules.sources import Rule
     from wn_surgery.surgery.execution import Report, apply, migrate, remove
@@ -106,7 +107,8 @@ __all__ = [
 # Where each name is, as the imports above say it to type checkers.
 _HOMES = {
     "fused": "Fusion fuse unfuse",
-    "model.contexts": "folded writable",
+    "model.folding": "folded",
+    "model.writing": "writable",
     "model.sites": "Site sites",
     "reporting.page": "report",
     "rules.sources": "Rule",

@@ -266,6 +266,26 @@ def test_a_checkpoint_of_other_rules_is_refused_before_anything_is_loaded(tmp_pa
     run(Module(), tmp_path, 3, resume=path, callbacks=[WeightNorm({"names": "model.{0,2}"})])
 
 
+def test_a_long_list_of_differences_is_cut(tmp_path: Path) -> None:
+    class Deep(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.deep = nn.ModuleList(nn.Linear(2, 2) for _ in range(25))
+
+    _, path = run(Deep(), tmp_path, callbacks=[WeightNorm({"types": "Linear"})])
+    with pytest.raises(wn.CheckpointMismatchError, match=r"\.\.\. and \d+ more") as caught:
+        run(Deep(), tmp_path, 3, resume=path, callbacks=[WeightNorm({"types": "Linear", "eps": 1})])
+    assert sum(line[0] in "-+" for line in str(caught.value).splitlines()) == 20
+
+
+def test_what_is_no_checkpoint_of_a_model_passes(tmp_path: Path) -> None:
+    module = Module()
+    made, _ = run(module, tmp_path, callbacks=[WeightNorm(RULES, save_layout="plain")])
+    io = made.strategy.checkpoint_io
+    io.save_checkpoint({"step": 3}, tmp_path / "other.ckpt")
+    assert io.load_checkpoint(tmp_path / "other.ckpt") == {"step": 3}
+
+
 def test_other_stages_refuse_it_too(tmp_path: Path) -> None:
     _, path = run(Module(), tmp_path)
     made = trainer(WeightNorm({"types": "Linear"}))

@@ -253,10 +253,10 @@ class Probed(Module):
 
 
 @pytest.mark.parametrize("kind", ["automatic", "fused off"])
-def test_the_first_batch_initializes(kind: str) -> None:
+def test_the_first_batch_initializes(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     module = Probed()
     fused = "off" if kind == "fused off" else "auto"
-    callback = WeightNorm(RULES, init_from_batch=True, fused=fused)
+    callback = WeightNorm(RULES, init_from_batch=True, fused=fused, verbose=True)
     roots: list[bool] = []
 
     class Look(lp.Callback):
@@ -268,6 +268,7 @@ def test_the_first_batch_initializes(kind: str) -> None:
     torch.testing.assert_close(module.first.std(0, correction=0), torch.ones(8))
     torch.testing.assert_close(module.first.mean(0), torch.zeros(8), rtol=0, atol=1e-6)
     assert callback.initialization is not None
+    assert str(callback.initialization) in capsys.readouterr().out
     assert sorted(callback.initialization.initialized) == ["model.0.weight", "model.2.weight"]
     # The first batch runs unfused: a fused group has read its g before the second layer's is set.
     assert roots == [False] + [fused == "auto"] * 7

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import wn_surgery as wn
 from wn_surgery.callbacks.lightning import Fused, WeightNorm
+from wn_surgery.callbacks.lightning.fusing import fuse
 from wn_surgery.fused import is_fused
 
 pytestmark = [
@@ -132,3 +133,11 @@ def test_a_path_that_cannot_be_taken_stops_the_run(tmp_path: Path) -> None:
         trainer(WeightNorm(RULES, fused="triton"), tmp_path).fit(Nested(), loader())
     with pytest.raises(ValueError, match="expected 'auto', 'off', 'triton', 'cpu'"):
         WeightNorm(RULES, fused="yes")  # type: ignore[arg-type]
+
+
+def test_auto_fuses_on_the_cpu_alone() -> None:
+    for device, fused in (("cpu", True), ("meta", False)):
+        module = Nested()
+        wn.apply(module, RULES)
+        fuse(module.to(device), "auto")
+        assert any(is_fused(each) for each in module.modules()) is fused

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch.utils.data import Dataset
 
 import wn_surgery as wn
 from tests.makers import llama
+from wn_surgery.callbacks.holding import refuse_unheld
 from wn_surgery.callbacks.transformers import WeightNormCallback, WeightNormTrainer
 from wn_surgery.huggingface import WeightNormConfig, patch_model
 
@@ -167,6 +169,15 @@ def test_runs_in_which_g_and_v_would_not_train_are_refused(tmp_path: Path) -> No
     given = trainer(tmp_path, callback(), model=model, optimizers=(stale, None))
     with pytest.raises(wn.CallbackError, match="before the model was patched"):
         given.train()
+
+
+def test_weight_norm_of_torchs_is_not_the_callbacks_to_check() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    wn.apply(model[0], nn.Linear)
+    parametrizations.weight_norm(model[1])
+    refuse_unheld(model, [torch.optim.SGD(model[0].parameters())], "")
+    with pytest.raises(wn.CallbackError, match="no optimizer holds g and v of 0"):
+        refuse_unheld(model, [torch.optim.SGD(model[1].parameters())], "")
 
 
 def test_model_init_that_patches_and_a_model_that_is_patched(tmp_path: Path) -> None:

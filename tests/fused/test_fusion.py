@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import wn_surgery as wn
@@ -164,6 +164,72 @@ def test_the_meta_device_is_left_out(device: str) -> None:
     fusion = wn.fuse(model)
     assert {m.why for m in fusion.members} == {"its parameters are on the meta device"}
     assert model(X.to(device)).shape == (2, 4, 3)
+
+
+class Mine(Tensor):
+    """A class of somebody's tensors."""
+
+
+def inference_tensor() -> Tensor:
+    with torch.inference_mode():
+        return torch.ones(4, 1)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "why"),
+    [
+        ("original0", torch.ones(4, 1).as_subclass(Mine), "its parameters are of class Mine"),
+        ("original0", inference_tensor(), "were made under torch.inference_mode()"),
+        ("original0", torch.ones(4, 1).double(), "g and v differ in dtype or device"),
+        ("original1", torch.ones(4, 3, dtype=torch.complex64), "no fused path for complex64"),
+        ("original1", torch.ones(4, 0), "it has no elements"),
+    ],
+)
+def test_parameters_that_no_group_takes(part: str, value: Tensor, why: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4))
+    wn.apply(model, nn.Linear)
+    plist: Any = model[0].parametrizations
+    setattr(plist.weight, part, nn.Parameter(value, requires_grad=False))
+    (member,) = wn.fuse(model).members
+    assert member.path == "off" and why in member.why
+
+
+def test_torchs_parametrization_that_came_later_is_left_out_until_migrated() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    wn.apply(model[0], nn.Linear)
+    fusion = wn.fuse(model)
+    parametrizations.weight_norm(model[1])
+    wn.apply(model[2], nn.Linear)
+    before = model(torch.ones(2, 3))
+    assert [member.path for member in fusion.members] == ["cpu", "off", "cpu"]
+    assert "call wn_surgery.migrate(model) first" in fusion.members[1].why
+    wn.migrate(model)
+    assert torch.equal(model(torch.ones(2, 3)), before)
+    assert [member.path for member in fusion.members] == ["cpu"] * 3
+
+
+def test_unfusing_lets_go_of_an_interrupted_call() -> None:
+    class Held:
+        pass
+
+    class Interrupted(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            nonlocal reference
+            held = Held()
+            reference = weakref.ref(held)
+            super().forward(x)
+            raise KeyboardInterrupt
+
+    reference: weakref.ref[Held] | None = None
+    model = Interrupted(nn.Linear(3, 4))
+    wn.apply(model, nn.Linear)
+    wn.fuse(model)
+    try:
+        model(torch.ones(2, 3))
+    except KeyboardInterrupt as error:
+        error.__traceback__ = None
+    wn.unfuse(model)
+    assert reference is not None and reference() is None
 
 
 def test_what_cannot_be_fused_is_an_error() -> None:

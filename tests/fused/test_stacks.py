@@ -106,6 +106,35 @@ def test_a_member_that_a_backward_does_not_reach_gets_none(create_graph: bool) -
         assert tensor.grad is None
 
 
+def test_a_stack_of_which_only_g_needs_a_gradient() -> None:
+    v, g = pairs(SPECS)
+    v = [tensor.detach() for tensor in v]
+    found = torch.autograd.grad(stacked(v, g)[0].sum(), g, allow_unused=True)
+    assert [grad is not None for grad in found] == [i == 0 for i in range(len(SPECS))]
+    wanted = torch.autograd.grad(alone(v, g)[0].sum(), g[0])
+    torch.testing.assert_close(found[:1], wanted)
+
+
+def test_a_backward_that_was_cut_off_does_not_reach_into_the_next() -> None:
+    v, g = pairs(SPECS)
+    weights = stacked(v, g)
+
+    def fail(grad: Tensor) -> None:
+        raise ArithmeticError
+
+    # After the node of the weights, and before the one that the hook waits at.
+    handle = g[0].register_hook(fail)
+    with pytest.raises(ArithmeticError):
+        torch.autograd.backward(weights[0].sum(), retain_graph=True, inputs=[*v, *g])
+    handle.remove()
+    for tensor in (*v, *g):
+        tensor.grad = None
+    found = torch.autograd.grad(weights[2].square().sum(), [*v, *g], allow_unused=True)
+    wanted = torch.autograd.grad(alone(v, g)[2].square().sum(), [v[2], g[2]])
+    assert [grad is not None for grad in found] == [i == 2 for i in range(len(SPECS))] * 2
+    torch.testing.assert_close((found[2], found[2 + len(SPECS)]), wanted)
+
+
 def test_an_optimizer_leaves_a_skipped_layer_alone() -> None:
     class Skips(nn.Module):
         def __init__(self) -> None:

@@ -101,7 +101,7 @@ def resources(binary: bytes, folder: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     ("capability", "dtype", "out"),
-    [(80, F32, F32), (80, F16, F16), (90, F32, BF16), (90, BF16, BF16)],
+    [(80, F32, F32), (80, F16, F16), (90, F32, BF16), (90, BF16, BF16), (100, F32, F32)],
     ids=str,
 )
 def test_every_kernel_compiles_without_spills(

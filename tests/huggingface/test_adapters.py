@@ -219,6 +219,19 @@ def test_weight_norm_under_adapters_that_are_there_already(dora: bool) -> None:
     )
 
 
+def test_adapters_are_saved_alone(tmp_path: Path) -> None:
+    model = patched()
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    written = {path.name for path in tmp_path.iterdir()}
+    assert "adapter_model.safetensors" in written and "config.json" not in written
+    other = patched()
+    other.load_state_dict(model.state_dict(), strict=False)
+    other.load_adapter(str(tmp_path))
+    with torch.no_grad():
+        assert torch.equal(other.eval()(TOKENS).logits, model.eval()(TOKENS).logits)
+
+
 def test_adapters_may_be_named() -> None:
     made = tuned(llama())
     rules = WeightNormConfig({"names": "**.lora_A.default"})

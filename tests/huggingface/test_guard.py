@@ -15,7 +15,6 @@ import transformers as hf
 from tests.makers import llama
 from wn_surgery.huggingface import (
     WeightNormConfig,
-    loading,
     patch_model,
     save_pretrained,
     unpatch_model,
@@ -151,4 +150,4 @@ def test_a_checkpoint_from_before_there_was_a_guard(tmp_path: Path) -> None:
 def test_it_is_where_transformers_looks() -> None:
     from transformers import fusion_mapping
 
-    assert loading.FUSIONS is fusion_mapping._FUSION_REGISTRY
+    assert METHOD in fusion_mapping._FUSION_REGISTRY

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -319,6 +320,19 @@ def test_tied_embeddings_stay_tied_or_are_left_alone(tmp_path: Path) -> None:
         )
 
 
+def test_a_tie_that_a_rule_has_cut_stays_cut(tmp_path: Path) -> None:
+    model, _, _ = build("bert, tied")
+    rule = {"names": "bert.embeddings.word_embeddings", "tied": "untie", "eps": 1e-6}
+    patch_model(model, WeightNormConfig(rule))
+    model.save_pretrained(tmp_path / "a")
+    loaded = shaken(reload(model, tmp_path / "a"))
+    loaded.save_pretrained(tmp_path / "b")
+    again = reload(loaded, tmp_path / "b")
+    weights = again.bert.embeddings.word_embeddings.weight, again.cls.predictions.decoder.weight
+    assert not torch.equal(*weights)
+    assert torch.equal(weights[0], loaded.bert.embeddings.word_embeddings.weight)
+
+
 FAMILIES = [
     name for name in TRANSFORMERS if isinstance(TRANSFORMERS[name].build(), hf.PreTrainedModel)
 ]
@@ -374,6 +388,24 @@ def test_the_config_is_json_and_comes_back(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     assert WeightNormConfig.from_pretrained(tmp_path / "model") == noted
     assert WeightNormConfig.from_dict(json.loads(json.dumps(noted.to_dict()))) == noted
+
+
+def test_a_folder_of_a_model_that_is_not_patched_has_no_note(tmp_path: Path) -> None:
+    build("llama")[0].save_pretrained(tmp_path)
+    with pytest.raises(wn.RuleError, match=re.escape(str(tmp_path))):
+        WeightNormConfig.from_pretrained(tmp_path)
+
+
+def test_unpatching_keeps_a_fusion_that_is_not_ours() -> None:
+    model, _, config = build("llama")
+    patch_model(model, config)
+    # A config may have lost the guard, or have fusions of the user's beside it.
+    for fusions in (None, {"patch_embeddings": True}):
+        changed = copy.deepcopy(model)
+        changed.config.fusion_config = fusions
+        unpatch_model(changed)
+        assert changed.config.fusion_config == fusions
+        assert not hasattr(changed.config, "quantization_config")
 
 
 def test_a_config_of_a_later_release_is_read_with_a_warning() -> None:

@@ -398,6 +398,19 @@ def test_ties_that_nobody_has_told_the_model_of(tied: str, tmp_path: Path) -> No
     reloaded(shaken(model), tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:the config of .* names weight norm on:UserWarning")
+def test_the_note_goes_with_the_last_weight_norm_that_the_class_does_not_build(
+    tmp_path: Path,
+) -> None:
+    model = speech_encoder_decoder()
+    built = normed(model)
+    patch_model(model, [{"names": "decoder.**.query"}])
+    wn.migrate(model)
+    wn.remove(model, {"names": "decoder.**"})
+    assert normed(reloaded(shaken(model), tmp_path)) == built
+    assert "weight_norm" not in (tmp_path / "config.json").read_text()
+
+
 def test_ranks_that_do_not_write_do_not_write(tmp_path: Path) -> None:
     model = llama()
     wn.apply(model, QUERIES)
@@ -451,6 +464,16 @@ def test_a_model_that_lightning_has_trained(tmp_path: Path) -> None:
     ).fit(module, DataLoader(TensorDataset(TOKENS.repeat(4, 1)), batch_size=2))
     again = reloaded(module.model.eval(), tmp_path)
     assert len(normed(again)) == 7
+
+
+def test_a_conversion_and_its_reverse() -> None:
+    """What transformers may ask of each conversion that a model carries."""
+    split = conversions._Split(Parametrization(dim=1).options)
+    weight = torch.rand(2, 3)
+    parts = split.convert({"w": [weight]}, ["w"], ["g", "v"])
+    assert parts["g"].shape == (1, 3) and torch.equal(parts["v"], weight)
+    back = split.reverse_op.convert({k: [v] for k, v in parts.items()}, ["g", "v"], ["w"])
+    torch.testing.assert_close(back["w"], weight)
 
 
 @pytest.mark.parametrize("name", ["huggingface.ties _translated", "reloading AsBuilt"])

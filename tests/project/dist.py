@@ -38,6 +38,13 @@ assert torch.equal(model[0].weight, before)
 print(wn.__version__)
 """
 
+SAVE = """
+import torch, wn_surgery as wn
+model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+wn.apply(model, "linears")
+torch.save(model.state_dict(), "model.pt")
+"""
+
 
 def run(*command: str | Path, cwd: Path = ROOT, code: int = 0) -> str:
     """What a command prints, its errors last; it ends with the code, or this ends."""
@@ -80,8 +87,8 @@ def environment(folder: Path, requirements: list[str]) -> Path:
     return folder / "bin"
 
 
-def check_wheel(wheel: Path) -> list[str]:
-    """What a wheel requires; it holds the package and nothing beside it."""
+def check_wheel(wheel: Path) -> tuple[list[str], list[str]]:
+    """What a wheel requires, and what its command line does; it holds nothing but the package."""
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         metadata = next(name for name in names if name.endswith(".dist-info/METADATA"))
@@ -91,7 +98,24 @@ def check_wheel(wheel: Path) -> list[str]:
     assert "wn_surgery/py.typed" in names
     assert "wn_surgery/callbacks/lightning/callback.py" in names
     required = re.findall(r"^Requires-Dist: (.*)$", text, re.MULTILINE)
-    return [line for line in required if "extra ==" not in line]
+    core = [line for line in required if "extra ==" not in line]
+    extra = [line for line in required if re.search(r'extra == "(cli|yaml)"', line)]
+    # The package itself, for another of its extras.
+    extra = [line.split(";")[0].strip() for line in extra if not line.startswith("wn-surgery")]
+    return core, extra
+
+
+def check_command_line(wheel: Path, requirements: list[str]) -> None:
+    """The commands, where the extra `cli` is all that is installed, print no warning."""
+    with tempfile.TemporaryDirectory() as folder:
+        there = Path(folder)
+        bin_ = environment(there / "venv", requirements)
+        run(bin_ / "python", "-m", "pip", "install", "--no-index", wheel, cwd=there)
+        said = run(bin_ / "python", "-c", SAVE, cwd=there)
+        said += run(bin_ / "wn-surgery", "inspect", "model.pt", cwd=there)
+        said += run(bin_ / "wn-surgery", "strip", "model.pt", "plain.pt", cwd=there)
+        assert "warning" not in said.lower(), said
+        print(f"{wheel.name}[cli]: inspects and strips a file without a warning")
 
 
 def main() -> int:
@@ -101,7 +125,7 @@ def main() -> int:
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", DIST)
     (wheel,), (sdist,) = DIST.glob("*.whl"), DIST.glob("*.tar.gz")
     print(run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist).strip())
-    required = check_wheel(wheel)
+    required, extra = check_wheel(wheel)
     source = (ROOT / "wn_surgery" / "__init__.py").read_text(encoding="utf-8")
     (version,) = re.findall(r'^__version__ = "(.*)"$', source, re.MULTILINE)
     with tarfile.open(sdist) as archive:
@@ -117,6 +141,7 @@ def main() -> int:
             said = run(bin_ / "wn-surgery", "--help", cwd=there, code=1)
             assert "pip install 'wn-surgery[cli]'" in said, said
             print(f"{built.name}: installed with {', '.join(required)} alone; {version} works")
+    check_command_line(wheel, [*required, *extra])
     return 0
 
 

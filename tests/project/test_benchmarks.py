@@ -227,6 +227,27 @@ def test_one_case_from_end_to_end(
     assert result["failures"] == [] and result["quick"] is True
 
 
+def test_a_run_that_was_stopped_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], threads: None
+) -> None:
+    out = tmp_path / "rnn.json"
+    words = ["--quick", "--rounds", "1", "--only", "rnn", "--out", str(out), "--resume"]
+    assert cli.main(words) == 0
+    whole = json.loads(out.read_text(encoding="utf-8"))
+    lost = whole["tables"].pop(1)
+    out.write_text(json.dumps(whole), encoding="utf-8")
+    capsys.readouterr()
+    assert cli.main(words) == 0
+    again = json.loads(out.read_text(encoding="utf-8"))["tables"]
+    assert again[:2] == whole["tables"] and again[2]["mode"] == lost["mode"]
+    assert capsys.readouterr().out.count("## rnn") == 1
+    # Not with what another version has measured.
+    whole["environment"]["torch"] = "1.0"
+    out.write_text(json.dumps(whole), encoding="utf-8")
+    assert cli.main(words) == 0
+    assert "beginning anew" in capsys.readouterr().out
+
+
 def test_alternatives_that_disagree_fail_loudly(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

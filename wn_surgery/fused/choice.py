@@ -111,10 +111,10 @@ def _why_not_tensors(g: Tensor, v: Tensor) -> str:
             return "its parameters are on the meta device"
         if tensor.is_inference():
             return "its parameters were made under torch.inference_mode()"
-    if g.dtype != v.dtype or g.device != v.device:
-        return "g and v differ in dtype or device"
     if v.dtype not in KERNEL_DTYPES:
         return f"no fused path for {dtype_name(v.dtype)}"
+    if g.dtype != v.dtype or g.device != v.device:
+        return "g and v differ in dtype or device"
     return "" if v.numel() else "it has no elements"
 
 

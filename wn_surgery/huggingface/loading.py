@@ -8,11 +8,11 @@ loaded model is not quantized, trains in a Trainer, and accepts adapters.
 
 from __future__ import annotations
 
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, fusion_mapping
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from typing_extensions import override
@@ -23,15 +23,7 @@ from wn_surgery.huggingface.conversions import drop_ours, reading_plain
 from wn_surgery.huggingface.patching import freeze, put
 from wn_surgery.model.sites import NormedSite, normed
 
-__all__ = ["FUSIONS", "WeightNormQuantizer", "register"]
-
-FUSIONS: dict[str, Any] = {}
-Fusion: Any = object
-# An early transformers 5 does not look at a config's fusions.
-with suppress(ImportError):
-    from transformers import fusion_mapping
-
-    FUSIONS, Fusion = fusion_mapping._FUSION_REGISTRY, fusion_mapping.ModuleFusionSpec
+__all__ = ["WeightNormQuantizer", "register"]
 
 _INITIALIZE = "initialize_weights"
 # The mark by which transformers knows what it has read.
@@ -76,7 +68,8 @@ def register() -> None:
     for name in (METHOD, "weight_norm"):
         AUTO_QUANTIZER_MAPPING[name] = WeightNormQuantizer
         AUTO_QUANTIZATION_CONFIG_MAPPING[name] = WeightNormConfig
-    FUSIONS[METHOD] = Fusion()  # never carried out: the config asks for it with ``False``
+    # Never carried out: the config asks for it with ``False``.
+    fusion_mapping._FUSION_REGISTRY[METHOD] = fusion_mapping.ModuleFusionSpec()
 
 
 def _initialize(model: PreTrainedModel, config: WeightNormConfig) -> None:

@@ -23,7 +23,17 @@ from wn_surgery.norm.options import NormOptions
 from wn_surgery.norm.parametrization import WeightNorm, WeightNormList
 from wn_surgery.norm.slots import note_change
 
-__all__ = ["Foreign", "Normed", "SiteLayout", "carried", "clear", "leftovers", "put_plain"]
+__all__ = [
+    "Foreign",
+    "Normed",
+    "SiteLayout",
+    "carried",
+    "clear",
+    "leftovers",
+    "parametrized_names",
+    "put_plain",
+    "refresh_all",
+]
 
 _Order: TypeAlias = Sequence[str]
 SiteLayout: TypeAlias = Layout | Literal["other"]
@@ -271,6 +281,18 @@ def refresh(module: nn.Module) -> None:
     if isinstance(module, nn.RNNBase):
         with torch.no_grad():
             module._init_flat_weights()
+
+
+def refresh_all(modules: Iterable[nn.Module]) -> None:
+    """The same for several modules, some of them named twice."""
+    for module in dict.fromkeys(modules):
+        refresh(module)
+
+
+def parametrized_names(module: nn.Module) -> frozenset[str]:
+    """The parameters that have a list of parametrizations, anybody's."""
+    lists = module._modules.get("parametrizations")
+    return frozenset(lists if isinstance(lists, nn.ModuleDict) else ())
 
 
 def _usual_order(module: nn.Module, name: str, registered: Iterable[str]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any, cast
@@ -24,12 +25,32 @@ from wn_surgery.norm.options import NormOptions
 from wn_surgery.norm.parametrization import WeightNorm, is_weight_norm, parts_of
 from wn_surgery.norm.writers import follow_writes, is_writer
 
-__all__ = ["FOLDED", "adopt", "base_class", "beneath", "class_for", "computed_names", "is_managed"]
+__all__ = [
+    "FOLDED",
+    "FOLDED_LOCK",
+    "adopt",
+    "base_class",
+    "beneath",
+    "class_for",
+    "computed_names",
+    "forget",
+    "is_managed",
+]
 
 _is_compiling = torch.compiler.is_dynamo_compiling
 
 FOLDED: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 """The modules inside ``folded`` or ``writable`` now, and their parameters held as tensors."""
+FOLDED_LOCK = threading.RLock()
+"""Held by a thread that enters or leaves one of the two."""
+
+
+def forget(module: nn.Module, param: str) -> None:
+    """Neither context holds the parameter any more."""
+    held = FOLDED.get(module, {})
+    held.pop(param, None)
+    if not held:
+        FOLDED.pop(module, None)
 
 
 def is_managed(cls: type) -> bool:
@@ -215,7 +236,7 @@ def _resetting(base: type[nn.Module], initializer: str) -> Callable[..., Any]:
 
     def reset(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # In a room above, which an unpickled model has not imported.
-        with import_module("wn_surgery.model.contexts").writable(self):
+        with import_module("wn_surgery.model.writing").writable(self):
             return getattr(base, initializer)(self, *args, **kwargs)
 
     return reset
