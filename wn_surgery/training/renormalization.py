@@ -142,9 +142,9 @@ def _chosen(
         said = True
         v = site.held.v
         # No step moves a frozen v, and whoever froze it does not expect it to move.
-        if not (v.requires_grad and v.numel()) or (optimizers and id(v) not in held):
+        if not v.requires_grad or 0 in site.shape or (optimizers and id(v) not in held):
             continue
-        wanted = wanted_norm(how, tuple(v.shape), site.dim)
+        wanted = wanted_norm(how, site.shape, site.dim)
         if problem := _refused(site, wanted):
             raise problem
         before = found.setdefault(id(v), Direction(site, wanted))
@@ -180,11 +180,10 @@ def _named(sites: list[NormedSite], names: str | Iterable[str]) -> list[NormedSi
 
 def refuse_sharded(site: NormedSite) -> None:
     """Raise if no rank holds whole slices of v."""
-    v = site.held.v
-    if site.node.wrapped not in (None, "DistributedDataParallel") or (
-        type(v).__name__ == "DTensor" or hasattr(v, "ds_id")
-    ):
-        message = "is sharded, so that no rank holds whole slices of v, which this needs"
+    cut = type(site.held.v).__name__ == "DTensor"
+    if cut or site.holder not in (None, "DistributedDataParallel"):
+        by = f" by {site.holder}" if site.holder else ""
+        message = f"is sharded{by}, so that no rank holds whole slices of v, which this needs"
         raise error_at(site, "wrapped", f"{site.name} {message}")
 
 
