@@ -52,7 +52,7 @@ def events(model: nn.Sequential) -> list[str]:
     wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.3)
 
     # Without annotations: DDP reads them.
-    def ready(_, bucket):  # type: ignore[no-untyped-def]  # noqa: ANN
+    def ready(_, bucket):  # type: ignore[no-untyped-def]
         found.append("AR")
         future: torch.futures.Future[Tensor] = torch.futures.Future()
         future.set_result(bucket.buffer())
