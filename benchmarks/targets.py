@@ -13,6 +13,7 @@ from benchmarks.peers import FORWARD, NO_GRAD, STEP, Mode
 __all__ = [
     "GPU_TARGETS",
     "PART_TARGETS",
+    "SCALE_TARGETS",
     "TARGETS",
     "PartTarget",
     "Target",
@@ -130,7 +131,7 @@ def judge(
 
 @dataclass(frozen=True)
 class PartTarget:
-    """A bound on a number of the weight-norm part alone, as :mod:`benchmarks.gpu` has them.
+    """A bound on a number of :mod:`benchmarks.gpu`'s parts, or of :mod:`benchmarks.scale`'s cases.
 
     Attributes:
         parts: the parts that have to meet it.
@@ -159,6 +160,13 @@ PART_TARGETS: tuple[PartTarget, ...] = (
     PartTarget(("middle dim", "whole tensor"), "backward kernels, torch / ours", "at least", 4.0),
 )  # fmt: skip
 """On a GPU, the weight-norm part alone, by the profiler."""
+
+
+SCALE_TARGETS: tuple[PartTarget, ...] = (
+    PartTarget(("llama 405B",), "seconds", "at most", 1.0),
+    PartTarget(("llama 405B",), "MB above the model", "at most", 64.0),
+)
+"""Plan, apply and remove on meta, as :mod:`benchmarks.scale` measures them."""
 
 
 def judge_parts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["WeightNormCallback", "WeightNormTrainer"]
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,12 +81,31 @@ class WeightNormCallback(TrainerCallback):
     @override
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
+        config, every = self.config, self.renormalize_every_n_steps
         if not _is_patched(model):
-            config, every = self.config, self.renormalize_every_n_steps
             if every is not None and config.sites is None:
                 rules = rules_for(model) if config.rules is None else config.rules
                 config = as_config(renormalizing(rules, every))
+            if getattr(args, "fsdp", None):
+                rules = rules_for(model) if config.rules is None else config.rules
+                self._refuse_shards(rule.describe() for rule in rules if rule.dim is None)
             self.report = patch_model(model, config)
+        elif getattr(args, "fsdp", None):
+            self._refuse_shards(site.name for site in normed(model) if site.dim is None)
+
+    def _refuse_shards(self, scalars: Iterable[str]) -> None:
+        """Raise for what FSDP cannot do, before the model is patched."""
+        for name in scalars:
+            raise wn.CallbackError(
+                f"{name} has dim=None, for which g is a scalar, and FSDP cannot cut scalars; write "
+                "dim=[] (no axes): the same norm, with a g that has as many axes as the weight"
+            )
+        if self.export_to is not None:
+            raise wn.CallbackError(
+                f"export_to={str(self.export_to)!r} needs whole weights when training ends, and "
+                "FSDP has them in parts; leave it out, call trainer.save_model(folder), and make "
+                "that plain: `wn-surgery strip folder plain`"
+            )
 
     @override
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

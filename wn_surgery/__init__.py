@@ -43,6 +43,7 @@ from wn_surgery.errors import WrappedModuleError as WrappedModuleError
 if TYPE_CHECKING:
     from wn_surgery import checkpoints, export
     from wn_surgery.fused import Fusion, fuse, unfuse
+    from wn_surgery.model.exact import exact_norms
     from wn_surgery.model.folding import folded
     from wn_surgery.model.sites import Site, sites
     from wn_surgery.model.writing import writable
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from wn_surgery.surgery.execution import Report, apply, migrate, remove
     from wn_surgery.surgery.plan import Plan, Step
     from wn_surgery.surgery.planning import UnmatchedRuleWarning, plan
+    from wn_surgery.training.clipping import clip_gradients
     from wn_surgery.training.initialization import (
         Initialization,
         initialize_from_batch,
@@ -87,6 +89,8 @@ __all__ = [
     "ZeroNormError",
     "apply",
     "checkpoints",
+    "clip_gradients",
+    "exact_norms",
     "export",
     "folded",
     "fuse",
@@ -107,6 +111,7 @@ __all__ = [
 # Where each name is, as the imports above say it to type checkers.
 _HOMES = {
     "fused": "Fusion fuse unfuse",
+    "model.exact": "exact_norms",
     "model.folding": "folded",
     "model.writing": "writable",
     "model.sites": "Site sites",
@@ -115,6 +120,7 @@ _HOMES = {
     "surgery.execution": "Report apply migrate remove",
     "surgery.plan": "Plan Step",
     "surgery.planning": "UnmatchedRuleWarning plan",
+    "training.clipping": "clip_gradients",
     "training.initialization": "Initialization initialize_from_batch initializing",
     "training.parameter_groups": "ParameterGroups parameter_groups",
     "training.renormalization": "renormalize",

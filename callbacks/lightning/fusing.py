@@ -11,7 +11,7 @@ from torch import nn
 
 import wn_surgery as wn
 from wn_surgery.fused import is_fused
-from wn_surgery.model.gathering import FSDP2
+from wn_surgery.model.holders import in_parts
 from wn_surgery.model.sites import normed
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ class Folding:
             return
         self._stack = ExitStack()
         found = normed(pl_module)
-        if not found or any(_is_split(site) for site in found):
+        # FSDP1 and ZeRO-3 make parts whole in a forward only.
+        if not found or any(in_parts(site.tensor) for site in found):
             return
         # Not as inference tensors: a step may turn gradients on, for a penalty.
         with torch.inference_mode(False), torch.no_grad():
@@ -84,9 +85,3 @@ class Folding:
         if self._stack is not None:
             stack, self._stack = self._stack, None
             stack.close()
-
-
-def _is_split(site: wn.Site) -> bool:
-    """Return whether nothing but a forward makes the weight's parts whole."""
-    wrapped = site.node.wrapped not in (None, "DistributedDataParallel", FSDP2)
-    return wrapped or hasattr(site.tensor, "ds_id")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.checkpoint.state_dict import (
@@ -27,6 +30,7 @@ from tests.checkpoints.makers import listing
 from wn_surgery.checkpoints.io.distributed import Distributed
 
 convert_file = wn.checkpoints.convert_file
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
@@ -186,6 +190,98 @@ def test_flat_state_dicts_and_inspection(tmp_path: Path) -> None:
     saved(tmp_path / "c")
     names = [tensor.name for tensor in wn.checkpoints.inspect(tmp_path / "c").tensors]
     assert names == ["model/0.weight", "model/2.weight"]
+
+
+WITHIN = """
+import resource, sys, tempfile
+from wn_surgery.checkpoints import convert_file
+small, source, target, limit = sys.argv[1:]
+with tempfile.TemporaryDirectory() as folder:
+    convert_file(small, folder)  # so that everything is imported
+data = int(open("/proc/self/status").read().split("VmData:")[1].split()[0]) << 10
+resource.setrlimit(resource.RLIMIT_DATA, (data + (int(limit) << 20), resource.RLIM_INFINITY))
+convert_file(source, target, verify=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is on what Linux counts")
+@pytest.mark.parametrize("kind", ["pieces", "pieces to a file", "shards"])
+def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path, kind: str) -> None:
+    """Of 72 MB in tensors of 24 MB: twice one, and 15 MB; the pages promise 100 MB."""
+    rows, names = 1536, ["0", "1", "2"]
+    # Normed along the other axis than that by which safetensors files are folded row by row.
+    state = {f"{name}.weight_g": torch.ones(1, 4096) for name in names}
+    state |= {f"{name}.weight_v": torch.ones(rows, 4096) for name in names}
+    source = tmp_path / "a"
+    if kind == "shards":
+        shards(source, state, names)
+    else:
+        dcp.save({"model": state}, checkpoint_id=source, no_dist=True)
+        in_pieces(source, rows // 2)
+    saved(tmp_path / "tiny")
+    target = tmp_path / ("b.safetensors" if kind == "pieces to a file" else "b")
+
+    def run(limit: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", WITHIN, tmp_path / "tiny", source, target,
+             str(limit)],
+            # What is freed goes back to the system, as it does for tensors of 32 MB and more.
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+                 "MALLOC_MMAP_THRESHOLD_": "1000000"},
+            capture_output=True, text=True, check=False, timeout=900,
+        )  # fmt: skip
+
+    foreseen = convert_file(source, target, dry_run=True).cost
+    assert foreseen is not None and foreseen.memory == 2 * (24 << 20) + 4 * 4096
+    assert foreseen.read == 3 * ((24 << 20) + 4 * 4096) and foreseen.written == 3 * (24 << 20)
+    failed = run(2 * 24 - 8)
+    assert failed.returncode != 0 and "memory" in failed.stderr and not target.exists()
+    done = run(2 * 24 + 15)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_dry_run_reads_metadata_alone(tmp_path: Path) -> None:
+    """Of a folder whose one weight has more than a terabyte, which nothing could read."""
+    saved(tmp_path / "a")
+    (file,) = (tmp_path / "a").glob("*.distcp")
+    start, columns = file.stat().st_size, 1 << 36
+    v = "model.0.parametrizations.weight.original1"
+
+    def grow(said: Any) -> None:
+        value = said.state_dict_metadata[v]
+        value.size = value.chunks[0].sizes = torch.Size([6, columns])
+        info = said.storage_data[MetadataIndex(v, torch.Size([0, 0]))]
+        info.offset, info.length = start, 6 * columns * 4 + 1000
+
+    edited(tmp_path / "a", grow)
+    os.truncate(file, start + 6 * columns * 4 + 1000)  # sparse
+    with pytest.warns(UserWarning, match="state of 4 tensors is left out"):
+        done = convert_file(tmp_path / "a", tmp_path / "b", dry_run=True, verify=True)
+    assert done.weights == ("0.weight", "2.weight") and done.files == (tmp_path / "b",)
+    large = 6 * columns * 4
+    # Of the rest 2 g, a small v, biases, and the moments and steps of those.
+    plain = 4 * (6 * 2 + 6 + 2) + 2 * 4 * (6 + 2) + 2 * 4
+    assert done.cost == wn.checkpoints.Cost(
+        read=large + plain + 4 * (6 + 2), written=large + plain, memory=2 * large + 4 * 6
+    )
+    one = convert_file(tmp_path / "a", tmp_path / "b.safetensors", "legacy", dry_run=True).cost
+    # No tensor is computed with: g and v are copied.
+    assert one is not None and one.memory == large and one.read == one.written
+    (tmp_path / "full" / "x").mkdir(parents=True)
+    with pytest.raises(wn.CheckpointFileError, match="is there already"):
+        convert_file(tmp_path / "a", tmp_path / "full", dry_run=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "full"]
+
+
+def shards(folder: Path, state: dict[str, torch.Tensor], names: list[str]) -> None:
+    """A folder of safetensors files, one for each name."""
+    folder.mkdir()
+    places = {key: f"{key[0]}.safetensors" for key in state}
+    for name in names:
+        mine = {key: value for key, value in state.items() if key.startswith(name)}
+        save_file(mine, folder / f"{name}.safetensors")
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 class Evil:

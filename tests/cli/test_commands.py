@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pty
 import signal
@@ -19,6 +20,7 @@ from torch import nn
 
 import wn_surgery as wn
 from tests.checkpoints.makers import listing, same, shards, tensors
+from wn_surgery.checkpoints.io import header
 from wn_surgery.cli import commands, main
 from wn_surgery.norm import naming
 from wn_surgery.rules.presets import PRESETS
@@ -110,7 +112,7 @@ def test_the_page_shows_what_is_printed(run: Run) -> None:
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     session = page.partition("```console\n")[2].partition("```")[0]
     _, *commands = session.split("$ wn-surgery ")
-    assert len(commands) == 4
+    assert len(commands) == 5
     for text in commands:
         line, _, expected = text.partition("\n")
         assert run(*line.split()) == Ran(0, expected, "")
@@ -347,6 +349,59 @@ def test_a_class_that_norms_itself_keeps_its_g_and_v(run: Run, tmp_path: Path) -
         wn.checkpoints.convert_file(tmp_path / "a", tmp_path / "c")
     assert not (tmp_path / "c").exists()
     assert run("strip", "a", "c", "--all").out.startswith("1 weights → plain")
+
+
+def test_a_dry_run_reads_headers_alone(run: Run, tmp_path: Path) -> None:
+    """Of two files with a terabyte each, which nothing could read."""
+    rows, columns = 1 << 18, 1 << 20
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {
+        "0.safetensors": {"a.weight_v": (rows, columns), "b.weight_g": (1, columns)},
+        "1.safetensors": {"a.weight_g": (rows, 1), "b.weight_v": (rows, columns)},
+    }
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for name, inside in shapes.items():
+        lines = {key: ("F32", shape, 4 * math.prod(shape)) for key, shape in inside.items()}
+        head = header.written(lines, None)
+        (folder / name).write_bytes(head)
+        os.truncate(folder / name, len(head) + sum(size for *_, size in lines.values()))  # sparse
+    places = {key: name for name, inside in shapes.items() for key in inside}
+    index = json.dumps({"metadata": {}, "weight_map": places})
+    (folder / "model.safetensors.index.json").write_text(index)
+    ran = run("strip", folder, "b", "--dry-run")
+    assert ran == Ran(
+        0,
+        "nothing is written: it would read 2.2 TB, write 2.2 TB, and hold at most 2.2 TB of "
+        "tensors in memory\n2 weights → plain: b\n",
+        "",
+    )
+    cost = run("strip", folder, "b", "--dry-run", "--json").json["dry_run"]
+    v = 4 * rows * columns
+    g = 4 * (rows + columns)
+    # b has its norms along the other axis than the rows, so both v and w are in memory.
+    assert cost == {"read": 2 * v + g, "written": 2 * v, "memory": 2 * v + 4 * columns}
+    words = "convert", folder, "b", "--to", "parametrized", "--dry-run", "--json"
+    cost = run(*words).json["dry_run"]
+    assert cost == {"read": 2 * v + g, "written": 2 * v + g, "memory": 1 << 24}
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_dry_run_foresees_what_is_written(run: Run, file: Path, tmp_path: Path) -> None:
+    torch.save({"state_dict": tensors()}, tmp_path / "a.pt")
+    shards(tmp_path / "folder")
+    for source, target in [(file, "b.safetensors"), ("a.pt", "b.pt"), ("folder", "folder-b")]:
+        told = run("strip", source, target, "--dry-run", "--json").json
+        assert not Path(target).exists()
+        done = run("strip", source, target, "--json").json
+        cost = told.pop("dry_run")
+        assert told == done
+        if target == "b.pt":
+            made = torch.load(target)["state_dict"]
+        else:
+            files = [Path(target)] if target.endswith("s") else Path(target).glob("*.safetensors")
+            made = {key: tensor for each in files for key, tensor in load_file(each).items()}
+        assert cost["written"] == sum(tensor.nbytes for tensor in made.values())
+        assert cost["read"] == sum(tensor.nbytes for tensor in tensors().values())
 
 
 def test_shards_on_the_command_line(run: Run, tmp_path: Path) -> None:

@@ -34,11 +34,12 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import wn_surgery as wn
 from wn_surgery.model import gathering, layouts
-from wn_surgery.norm.math import magnitude, weight_norm
+from wn_surgery.norm.math import magnitude, norm_except, weight_norm
 
 
 class Sent(TorchDispatchMode):
@@ -47,6 +48,7 @@ class Sent(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.ops: list[str] = []
+        self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind is DTensor for kind in types):
@@ -54,6 +56,9 @@ class Sent(TorchDispatchMode):
         space, _, name = func.name().partition("::")
         if space in ("c10d", "_c10d_functional") and "wait" not in name:
             self.ops.append(name)
+            if "wrap" not in name:
+                tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+                self.bytes += max(t.nbytes for t in tensors)
         return func(*args, **(kwargs or {}))
 
 
@@ -73,7 +78,9 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Tokens to logits."""
+    """Tokens to logits; blocks are checkpointed where ``around`` says so."""
+
+    around = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +94,8 @@ class Net(nn.Module):
         x = self.embed(tokens)
         for block in self.blocks:
             # Not of the norm alone: to it the scale of an embedding, its g, means nothing.
-            x = x + block(self.norm(x))
+            y = self.norm(x)
+            x = x + (checkpoint(block, y, use_reentrant=False) if self.around else block(y))
         result: Tensor = self.head(x)
         return result
 
@@ -517,28 +525,127 @@ def kept_weights(mesh: DeviceMesh) -> Any:
     return alive(False, False), alive(True, False), alive(True, True)
 
 
+HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+
+
+def skewed(dim: Any, norm_dtype: str | None) -> tuple[nn.Linear, Any]:
+    """A layer whose g is not the norm of v, and the list that holds them."""
+    torch.manual_seed(0)
+    layer = nn.Linear(256, 64, bias=False)
+    wn.apply(layer, {"types": "Linear", "dim": dim, "norm_dtype": norm_dtype})
+    plist: Any = layer.parametrizations.weight  # type: ignore[union-attr]
+    with torch.no_grad():
+        plist.original1.mul_(torch.rand(64, 256) + 0.5)
+    return layer, plist
+
+
 def mixed_precision(mesh: DeviceMesh) -> Any:
-    """How far the weights of a bfloat16 forward are from those of the float32 originals."""
-    found = {}
-    for norm_dtype in (None, "float32"):
-        torch.manual_seed(0)
-        layer = nn.Linear(256, 64, bias=False)
-        wn.apply(layer, {"types": "Linear", "norm_dtype": norm_dtype})
-        plist: Any = layer.parametrizations.weight  # type: ignore[union-attr]
-        with torch.no_grad():
-            plist.original1.mul_(torch.rand(64, 1) + 0.5)
-        exact = plist().detach()
-        fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-        with torch.no_grad():
-            got = layer(torch.eye(256)).T.float()
-        weights = (got - exact).norm() / exact.norm()
+    """How far the weights of a bfloat16 forward, and norms, are from those of float32 originals."""
+    found: dict[str, Any] = {}
+
+    def off(got: Tensor, exact: Tensor) -> tuple[float, float]:
         norms = (got.norm(dim=1) / exact.norm(dim=1) - 1).abs().max()
-        found[str(norm_dtype)] = float(weights), float(norms)
-    rounded = exact.bfloat16().float()
-    found["the best bfloat16"] = (
-        float((rounded - exact).norm() / exact.norm()),
-        float((rounded.norm(dim=1) / exact.norm(dim=1) - 1).abs().max()),
-    )
+        return float((got - exact).norm() / exact.norm()), float(norms)
+
+    for way in ("usual", "norm_dtype", "exact_norms", "float32 gathered"):
+        layer, plist = skewed(0, None if way == "usual" else "float32")
+        exact = plist().detach()
+        if way == "float32 gathered":
+            fully_shard(
+                plist, mesh=mesh, mp_policy=MixedPrecisionPolicy(output_dtype=torch.bfloat16)
+            )
+        fully_shard(layer, mesh=mesh, mp_policy=HALF)
+        if way == "exact_norms":
+            wn.exact_norms(layer)
+        with torch.no_grad():
+            found[way] = off(layer(torch.eye(256)).T.float(), exact)
+    found["the best bfloat16"] = off(exact.bfloat16().float(), exact)
+    return found
+
+
+def exact_norms(mesh: DeviceMesh) -> Any:
+    """The weights of each kind of norm, in forwards, in ``folded``, and after steps."""
+    found: dict[str, Any] = {}
+    for dim in (0, 1, []):
+        layer, _ = skewed(dim, "float32")
+        one = copy.deepcopy(layer)
+        fully_shard(layer, mesh=mesh, mp_policy=HALF)
+        before = [id(p) for p in layer.parameters()]
+        names = [wn.exact_norms(layer) for _ in range(2)]
+        optimizers = [torch.optim.SGD(each.parameters(), lr=30.0) for each in (layer, one)]
+        x = torch.randn(8, 256, generator=torch.Generator().manual_seed(1))
+
+        def off(layer: nn.Module = layer, one: Any = one) -> float:
+            """Beyond the rounding of v and of the weight."""
+            plist = one.parametrizations.weight
+            g, v = plist.original0, plist.original1
+            with torch.no_grad():
+                near = (v.bfloat16().float() * (g / norm_except(v, plist[0].dim))).bfloat16()
+                return float((layer(torch.eye(256)).T - near).abs().max())
+
+        offs = [off()]
+        with Sent() as sent, torch.no_grad():
+            layer(x)
+        with torch.no_grad(), wn.folded(layer):
+            offs.append(off())
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        layer.reshard()  # type: ignore[attr-defined]
+        layer(x).float().square().mean().backward()
+        one(x).square().mean().backward()
+        gradients = [
+            float((whole(a.grad) - b.grad).norm() / b.grad.norm())  # type: ignore[arg-type,operator,union-attr]
+            for a, b in zip(layer.parameters(), one.parameters(), strict=True)
+        ]
+        for a, b in zip(layer.parameters(), one.parameters(), strict=True):
+            b.grad = whole(a.grad)  # type: ignore[arg-type]
+        for optimizer in optimizers:
+            optimizer.step()
+        offs += [off(), off()]
+        layer.unshard()  # type: ignore[attr-defined]
+        offs.append(off())
+        found[str(dim)] = {
+            "names": names,
+            "kept": before == [id(p) for p in optimizers[0].param_groups[0]["params"]],
+            "off": offs,
+            "gradients": gradients,
+            "sent": sent.ops,
+        }
+    return found
+
+
+def exact_in_checkpoints(mesh: DeviceMesh) -> Any:
+    """Gradients of checkpointed blocks are those of the same blocks without checkpoints."""
+
+    def gradients(where: str) -> list[Tensor]:
+        model = Net()
+        wn.apply(model, [{**ALL[0], "norm_dtype": "float32"}])
+        shard(model, mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+        wn.exact_norms(model)
+        block = model.get_submodule("blocks.0")
+        inner = block.forward
+        if where == "inside":
+            block.forward = lambda x: checkpoint(inner, x, use_reentrant=False)  # type: ignore[method-assign]
+        model.around = where == "around"
+        model(tokens()).float().square().mean().backward()
+        return [whole(p.grad) for p in model.parameters()]  # type: ignore[arg-type]
+
+    usual = gradients("nowhere")
+    return [
+        all(torch.equal(a, b) for a, b in zip(gradients(where), usual, strict=True))
+        for where in ("inside", "around")
+    ]
+
+
+def exact_refusals(mesh: DeviceMesh) -> Any:
+    found = {}
+    for case in ("no norm_dtype", "not sharded", "whole"):
+        layer, _ = skewed(0, None if case == "no norm_dtype" else "float32")
+        if case != "not sharded":
+            fully_shard(layer, mesh=mesh, mp_policy=HALF)
+        if case == "whole":
+            layer.unshard()  # type: ignore[operator]
+        found[case] = error(lambda layer=layer: wn.exact_norms(layer))  # type: ignore[misc]
     return found
 
 
@@ -549,7 +656,7 @@ def two_dimensions(mesh: DeviceMesh) -> Any:
     for name, rules in (("rows", ALL), ("columns", [{**ALL[0], "dim": 1}]), ("whole", NO_AXES)):
         model, one = cut(USUAL, square["tp"]), Net()
         for each in (model, one):
-            wn.apply(each, rules)
+            wn.apply(each, {**rules[0], "norm_dtype": "float32"})
         shard(model, square["dp"])
         train(model, slice(square.get_local_rank("dp"), None, 2))
         train(one)
@@ -564,8 +671,77 @@ def two_dimensions(mesh: DeviceMesh) -> Any:
             ),
             "folded": float((result - one(tokens())).detach().abs().max()),
             "gathers when folded": sum("gather" in op for op in sent.ops),
+            "exact norms": error(lambda model=model: wn.exact_norms(model)),  # type: ignore[misc]
         }
     return found
+
+
+def spent(mesh: DeviceMesh) -> Any:
+    """What a step keeps and sends under each engine, plain and normed: state, weights, bytes."""
+    shapes = [[8, 6], [6, 8], [4, 6]]
+    found: dict[str, Any] = {}
+    for engine in ("ddp", "fsdp", "tp"):
+        for normed in (False, True):
+            model: Any = Net()
+            if engine == "tp":
+                plan = {"blocks.0.up": ColwiseParallel(), "blocks.0.down": RowwiseParallel()}
+                model = parallelize_module(model, mesh, plan)
+                shapes = [[4, 6], [6, 4], [4, 6]]
+            if normed:
+                wn.apply(model, {"types": "Linear"})
+            averaged = 0
+            if engine == "fsdp":
+                shard(model, mesh)
+            elif engine == "ddp":
+                model = nn.parallel.DistributedDataParallel(model)
+
+                def average(bucket: Any) -> Any:
+                    nonlocal averaged
+                    averaged += bucket.buffer().nbytes
+                    work = dist.all_reduce(bucket.buffer(), async_op=True)
+                    return work.get_future().then(lambda done: done.value()[0])
+
+                # Without annotations, which DDP compares with classes.
+                model.register_comm_hook(None, lambda _, bucket: average(bucket))
+            own = {whole_storage(p) for p in model.parameters()}
+            kept: list[Tensor] = []
+
+            def keep(saved: Tensor) -> Tensor:
+                kept.append(saved)  # noqa: B023
+                return saved
+
+            optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+            with Sent() as sent:
+                with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+                    loss = model(tokens()).square().mean()
+                own |= {whole_storage(p) for p in model.parameters()}  # FSDP2's root is whole
+                parts = {whole_storage(t): t for t in map(local, kept) if t.ndim == 2}
+                weights = sum(
+                    place[1]
+                    for place, t in parts.items()
+                    if place not in own and sorted(t.shape) in map(sorted, shapes)
+                )
+                loss.backward()
+            optimizer.step()
+            state = 0
+            for p in model.parameters():
+                moments = [optimizer.state[p][name] for name in ("exp_avg", "exp_avg_sq")]
+                state += sum(local(each).nbytes for each in (p, p.grad, *moments))
+            found[f"{engine} {'normed' if normed else 'plain'}"] = (
+                state, weights, sent.bytes if engine != "ddp" else averaged
+            )  # fmt: skip
+    return found
+
+
+def local(tensor: Any) -> Tensor:
+    tensor = tensor.detach()
+    part: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return part
+
+
+def whole_storage(tensor: Any) -> tuple[int, int]:
+    storage = local(tensor).untyped_storage()
+    return storage.data_ptr(), storage.size()
 
 
 CASES: dict[str, Callable[[DeviceMesh], Any]] = {
@@ -577,6 +753,10 @@ CASES: dict[str, Callable[[DeviceMesh], Any]] = {
     "fsdp": fsdp,
     "kept weights": kept_weights,
     "mixed precision": mixed_precision,
+    "exact norms": exact_norms,
+    "exact in checkpoints": exact_in_checkpoints,
+    "exact refusals": exact_refusals,
+    "spent": spent,
 }
 
 

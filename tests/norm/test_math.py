@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wn_surgery import apply
 from wn_surgery.norm import math
@@ -468,3 +469,33 @@ def test_inference_mode_with_grad_enabled(dim: int) -> None:
     with torch.inference_mode(), torch.enable_grad():
         found = weight_norm(v, g, dim)
     assert torch.equal(found, expected) and found.is_inference()
+
+
+class Called(TorchDispatchMode):
+    """The operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name().partition("::")[2].partition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dim", [0, 1, None, (0, 1)])
+@pytest.mark.parametrize("norm_dtype", [None, torch.float64])
+def test_on_meta_only_shapes_are_computed(dim: Any, norm_dtype: torch.dtype | None) -> None:
+    """torch computes them by operators written in Python, which takes milliseconds a weight."""
+    v = torch.randn(3, 4, 5, 6).contiguous(memory_format=torch.channels_last)
+    there = v.to("meta").requires_grad_()
+    expected = magnitude(v, dim, 0.0, norm_dtype)
+    with Called() as called:
+        g = magnitude(there, dim, 0.0, norm_dtype).requires_grad_()
+        w = weight_norm(there, g, dim, 0.0, norm_dtype)
+    assert called.names <= {"detach", "empty", "empty_strided"}
+    assert g.is_meta and (g.shape, g.dtype) == (expected.shape, expected.dtype)
+    assert w.is_meta and (w.shape, w.dtype, w.stride()) == (v.shape, v.dtype, v.stride())
+    w.sum().backward()
+    assert there.grad is not None and there.grad.shape == v.shape
+    assert g.grad is not None and g.grad.shape == g.shape

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 try:
     from benchmarks import __main__ as cli
-    from benchmarks import gpu, models, operators, plan
+    from benchmarks import gpu, models, operators, plan, scale
     from benchmarks.cases import CASES, MODELS
     from benchmarks.peers import (
         BASE,
@@ -36,7 +36,7 @@ try:
         alternatives,
         check,
     )
-    from benchmarks.targets import GPU_TARGETS, TARGETS
+    from benchmarks.targets import GPU_TARGETS, SCALE_TARGETS, TARGETS
 finally:
     sys.path.remove(str(ROOT))
 
@@ -277,6 +277,21 @@ def test_planning_from_end_to_end(
     assert size["modules"] == 703 and size["matched"] == 560
     assert result["growth_per_module"] == 1.0
     assert code == 0 and "modules in" in capsys.readouterr().out
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_scale_from_end_to_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], threads: None
+) -> None:
+    pytest.importorskip("transformers")
+    out = tmp_path / "scale.json"
+    assert scale.main(["--rounds", "1", "--cases", "llama tiny", "--out", str(out)]) == 0
+    (case,) = json.loads(out.read_text(encoding="utf-8"))["cases"]
+    assert case["weights"] == 8 and case["parameters"] == 8 * 8 * 9 + 3 * 8
+    assert case["seconds"] == case["plan_s"] + case["apply_s"] + case["remove_s"] > 0
+    assert "llama tiny: 0.0 billion parameters, 8 weights" in capsys.readouterr().out
+    assert {part for target in SCALE_TARGETS for part in target.parts} <= scale.CASES.keys()
 
 
 def test_a_part_reads_nothing_but_weights() -> None:

@@ -12,11 +12,13 @@ from wn_surgery.checkpoints.files import Converted, convert_file
 from wn_surgery.checkpoints.folding import fold
 from wn_surgery.checkpoints.inspection import Finding, Inspection, NormedTensor, inspect
 from wn_surgery.checkpoints.pairs import Pair
+from wn_surgery.checkpoints.streaming import Cost
 from wn_surgery.norm.options import NormOptions as Options
 
 __all__ = [
     "Comparison",
     "Converted",
+    "Cost",
     "Finding",
     "Inspection",
     "NormedTensor",

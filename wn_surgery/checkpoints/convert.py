@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,9 @@ from wn_surgery.model.sites import identity, normed
 from wn_surgery.norm.options import NormOptions
 from wn_surgery.rules.sources import RulesLike
 
-__all__ = ["convert", "converted"]
+__all__ = ["convert", "converted", "uncomputed"]
+
+Compute: TypeAlias = Callable[[Line, Callable[[str], Tensor], Request], Tensor]
 
 
 def convert(
@@ -79,13 +81,16 @@ def convert(
 
 
 def converted(
-    state: Any, asked: Request, hold: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    state: Any,
+    asked: Request,
+    hold: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    compute: Compute = compute,
 ) -> tuple[Any, list[Plan]]:
     """A container after what is asked, and the plan of each state dict in it.
 
-    ``hold`` may put new tensors elsewhere.
+    ``hold`` may put new tensors elsewhere; ``compute`` may compute none.
     """
-    work = _Conversion(asked, hold)
+    work = _Conversion(asked, hold, compute)
     with torch.no_grad():
         result = work.walk(state, dict(asked.known), 0)
     refuse_unused_rules(asked, work.plans)
@@ -100,11 +105,17 @@ def converted(
     return result, work.plans
 
 
+def uncomputed(line: Line, _read: Callable[[str], Tensor], _asked: Request) -> Tensor:
+    """In the place of a tensor, one without values."""
+    assert isinstance(line.kind, torch.dtype)  # what is computed has one
+    return torch.empty(line.shape, dtype=line.kind, device="meta")
+
+
 class _Conversion:
     """One conversion: its plans, and what is shared between the state dicts."""
 
-    def __init__(self, asked: Request, hold: Callable[[Tensor], Tensor]) -> None:
-        self.asked, self.hold = asked, hold
+    def __init__(self, asked: Request, hold: Callable[[Tensor], Tensor], compute: Compute) -> None:
+        self.asked, self.hold, self.compute = asked, hold, compute
         self.plans: list[Plan] = []
         self.forgotten: list[str] = []
         self.numbered = False
@@ -165,7 +176,7 @@ class _Conversion:
         # Views of one storage are made anew at each state_dict(); their place is what they share.
         key = (*map(identity, sources), line.do, line.options)
         if key not in self._made:
-            self._made[key] = self.hold(compute(line, state.__getitem__, self.asked))
+            self._made[key] = self.hold(self.compute(line, state.__getitem__, self.asked))
             self._alive += sources  # their addresses must not be given to others
         return self._made[key]
 

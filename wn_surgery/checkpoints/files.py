@@ -14,17 +14,29 @@ from typing import Any
 
 import torch
 
-from wn_surgery.checkpoints.convert import converted
+from wn_surgery.checkpoints.convert import converted, uncomputed
 from wn_surgery.checkpoints.folders import Source, copy_companions, find
-from wn_surgery.checkpoints.io.atomic import atomic, atomic_folder, is_same, writing
+from wn_surgery.checkpoints.io.atomic import (
+    atomic,
+    atomic_folder,
+    is_same,
+    refuse_full,
+    writing,
+)
 from wn_surgery.checkpoints.io.safetensors_file import File
-from wn_surgery.checkpoints.io.torch_file import SUFFIXES, Parking, check_written, load
+from wn_surgery.checkpoints.io.torch_file import (
+    SUFFIXES,
+    Parking,
+    check_written,
+    load,
+    tensors_of,
+)
 from wn_surgery.checkpoints.optimizer_names import warn_of_forgotten
 from wn_surgery.checkpoints.pairs import Axes
 from wn_surgery.checkpoints.parts import Parts
 from wn_surgery.checkpoints.plan import Plan, refuse_unused_rules
 from wn_surgery.checkpoints.request import Also, Choice, Layout, Request
-from wn_surgery.checkpoints.streaming import Progress, Stream
+from wn_surgery.checkpoints.streaming import Cost, Progress, Stream
 from wn_surgery.errors import CheckpointError, CheckpointFileError
 from wn_surgery.rules.sources import RulesLike
 
@@ -42,6 +54,7 @@ class Converted:
         kept_spectral: those of spectral-normed tensors that were left as they are.
         kept: those of weight-normed tensors that were left as they are, since the model's class
             puts weight norm there itself and looks for g and v.
+        cost: what it would take, of a dry run; then nothing was written.
     """
 
     files: tuple[Path, ...]
@@ -49,6 +62,7 @@ class Converted:
     spectral: tuple[str, ...] = ()
     kept_spectral: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    cost: Cost | None = None
 
 
 def convert_file(
@@ -66,6 +80,7 @@ def convert_file(
     in_place: bool = False,
     full_pickle: bool = False,
     verify: bool = False,
+    dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Converted:
     """Write a checkpoint in another layout; the source is only read.
@@ -91,6 +106,9 @@ def convert_file(
         full_pickle: read PyTorch files that hold more than plain data. **They can run any code.**
         verify: read the output back before it takes its name, and compare every tensor with what
             it should be. Without it, the output's structure, sizes and keys are checked.
+        dry_run: write nothing and read no tensor: names, shapes and dtypes say what would be read,
+            written and held in memory. What depends on values is not found, such as a weight that
+            would be NaN.
         progress: called with the bytes written since the last call (safetensors).
 
     Returns:
@@ -110,6 +128,10 @@ def convert_file(
         ...     _ = wn.checkpoints.convert_file(f"{folder}/a.pt", f"{folder}/b.pt")
         ...     torch.load(f"{folder}/b.pt")
         {'weight': tensor([[6., 8.]])}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(state, f"{folder}/a.pt")
+        ...     wn.checkpoints.convert_file(f"{folder}/a.pt", f"{folder}/b.pt", dry_run=True).cost
+        Cost(read=12, written=8, memory=8)
     """
     found, goal = find(Path(source)), Path(target)
     asked = replace(
@@ -117,7 +139,7 @@ def convert_file(
         known=found.known,
         keep=frozenset(keep or ()),
     )
-    work = _Work(found, asked, full_pickle, verify, progress)
+    work = _Work(found, asked, full_pickle, verify, dry_run, progress)
     if found.is_distributed:
         if is_same(found.path, goal):
             raise CheckpointError("a folder goes into a folder of its own, never in place")
@@ -149,13 +171,22 @@ class _Work:
     asked: Request
     full_pickle: bool
     verify: bool
+    dry_run: bool
     progress: Progress | None
+
+    def _new(self, goal: Path) -> contextlib.AbstractContextManager[Path]:
+        """A folder to fill; in a dry run its name."""
+        if not self.dry_run:
+            return atomic_folder(goal, like=self.found.main.parent)
+        refuse_full(goal)
+        return contextlib.nullcontext(goal)
 
     def folder(self, goal: Path, check: bool) -> Converted:
         """Write a folder, with the companions of the old one."""
         found, asked = self.found, self.asked
-        with atomic_folder(goal, like=found.main.parent) as made:
-            written = copy_companions(found, made, asked.to == "plain" and not asked.keep)
+        with self._new(goal) as made:
+            plain = asked.to == "plain" and not asked.keep
+            written = [] if self.dry_run else copy_companions(found, made, plain)
             index = found.index
             done = self._shards(index, made) if index else self.file(made / found.main.name)
             unknown = [weight for weight in done.weights if weight not in found.known]
@@ -176,6 +207,8 @@ class _Work:
         with File(self.found.main) as file:
             stream = Stream([file], self.asked)
             refuse_unused_rules(self.asked, [stream.plan])
+            if self.dry_run:
+                return _summary([goal], [stream.plan], stream.cost)
             check = partial(stream.check, file=file, verify=self.verify)
             with atomic(goal, like=file.path, check=check) as out:
                 stream.write(out, file, self.progress)
@@ -185,11 +218,15 @@ class _Work:
         """Write a distributed checkpoint as one, or its model as a safetensors file."""
         parts = Parts(self.found.path, self.asked)
         if goal.suffix != ".safetensors":
-            with atomic_folder(goal, like=parts.source.path) as made:
-                parts.write(made, self.verify)
+            with self._new(goal) as made:
+                if not self.dry_run:
+                    parts.write(made, self.verify)
+            cost = parts.cost if self.dry_run else None
             warn_of_forgotten(parts.forgotten, stacklevel=3)
-            return _summary([goal], parts.plans)
+            return _summary([goal], parts.plans, cost)
         part, stream = parts.only_model()
+        if self.dry_run:
+            return _summary([goal], [stream.plan], stream.cost)
         check = partial(stream.check, file=part, verify=self.verify)
         with atomic(goal, like=self.found.main, check=check) as out:
             stream.write(out, part, self.progress)
@@ -198,6 +235,9 @@ class _Work:
     def _torch_file(self, goal: Path) -> Converted:
         source = self.found.main
         content = load(source, full_pickle=self.full_pickle)
+        if self.dry_run:
+            result, plans = converted(content, self.asked, compute=uncomputed)
+            return _summary([goal], plans, _cost_of(content, result))
         parking = Parking(goal.parent, source.stat().st_size)
         result: Any = None
 
@@ -222,6 +262,9 @@ class _Work:
                     )
             stream = Stream(files, self.asked)
             refuse_unused_rules(self.asked, [stream.plan])
+            if self.dry_run:
+                names = [made / file.path.name for file in files]
+                return _summary([*names, made / found.main.name], [stream.plan], stream.cost)
             places: dict[str, str] = {}
             written: list[Path] = []
             for file in files:
@@ -240,8 +283,18 @@ class _Work:
         return _summary([*written, target], [stream.plan])
 
 
-def _summary(files: list[Path], plans: list[Plan]) -> Converted:
+def _cost_of(content: Any, result: Any) -> Cost:
+    """What a PyTorch file takes: its tensors are mapped, and new ones wait in files."""
+    old, new = ({id(tensor): tensor for tensor in tensors_of(each)} for each in (content, result))
+    sizes = [0 if old[each].is_meta else old[each].nbytes for each in old]
+    made = [new[each].nbytes for each in new.keys() - old.keys()]
+    kept = [0 if new[each].is_meta else new[each].nbytes for each in new.keys() & old.keys()]
+    return Cost(sum(sizes), sum(made) + sum(kept), max(made, default=0))
+
+
+def _summary(files: list[Path], plans: list[Plan], cost: Cost | None = None) -> Converted:
     def of(name: str) -> tuple[str, ...]:
         return tuple(key for plan in plans for key in getattr(plan, name))
 
-    return Converted(tuple(files), of("weights"), of("spectral"), of("kept_spectral"), of("kept"))
+    kinds = (of("weights"), of("spectral"), of("kept_spectral"), of("kept"))
+    return Converted(tuple(files), *kinds, cost)

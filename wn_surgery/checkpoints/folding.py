@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from wn_surgery.norm.limits import zero_slices
 from wn_surgery.norm.math import KERNEL_DTYPES, g_shape, magnitude, real_dtype, weight_norm
 from wn_surgery.norm.options import NormOptions
 
-__all__ = ["all_finite", "compute", "fold", "kind_of"]
+__all__ = ["all_finite", "compute", "fold", "held_by", "kind_of"]
 
 PART = 1 << 22
 """Elements that are widened at a time: 16 MB in float32."""
@@ -113,6 +114,21 @@ def compute(line: Line, read: Callable[[str], Tensor], asked: Request) -> Tensor
             f"infinite: {cause}; repair the checkpoint, or pass non_finite='keep' to write them"
         )
     return w
+
+
+def held_by(line: Line, sizes: Sequence[int], size: int) -> int:
+    """Bytes of tensors that :func:`compute` holds at once, for sources and a result of these."""
+    if line.do == "copy":
+        return size
+    kind, count = line.kind, math.prod(line.shape)
+    result = sizes[0] if line.do == "magnitude" else size  # which is a norm's by-product
+    assert isinstance(kind, torch.dtype)  # what is computed has one
+    wide = line.options.norm_dtype
+    if wide is not None and wide.itemsize > kind.itemsize:
+        result += 2 * max(sizes) // kind.itemsize * wide.itemsize
+    elif kind.itemsize < 4:
+        result += 12 * min(count, PART)  # three tensors of 4 bytes
+    return sum(sizes) + (2 if line.do == "spectral" else 1) * result
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -22,7 +22,7 @@ from wn_surgery.checkpoints.optimizer_names import LISTS, renamed
 from wn_surgery.checkpoints.plan import Plan, refuse_unused_rules
 from wn_surgery.checkpoints.reading import is_model
 from wn_surgery.checkpoints.request import Request
-from wn_surgery.checkpoints.streaming import Stream
+from wn_surgery.checkpoints.streaming import Cost, Stream
 from wn_surgery.errors import CheckpointError, CheckpointFileError
 
 __all__ = ["Parts"]
@@ -66,6 +66,18 @@ class Parts:
             )
         return found[0], streams[found[0]]
 
+    @property
+    def cost(self) -> Cost:
+        """What :meth:`write` takes."""
+        total = sum((stream.cost for stream in self._streams.values()), Cost())
+        for part in self.source.parts.values():
+            if part in self._streams:
+                continue
+            for name, entry in part.entries.items():
+                if self._moved((*part.place, name)) is not None:
+                    total += Cost(entry.size, entry.size, entry.held)
+        return total
+
     def write(self, made: Path, verify: bool) -> None:
         """Write the counterpart, and check it: its structure, or with ``verify`` every byte."""
         shapes: dict[Steps, tuple[tuple[int, ...], torch.dtype]] = {}
@@ -91,7 +103,7 @@ class Parts:
         same = same and set(written.blobs) == set(keys)
         if same and verify:
             same = all(
-                same_bits(part.tensor(name), tensors[path]())
+                same_bits(tensors[path](), part.tensor(name))  # so that v is gone for the second
                 for path, (part, name) in found.items()
             ) and all(written.blob(key) == read() for key, read in keys.items())
         if not same:
@@ -138,7 +150,7 @@ class Parts:
         if name not in LISTS or "param_groups" not in place:
             return content
         out = io.BytesIO()
-        torch.save(renamed(unpickled(content, f"{key!r}"), self._renames), out)
+        torch.save(renamed(unpickled(io.BytesIO(content), f"{key!r}"), self._renames), out)
         return out.getvalue()
 
 

@@ -6,16 +6,18 @@ import functools
 import io
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from wn_surgery.checkpoints.folding import all_finite, compute, fold
+from wn_surgery.checkpoints.folding import all_finite, compute, fold, held_by
 from wn_surgery.checkpoints.io.atomic import start_writeback
 from wn_surgery.checkpoints.io.distributed import Part
 from wn_surgery.checkpoints.io.header import BITS, NAMES, TORCH, written
+from wn_surgery.checkpoints.io.safetensors_file import CHUNK as COPIED
 from wn_surgery.checkpoints.io.safetensors_file import File, Sink, owners_of, write_tensor
 from wn_surgery.checkpoints.plan import Line, plan
 from wn_surgery.checkpoints.request import Request
@@ -23,7 +25,7 @@ from wn_surgery.errors import CheckpointError, CheckpointFileError
 from wn_surgery.norm.math import g_shape
 from wn_surgery.norm.options import dtype_name
 
-__all__ = ["Progress", "Stream"]
+__all__ = ["Cost", "Progress", "Stream"]
 
 Progress = Callable[[int], object]
 """Called with the bytes written since the last call."""
@@ -32,6 +34,26 @@ CHUNK = 1 << 21
 """Bytes of rows that are folded at a time."""
 WRITEBACK = 1 << 25
 """Bytes after which the disk begins with them."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a conversion takes, as shapes and dtypes tell it.
+
+    Attributes:
+        read: bytes of tensors that are read.
+        written: bytes of tensors that are written.
+        memory: the most bytes of tensors that are in memory at once.
+    """
+
+    read: int = 0
+    written: int = 0
+    memory: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        """One after the other."""
+        memory = max(self.memory, other.memory)
+        return Cost(self.read + other.read, self.written + other.written, memory)
 
 
 class Stream:
@@ -51,6 +73,27 @@ class Stream:
     def size(self) -> int:
         """Bytes of all tensors of the output."""
         return sum(_size(line) for lines in self._lines.values() for line in lines)
+
+    @property
+    def cost(self) -> Cost:
+        """What writing all counterparts takes."""
+        return sum((self._cost(line) for each in self._lines.values() for line in each), Cost())
+
+    def _cost(self, line: Line) -> Cost:
+        entries = [self._owners[source].entries[source] for source in line.sources]
+        sizes, held = [entry.size for entry in entries], max(entry.held for entry in entries)
+        if self._by_rows(line):
+            # The rows, what they become, and in half precision three copies of twice the size.
+            memory = sizes[0] + 8 * min(max(CHUNK, sizes[1] // line.shape[0]), sizes[1])
+        elif line.do == "copy" and isinstance(self._owners[line.sources[0]], File):
+            memory = min(sizes[0], COPIED)
+        else:
+            memory = max(held, held_by(line, sizes, _size(line)))
+        return Cost(sum(sizes), _size(line), memory)
+
+    def _by_rows(self, line: Line) -> bool:
+        of_file = isinstance(self._owners[line.sources[-1]], File)
+        return line.do == "fold" and line.options.dim == 0 and _size(line) > 0 and of_file
 
     def keys(self, file: File | Part) -> list[str]:
         """The keys that the counterpart of a file will have."""
@@ -101,8 +144,8 @@ class Stream:
         file = self._owners[line.sources[-1]]
         if line.do == "copy":
             file.copy(line.sources[0], out)
-        elif line.do == "fold" and line.options.dim == 0 and _size(line) and isinstance(file, File):
-            self._fold_rows(line, file, out)
+        elif self._by_rows(line):
+            self._fold_rows(line, cast("File", file), out)
         else:
             write_tensor(out, compute(line, self._tensor, self._asked))
 

@@ -120,10 +120,19 @@ class Writing(Reading):
         bool, _flag("--in-place", "OUT may be IN, which is then replaced by a rename.")
     ] = False
     verify: Verify = False
+    dry_run: Annotated[
+        bool,
+        _flag(
+            "--dry-run",
+            "Write nothing: say, from names and shapes alone, what would be read, written and held "
+            "in memory.",
+        ),
+    ] = False
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of the library's function."""
         return super().arguments() | {
+            "dry_run": self.dry_run,
             "orphans": "keep" if self.keep_orphans else "error",
             "non_finite": "keep" if self.keep_non_finite else "error",
             "in_place": self.in_place,

@@ -6,11 +6,13 @@ A command imports what needs torch, which takes a second: the help does not wait
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, astuple
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
+from rich.filesize import decimal
 
 from wn_surgery.cli.app import (
     FOUND,
@@ -134,7 +136,9 @@ def report(
 
 
 @command(
-    "strip vocoder.safetensors plain.safetensors", "strip gan.pt plain.pt --also spectral_norm"
+    "strip vocoder.safetensors plain.safetensors",
+    "strip gan.pt plain.pt --also spectral_norm",
+    "strip my-model/ plain/ --dry-run",
 )
 def strip(
     source: Source,
@@ -280,8 +284,16 @@ def _convert(source: Path, target: Path, to: Layout, as_json: bool, **options: A
         done = checkpoints.convert_file(source, target, to, progress=shown, **options)
     if as_json:
         names = ("weights", "spectral", "kept_spectral", "kept")
-        print_json({"files": list(done.files), **{name: getattr(done, name) for name in names}})
+        cost = {} if done.cost is None else {"dry_run": asdict(done.cost)}
+        weights = {name: getattr(done, name) for name in names}
+        print_json({"files": list(done.files), **weights, **cost})
         return
+    if done.cost is not None:
+        read, written, memory = map(decimal, astuple(done.cost))
+        print_text(
+            f"nothing is written: it would read {read}, write {written}, and hold at most {memory} "
+            "of tensors in memory"
+        )
     print_text(f"{len(done.weights)} weights → {to}: {target}")
     if done.spectral:
         print_text(f"{len(done.spectral)} spectral-normed weights → plain")

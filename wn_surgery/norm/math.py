@@ -19,7 +19,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from wn_surgery.norm.cuts import Cut, is_dtensor, spread
-from wn_surgery.norm.options import Dim, kept_axes
+from wn_surgery.norm.options import Dim, NormOptions, kept_axes
 
 __all__ = ["Dim", "g_shape", "magnitude", "norm_except", "wanted_norm", "weight_norm"]
 
@@ -150,6 +150,8 @@ def computed_norms(v: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | No
         ones = v.new_ones(g_shape(v.shape, dim))
         # Through Any: has_kernel has checked that dim is an int.
         return torch._weight_norm_interface(v.contiguous(), ones, cast(Any, dim))[1]
+    if v.is_meta:
+        return _norms_on_meta(v, dim, norm_dtype)
     return _norm(in_dtype(v, _wide(v, dim, eps, norm_dtype)), dim)
 
 
@@ -180,6 +182,12 @@ def _norm(x: Tensor, dim: Dim) -> Tensor:
     if not reduced:  # which vector_norm reads as "every axis"
         return x.abs()
     return cast(Tensor, torch.linalg.vector_norm(x, 2, reduced, keepdim=True))
+
+
+def _norms_on_meta(v: Tensor, dim: Dim, norm_dtype: torch.dtype | None) -> Tensor:
+    """Norms without values. What torch computes on meta, new_empty too, it computes in Python."""
+    dtype = norm_dtype or real_dtype(v.dtype)
+    return torch.empty(g_shape(v.shape, dim), dtype=dtype, device="meta")
 
 
 def _norm_of_parts(x: Tensor, dim: Dim, total: Total) -> Tensor:
@@ -290,6 +298,9 @@ def values(
         # Through Any: has_kernel has checked that dim is an int.
         w, norms = torch._weight_norm_interface(contiguous, g.contiguous(), cast(Any, dim))
         return (w if contiguous is v else like(w, v)), norms
+    if v.is_meta:
+        w = torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="meta")
+        return w, _norms_on_meta(v, dim, norm_dtype)
     norm_dtype = _wide(v, dim, eps, norm_dtype)
     x = in_dtype(v, norm_dtype)
     norms = _norm(x, dim) if total is None else _norm_of_parts(x, dim, total)
@@ -390,29 +401,57 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, v: Tensor, g: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None
+        ctx: Any,
+        v: Tensor,
+        g: Tensor,
+        dim: Dim,
+        eps: float,
+        norm_dtype: torch.dtype | None,
+        known: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        w, norms = values(v, g, dim, eps, norm_dtype)
-        ctx.held, ctx.versions, ctx.options = (v, g, norms), versions(v, g), (dim, eps, norm_dtype)
+        if known is None:
+            exact_g, (w, norms) = g, values(v, g, dim, eps, norm_dtype)
+        else:
+            (exact_g, norms), w = known, _scaled(v, *known, norm_dtype)
+        ctx.held, ctx.versions = (v, g, exact_g, norms), versions(v, g)
+        ctx.options = (dim, eps, norm_dtype)
         return w
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        v, g, norms = ctx.held
+        v, g, exact_g, norms = ctx.held
         (grad,) = grads
         check_unwritten(v, g, ctx.versions)
         if torch.is_grad_enabled():
             grad_v, grad_g = differentiable_gradients(grad, v, g, *ctx.options)
         else:
-            grad_v, grad_g = gradients(grad, v, g, norms, *ctx.options)
+            # Of an exact g, autograd rounds the gradient to the dtype of g.
+            grad_v, grad_g = gradients(grad, v, exact_g, norms, *ctx.options)
         need_v, need_g, *_ = ctx.needs_input_grad
-        return grad_v if need_v else None, grad_g if need_g else None, None, None, None
+        return grad_v if need_v else None, grad_g if need_g else None, *(None,) * 4
 
 
 # Past Function.apply, which looks for functorch's transforms: that has been done, and costs as
 # much as the rest. torch leaves it untyped.
 _past: Any = super(torch.autograd.Function, _Node)
-_node: Callable[[Tensor, Tensor, Dim, float, torch.dtype | None], Tensor] = _past.apply
+_node: Callable[..., Tensor] = _past.apply
+
+
+def weight_of_known(
+    v: Tensor, g: Tensor, known: tuple[Tensor, Tensor], options: NormOptions
+) -> Tensor:
+    """The weight of a rounded v and g, where the g and the norms of before the rounding are known.
+
+    The gradients are those of the weight, for v and g as they are here.
+    """
+    if builds_graph() and (v.requires_grad or g.requires_grad):
+        return _node(v, g, *options, known)
+    with torch.no_grad():
+        return _scaled(v, *known, options.norm_dtype)
+
+
+def _scaled(v: Tensor, g: Tensor, norms: Tensor, norm_dtype: torch.dtype | None) -> Tensor:
+    return (in_dtype(v, norm_dtype) * (g / norms)).to(v.dtype)
 
 
 class _PartsNode(torch.autograd.Function):

@@ -84,7 +84,8 @@ class WeightNormList(ParametrizationList):
 
     Unlike its base it takes g and v as they are, so that Parameters keep their identity, and copies
     into them on assignment. ``order`` is the names in the module's ``_parameters`` before surgery,
-    for removal. For ``hold`` and ``slot`` see :mod:`wn_surgery.norm.slots`.
+    for removal. For ``hold`` and ``slot`` see :mod:`wn_surgery.norm.slots`; ``exact`` may compute
+    the weight of what FSDP2 has gathered (:mod:`wn_surgery.model.exact`).
     """
 
     # Not annotated: torch.jit.script would have to understand it.
@@ -92,6 +93,7 @@ class WeightNormList(ParametrizationList):
     renormalize = None  # the norm that a rule wants v put back to, or "rms"
     hold = None
     slot = None
+    exact = None
 
     def __init__(
         self, norm: NormOptions, g: nn.Parameter, v: nn.Parameter, order: Iterable[str] = ()
@@ -110,6 +112,9 @@ class WeightNormList(ParametrizationList):
         g, v = self._parameters.get("original0"), self._parameters.get("original1")
         if g is None or v is None:  # a replica of DataParallel has them as attributes
             g, v = self.original0, self.original1
+        exact = getattr(self, "exact", None)
+        if exact is not None and (weight := exact.weight(g, v)) is not None:
+            return cast(Tensor, weight)
         # Called as a module, so that hooks on it run.
         return cast(Tensor, self._modules["0"](g, v))
 

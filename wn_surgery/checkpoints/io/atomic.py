@@ -16,7 +16,15 @@ from typing import Any
 
 from wn_surgery.errors import CheckpointFileError
 
-__all__ = ["Output", "atomic", "atomic_folder", "is_same", "start_writeback", "writing"]
+__all__ = [
+    "Output",
+    "atomic",
+    "atomic_folder",
+    "is_same",
+    "refuse_full",
+    "start_writeback",
+    "writing",
+]
 
 PREFIX, SUFFIX = ".wn-surgery-", ".tmp"
 _sync_file_range = (
@@ -106,8 +114,7 @@ def _hidden(path: Path) -> Path:
 def atomic_folder(path: Path, *, like: Path) -> Iterator[Path]:
     """Fill a folder beside ``path``, new or empty, and rename it to ``path`` if nothing raises."""
     with _refusing(path):
-        if path.exists() and (not path.is_dir() or list(path.iterdir())):
-            raise CheckpointFileError(f"{str(path)!r} is there already; name a new folder")
+        refuse_full(path)
         made = _hidden(path)
         try:
             made.mkdir(0o700)
@@ -120,6 +127,12 @@ def atomic_folder(path: Path, *, like: Path) -> Iterator[Path]:
             shutil.rmtree(made, ignore_errors=True)
             raise
         _sync(path.parent)
+
+
+def refuse_full(path: Path) -> None:
+    """Raise unless ``path`` is free for a new folder."""
+    if path.exists() and (not path.is_dir() or list(path.iterdir())):
+        raise CheckpointFileError(f"{str(path)!r} is there already; name a new folder")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import IO, Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -66,6 +66,11 @@ class _Piece:
     start: int
     length: int
 
+    @property
+    def ends(self) -> list[tuple[int, int]]:
+        """Where it begins and ends along each axis."""
+        return [(o, o + size) for o, size in zip(self.offsets, self.sizes, strict=True)]
+
 
 @dataclass(frozen=True)
 class _Stored:
@@ -79,6 +84,12 @@ class _Stored:
     def size(self) -> int:
         """Bytes."""
         return math.prod(self.shape) * self.kind.itemsize
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory that reading it takes: a piece beside the whole, if there are several."""
+        pieces = [math.prod(piece.sizes) * self.kind.itemsize for piece in self.pieces]
+        return self.size + (max(pieces) if len(pieces) > 1 else 0)
 
 
 class Distributed:
@@ -127,20 +138,20 @@ class Distributed:
         """A tensor, put together from its pieces."""
         if len(stored.pieces) == 1:
             return self._load(stored.pieces[0], stored.kind)
-        whole = torch.empty(stored.shape, dtype=stored.kind)
-        there = torch.zeros(stored.shape, dtype=torch.bool)
-        for piece in stored.pieces:
-            ends = zip(piece.offsets, piece.sizes, strict=True)
-            place = tuple(slice(start, start + size) for start, size in ends)
-            whole[place] = self._load(piece, stored.kind)
-            there[place] = True
-        if not there.all():
+        if not _are_apart(stored):
             raise CheckpointError(f"{str(self.path)!r} has a tensor whose pieces overlap")
+        whole = torch.empty(stored.shape, dtype=stored.kind)
+        for piece in stored.pieces:
+            place = tuple(slice(start, end) for start, end in piece.ends)
+            whole[place] = self._load(piece, stored.kind)
         return whole
 
     def _load(self, piece: _Piece, dtype: torch.dtype) -> Tensor:
         where = f"the piece at byte {piece.start} of {str(self._known[piece.file])!r}"
-        made = unpickled(self._bytes(piece.file, piece.start, piece.length), where)
+        path = self._known[piece.file]
+        with reading(path), path.open("rb", buffering=0) as file:
+            window = io.BufferedReader(_Window(file, piece.start, piece.length))
+            made = unpickled(window, where)
         if not isinstance(made, Tensor) or (tuple(made.shape), made.dtype) != (piece.sizes, dtype):
             raise CheckpointError(f"{where} is not the tensor that {METADATA} describes")
         return made
@@ -233,10 +244,57 @@ class Part:
         """Nothing is open between two reads."""
 
 
-def unpickled(content: bytes, where: str) -> Any:
-    """The plain data or the tensor in the bytes of one piece; ``where`` is for the error."""
+class _Window(io.RawIOBase):
+    """The bytes of one piece as a file, so that a tensor is read to where it stays."""
+
+    def __init__(self, file: io.FileIO, start: int, length: int) -> None:
+        self._file, self._start, self._length = file, start, length
+        self._place = 0
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to a place in the piece."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._length}[whence]
+        self._place = max(0, base + offset)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer, or a part of it; nothing at the end of the piece."""
+        view = memoryview(buffer).cast("B")[: max(0, self._length - self._place)]
+        self._file.seek(self._start + self._place)
+        count = self._file.readinto(view) if view else 0
+        self._place += count
+        return count
+
+
+def _are_apart(stored: _Stored) -> bool:
+    """Whether pieces that have a tensor's size together have each element once."""
+    # On the grid of all their edges, which has no more cells than the tensor has elements.
+    edges = [{0, size} for size in stored.shape]
+    for piece in stored.pieces:
+        for axis, ends in zip(edges, piece.ends, strict=True):
+            axis.update(ends)
+    index = [{edge: number for number, edge in enumerate(sorted(axis))} for axis in edges]
+    there = torch.zeros([len(axis) - 1 for axis in edges], dtype=torch.bool)
+    for piece in stored.pieces:
+        place = zip(index, piece.ends, strict=True)
+        there[tuple(slice(at[start], at[end]) for at, (start, end) in place)] = True
+    return bool(there.all())
+
+
+def unpickled(file: IO[bytes], where: str) -> Any:
+    """The plain data or the tensor in a file or piece; ``where`` is for the error."""
     try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise  # the disk's
     except Exception as error:
         # As for PyTorch files: a damaged pickle raises whatever its last instruction called.
         said = " ".join(str(error).split())[:200]
@@ -262,6 +320,12 @@ def write_distributed(
 
     paths = {".".join(path): path for path in (*tensors, *blobs)}
     failed: list[BaseException] = []
+    alive: list[torch.UntypedStorage] = []
+
+    def forget() -> None:
+        # torch's writer keeps every tensor, so the memory of what it has written is taken away.
+        while alive:
+            alive.pop().resize_(0)
 
     class Planner(DefaultSavePlanner):
         def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
@@ -273,7 +337,12 @@ def write_distributed(
             try:
                 if write_item.type == WriteItemType.BYTE_IO:
                     return io.BytesIO(blobs[path]())
-                return compute(path).contiguous()
+                forget()
+                tensor = compute(path).contiguous()
+                if not tensor.untyped_storage().resizable():  # as torch.load makes them
+                    tensor = tensor.clone()
+                alive.append(tensor.untyped_storage())
+                return tensor
             except Exception as error:
                 failed.append(error)
                 raise
@@ -285,9 +354,11 @@ def write_distributed(
     state |= {".".join(path): b"" for path in blobs}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it saves in a single process
-        writer = FileSystemWriter(folder, single_file_per_rank=True)
+        # Nothing ahead: a tensor is written before the next one is asked for.
+        writer = FileSystemWriter(folder, single_file_per_rank=True, per_thread_copy_ahead=0)
         try:
             save(state, storage_writer=writer, planner=Planner(), no_dist=True)
+            forget()
         except CheckpointException as error:
             # torch reports the failures of all ranks, of which there is one here.
             failed += [cause for cause, _ in error.failures.values()]

@@ -64,6 +64,11 @@ class Entry:
         return self.end - self.start
 
     @property
+    def held(self) -> int:
+        """Bytes of memory that reading it takes."""
+        return self.size
+
+    @property
     def kind(self) -> torch.dtype | str:
         """The dtype of torch, or where torch has none the name that the format gives it."""
         return TORCH.get(self.dtype, self.dtype)

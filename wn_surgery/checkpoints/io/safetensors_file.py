@@ -120,6 +120,16 @@ class Stored(Protocol):
         """Its dtype, or the name of one that torch lacks."""
         ...
 
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        ...
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory that reading it takes."""
+        ...
+
 
 class Holder(Protocol):
     """What has tensors by name."""

@@ -26,7 +26,15 @@ from wn_surgery.checkpoints.io.atomic import PREFIX, SUFFIX
 from wn_surgery.checkpoints.io.safetensors_file import reading
 from wn_surgery.errors import CheckpointError, CheckpointFileError
 
-__all__ = ["SUFFIXES", "Parking", "check_written", "load", "not_dense", "same_bits"]
+__all__ = [
+    "SUFFIXES",
+    "Parking",
+    "check_written",
+    "load",
+    "not_dense",
+    "same_bits",
+    "tensors_of",
+]
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 _BLOCK = 1 << 25
@@ -153,7 +161,7 @@ def check_written(made: Path, result: Any, full_pickle: bool, verify: bool) -> N
         found = load(made, full_pickle=full_pickle)
     except (zipfile.BadZipFile, CheckpointError) as error:
         raise CheckpointFileError(f"what was written cannot be read again: {error}") from error
-    written, wanted = list(_tensors(found)), list(_tensors(result))
+    written, wanted = list(tensors_of(found)), list(tensors_of(result))
     same = len(written) == len(wanted) and all(
         (a.dtype, a.layout) == (b.dtype, b.layout) and (a.is_nested or a.shape == b.shape)
         for a, b in zip(written, wanted, strict=True)
@@ -165,12 +173,13 @@ def check_written(made: Path, result: Any, full_pickle: bool, verify: bool) -> N
         )
 
 
-def _tensors(content: Any) -> Iterator[Tensor]:
+def tensors_of(content: Any) -> Iterator[Tensor]:
+    """The tensors in a container, in order."""
     if isinstance(content, Tensor):
         yield content
     elif isinstance(content, (Mapping, list, tuple)):
         for value in content.values() if isinstance(content, Mapping) else content:
-            yield from _tensors(value)
+            yield from tensors_of(value)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
