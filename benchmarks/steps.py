@@ -58,7 +58,7 @@ def step_of(model: nn.Module, optimizer: Any, batches: list[Tensor]) -> Callable
         loss = torch.zeros(())
         for x in batches:
             loss = model(x).square().mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         return loss.detach()
