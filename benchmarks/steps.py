@@ -55,9 +55,10 @@ def step_of(model: nn.Module, optimizer: Any, batches: list[Tensor]) -> Callable
 
     def step() -> Tensor:
         optimizer.zero_grad()
+        loss = torch.zeros(())
         for x in batches:
-            loss: Tensor = model(x).square().mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss = model(x).square().mean()
+            loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         return loss.detach()
