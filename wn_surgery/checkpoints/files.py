@@ -236,8 +236,8 @@ class _Work:
         source = self.found.main
         content = load(source, full_pickle=self.full_pickle)
         if self.dry_run:
-            result, plans = converted(content, self.asked, compute=uncomputed)
-            return _summary([goal], plans, _cost_of(content, result))
+            foreseen, plans = converted(content, self.asked, compute=uncomputed)
+            return _summary([goal], plans, _cost_of(content, foreseen))
         parking = Parking(goal.parent, source.stat().st_size)
         result: Any = None
 
