@@ -44,7 +44,7 @@ LLAMAS: dict[str, dict[str, int]] = {
 """The sizes of Llama 2 7B and of Llama 3.1 70B and 405B, by their configs."""
 
 
-def llama(**sizes: int) -> Any:
+def llama(**sizes: Any) -> Any:
     """A Llama on the meta device."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -89,12 +89,13 @@ def measured(case: str) -> dict[str, Any]:
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
     before = resident("VmRSS")
-    times = {}
-    for name, call in {
+    times: dict[str, float] = {}
+    calls: dict[str, Callable[[], object]] = {
         "plan": lambda: wn.plan(model, rules),
         "apply": lambda: wn.apply(model, rules),
         "remove": lambda: wn.remove(model),
-    }.items():
+    }
+    for name, call in calls.items():
         start = time.process_time()
         result = call()
         times[name] = time.process_time() - start

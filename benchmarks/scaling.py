@@ -96,7 +96,8 @@ def costs(
     reduce-scatter, and the tensor of an all-reduce.
     """
     steps = {step.site.name: step for step in wn.plan(model, rules).changes}
-    plain, added = defaultdict(float), defaultdict(float)
+    plain: dict[str, float] = defaultdict(float)
+    added: dict[str, float] = defaultdict(float)
     blocks: dict[str, float] = defaultdict(float)
     for name, parameter in model.named_parameters():
         module, _, _ = name.rpartition(".")
