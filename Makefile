@@ -19,7 +19,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo hifigan minilm test test-long fuzz attack soak matrix flaky coverage lint format docs dist bench gpu clean
+.PHONY: help install demo hifigan minilm diffusion sdf test test-long fuzz attack soak matrix flaky coverage lint format docs dist bench gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,12 @@ demo: $(STAMP) ## train, strip and export a small TCN (under 2 minutes)
 
 minilm: $(STAMP) ## patch, fine-tune, reload, strip and export a pretrained model (2 minutes)
 	$(BIN)/python examples/minilm.py
+
+diffusion: $(STAMP) ## a diffusion model of digits, with and without renormalized directions
+	$(BIN)/python examples/digits_diffusion.py --picture build/digits_diffusion.png
+
+sdf: $(STAMP) ## a signed distance function with an eikonal loss, with and without weight norm
+	$(BIN)/python examples/sdf.py --picture build/sdf.png
 
 hifigan: $(STAMP) ## a small HiFi-GAN: train, resume, strip, export (HIFIGAN_ARGS=--check-resume)
 	$(BIN)/python examples/hifigan.py $(HIFIGAN_ARGS)

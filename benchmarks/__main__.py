@@ -186,7 +186,7 @@ def run_cases(args: argparse.Namespace, names: Sequence[str]) -> tuple[list[str]
     if args.resume:
         result |= report.kept(out, result)
     verdicts = [
-        Verdict(target["target"], target["value"], target["met"])
+        Verdict(target["target"], target["value"], target["bound"], target["met"])
         for measured in (*result["tables"], *result["parts"])
         for target in measured["targets"]
     ]

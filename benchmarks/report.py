@@ -181,7 +181,13 @@ def _aligned(head: list[str], rows: Iterable[list[str]]) -> str:
 def verdicts_as_data(verdicts: Iterable[Verdict]) -> list[dict[str, Any]]:
     """Verdicts as plain JSON data."""
     return [
-        {"target": verdict.text, "value": verdict.value, "met": verdict.met} for verdict in verdicts
+        {
+            "target": verdict.text,
+            "value": verdict.value,
+            "bound": verdict.bound,
+            "met": verdict.met,
+        }
+        for verdict in verdicts
     ]
 
 

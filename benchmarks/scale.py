@@ -89,7 +89,7 @@ def measured(case: str) -> dict[str, Any]:
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
     before = resident("VmRSS")
-    times: dict[str, float] = {}
+    times = {}
     calls: dict[str, Callable[[], object]] = {
         "plan": lambda: wn.plan(model, rules),
         "apply": lambda: wn.apply(model, rules),

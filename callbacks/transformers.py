@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["WeightNormCallback", "WeightNormTrainer"]
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ class WeightNormCallback(TrainerCallback):
             steps, and once when a new run begins. It acts on the sites of rules with
             ``renormalize``; if no rule has it, each gets ``renormalize: true``. None is 1 where a
             rule has it, and otherwise never.
+        once_per_step: compute each weight once per optimizer step, for all micro-batches; see
+            ``optimizers`` of :func:`wn_surgery.fuse`. It ends with the training.
 
     Attributes:
         report: what was changed; None while nothing has been.
@@ -65,23 +68,44 @@ class WeightNormCallback(TrainerCallback):
         export_to: str | Path | None = None,
         *,
         renormalize_every_n_steps: int | None = None,
+        once_per_step: bool = False,
     ) -> None:
         renormalizing((), renormalize_every_n_steps)  # refuses a wrong number here
         self.config = as_config(config)
         self.export_to = export_to
         self.renormalize_every_n_steps = renormalize_every_n_steps
+        self.once_per_step = once_per_step
         self._after_steps = AfterSteps()
         self.report: wn.Report | None = None
 
     @override
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
+        config, every = self.config, self.renormalize_every_n_steps
         if not _is_patched(model):
-            config, every = self.config, self.renormalize_every_n_steps
             if every is not None and config.sites is None:
                 rules = rules_for(model) if config.rules is None else config.rules
                 config = as_config(renormalizing(rules, every))
+            if getattr(args, "fsdp", None):
+                rules = rules_for(model) if config.rules is None else config.rules
+                self._refuse_shards(rule.describe() for rule in rules if rule.dim is None)
             self.report = patch_model(model, config)
+        elif getattr(args, "fsdp", None):
+            self._refuse_shards(site.name for site in normed(model) if site.dim is None)
+
+    def _refuse_shards(self, scalars: Iterable[str]) -> None:
+        """Raise for what FSDP cannot do, before the model is patched."""
+        for name in scalars:
+            raise wn.CallbackError(
+                f"{name} has dim=None, for which g is a scalar, and FSDP cannot cut scalars; write "
+                "dim=[] (no axes): the same norm, with a g that has as many axes as the weight"
+            )
+        if self.export_to is not None:
+            raise wn.CallbackError(
+                f"export_to={str(self.export_to)!r} needs whole weights when training ends, and "
+                "FSDP has them in parts; leave it out, call trainer.save_model(folder), and make "
+                "that plain: `wn-surgery strip folder plain`"
+            )
 
     @override
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -114,10 +138,14 @@ class WeightNormCallback(TrainerCallback):
             # The Trainer counts a step after it has been made.
             due = partial(_is_due, state, every or 1)
             self._after_steps.start(model, [optimizer], due)
+        if optimizer is not None and self.once_per_step:
+            wn.fuse(model, optimizers=[optimizer])
 
     @override
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._after_steps.stop()
+        if self.once_per_step:
+            wn.unfuse(kwargs["model"])
         if self.export_to is not None and state.is_world_process_zero:
             save_pretrained(kwargs["model"], self.export_to, layout="plain")
 

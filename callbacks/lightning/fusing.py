@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 
 import wn_surgery as wn
 from wn_surgery.fused import is_fused
-from wn_surgery.model.gathering import FSDP2
+from wn_surgery.model.holders import in_parts
 from wn_surgery.model.sites import normed
 
 if TYPE_CHECKING:
@@ -21,16 +22,20 @@ __all__ = ["Folding", "Fused", "fuse"]
 Fused: TypeAlias = Literal["auto", "off", "triton", "cpu"]
 
 
-def fuse(pl_module: LightningModule, mode: Fused) -> None:
-    """Fuse the modules that ``training_step`` calls, if they are not fused already."""
+def fuse(pl_module: LightningModule, mode: Fused, optimizers: Sequence[Any] = ()) -> None:
+    """Fuse the modules that ``training_step`` calls, if they are not fused already.
+
+    With ``optimizers``, weights last until the next step of one.
+    """
     if mode == "off":
         return
-    # The Triton kernels have not been run on a GPU, so that only who asks for them gets them.
-    if mode == "auto" and any(p.device.type != "cpu" for p in pl_module.parameters()):
+    # Who has not asked for it gets nothing that has not been run on a GPU.
+    asked = bool(optimizers)
+    if mode == "auto" and not asked and any(p.device.type != "cpu" for p in pl_module.parameters()):
         return
     for root in _roots(pl_module):
         if not is_fused(root):
-            wn.fuse(root, mode)
+            wn.fuse(root, mode, optimizers=optimizers)
 
 
 def _roots(pl_module: LightningModule) -> list[nn.Module]:
@@ -68,7 +73,8 @@ class Folding:
             return
         self._stack = ExitStack()
         found = normed(pl_module)
-        if not found or any(_is_split(site) for site in found):
+        # FSDP1 and ZeRO-3 make parts whole in a forward only.
+        if not found or any(in_parts(site.tensor) for site in found):
             return
         # Not as inference tensors: a step may turn gradients on, for a penalty.
         with torch.inference_mode(False), torch.no_grad():
@@ -79,9 +85,3 @@ class Folding:
         if self._stack is not None:
             stack, self._stack = self._stack, None
             stack.close()
-
-
-def _is_split(site: wn.Site) -> bool:
-    """Return whether nothing but a forward makes the weight's parts whole."""
-    wrapped = site.node.wrapped not in (None, "DistributedDataParallel", FSDP2)
-    return wrapped or hasattr(site.tensor, "ds_id")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def loader() -> DataLoader[Any]:
     return DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=4)
 
 
-def trainer(callback: WeightNorm, tmp_path: Path) -> lp.Trainer:
+def trainer(callback: WeightNorm, tmp_path: Path, **options: Any) -> lp.Trainer:
     return lp.Trainer(
         max_epochs=2,
         accelerator="cpu",
@@ -97,6 +98,7 @@ def trainer(callback: WeightNorm, tmp_path: Path) -> lp.Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
+        **options,
     )
 
 
@@ -133,6 +135,40 @@ def test_a_path_that_cannot_be_taken_stops_the_run(tmp_path: Path) -> None:
         trainer(WeightNorm(RULES, fused="triton"), tmp_path).fit(Nested(), loader())
     with pytest.raises(ValueError, match="expected 'auto', 'off', 'triton', 'cpu'"):
         WeightNorm(RULES, fused="yes")  # type: ignore[arg-type]
+
+
+class Accumulating(Flat):
+    """Says which tensors its first layer had as weight, batch by batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[Tensor] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.weights.append(self.first.weight)
+        return loss
+
+
+def test_once_per_step(tmp_path: Path) -> None:
+    found = {}
+    for once in (True, False):
+        module = Accumulating()
+        made = trainer(
+            WeightNorm(RULES, once_per_step=once),
+            tmp_path,
+            accumulate_grad_batches=2,
+            gradient_clip_val=0.1,
+        )
+        made.fit(module, loader(), loader())
+        same = [a is b for a, b in pairwise(module.weights)]
+        assert same == (([True, False] * 4)[:-1] if once else [False] * 7)
+        assert not any(is_fused(m) for m in module.modules())
+        found[once] = module.state_dict()
+    for key, value in found[True].items():
+        assert torch.equal(value, found[False][key])
+    with pytest.raises(ValueError, match="leave out fused='off'"):
+        WeightNorm(RULES, once_per_step=True, fused="off")
 
 
 def test_auto_fuses_on_the_cpu_alone() -> None:

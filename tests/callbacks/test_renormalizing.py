@@ -245,3 +245,24 @@ def test_a_patched_model_that_does_not_say_it(tmp_path: Path) -> None:
     with pytest.raises(wn.CallbackError, match=r"renormalize_every_n_steps=2, and no weight norm"):
         made.train()
     assert math.isfinite(off(model))
+
+
+class Clipping(Module):
+    """A module that clips as docs/recipes.md says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms: list[tuple[float, float]] = []
+
+    @override
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        before = wn.clip_gradients(self, 1e-3, optimizers=optimizer)
+        after = wn.clip_gradients(self, math.inf, optimizers=optimizer)
+        self.norms.append((float(before), float(after)))
+
+
+def test_a_module_clips_by_direction(tmp_path: Path) -> None:
+    module, _, _ = fit(tmp_path, WeightNorm(RULES), Clipping(), max_epochs=1)
+    assert len(module.norms) == 4
+    for before, after in module.norms:
+        assert before > 1e-3 and after == pytest.approx(1e-3, rel=1e-4)

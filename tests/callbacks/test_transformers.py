@@ -16,6 +16,7 @@ import wn_surgery as wn
 from tests.makers import llama
 from wn_surgery.callbacks.holding import refuse_unheld
 from wn_surgery.callbacks.transformers import WeightNormCallback, WeightNormTrainer
+from wn_surgery.fused import is_fused
 from wn_surgery.huggingface import WeightNormConfig, patch_model
 
 pytestmark = [
@@ -100,6 +101,32 @@ def test_resuming_is_bit_exact(tmp_path: Path, options: dict[str, Any]) -> None:
     for number, state in states[0].items():
         for key, value in state.items():
             assert torch.equal(value, states[1][number][key]), (number, key)
+
+
+def test_once_per_step_changes_no_bit(tmp_path: Path) -> None:
+    states = []
+    for once in (True, False):
+        made = trainer(tmp_path, callback(once_per_step=once), gradient_accumulation_steps=2)
+        assert not is_fused(made.model)
+        seen: list[bool] = []
+        made.add_callback(Watch(seen))
+        made.train()
+        assert set(seen) == {once}
+        assert not is_fused(made.model)
+        states.append(made.model.state_dict())
+    assert states[0].keys() == states[1].keys()
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key])
+
+
+class Watch(hf.TrainerCallback):
+    """Notes whether the model is fused at the end of each step."""
+
+    def __init__(self, seen: list[bool]) -> None:
+        self.seen = seen
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen.append(is_fused(kwargs["model"]))
 
 
 def test_checkpoints_reload_by_themselves_and_the_best_one_is_loaded(tmp_path: Path) -> None:

@@ -11,9 +11,12 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-def launch(script: str, *arguments: object, processes: int | None = None) -> None:
+def launch(
+    script: str, *arguments: object, processes: int | None = None, restarts: int = 0
+) -> None:
     """Run a script, on several ranks if ``processes`` says so; its last words if it fails."""
     ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    ranks.append(f"--max-restarts={restarts}")
     done = subprocess.run(
         [sys.executable, *(ranks if processes else ()), HERE / script, *map(str, arguments)],
         # No rank of a launcher above, and no CUDA where there is one.
@@ -22,6 +25,9 @@ def launch(script: str, *arguments: object, processes: int | None = None) -> Non
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
+            # Or a second attempt shares the store of the first, and may read where its dead workers
+            # listened.
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         },
         capture_output=True,
         text=True,

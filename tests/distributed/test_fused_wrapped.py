@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import wn_surgery as wn
 
 from .conftest import trained
+from .launching import launch
 
 pytestmark = pytest.mark.usefixtures("gloo")
 
@@ -50,7 +51,8 @@ def events(model: nn.Sequential) -> list[str]:
     # A bucket for each layer: g, v and bias are 361 kB and a bit.
     wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.3)
 
-    def ready(_, bucket):  # type: ignore[no-untyped-def]  # noqa: ANN, DDP reads the annotations
+    # Without annotations: DDP reads them.
+    def ready(_, bucket):  # type: ignore[no-untyped-def]
         found.append("AR")
         future: torch.futures.Future[Tensor] = torch.futures.Future()
         future.set_result(bucket.buffer())
@@ -119,3 +121,8 @@ def test_a_copy_of_a_wrapped_model_is_right() -> None:
     model(torch.ones(2, 4))
     twin = copy.deepcopy(model.module)
     torch.testing.assert_close(twin(torch.ones(2, 4)), model(torch.ones(2, 4)))
+
+
+@pytest.mark.processes
+def test_weights_that_last_under_ddp_on_two_ranks() -> None:
+    launch("steps_run.py", processes=2)

@@ -31,7 +31,7 @@ class Tokens(Dataset[dict[str, Tensor]]):
         return {"input_ids": tokens, "labels": tokens}
 
 
-def run(folder: Path, processes: int, **options: Any) -> dict[str, Any]:
+def run(folder: Path, processes: int, export: bool = True, **options: Any) -> dict[str, Any]:
     model = llama(num_hidden_layers=1)
     settings: dict[str, Any] = {
         "output_dir": str(folder / "out"),
@@ -48,7 +48,8 @@ def run(folder: Path, processes: int, **options: Any) -> dict[str, Any]:
         "seed": 1,
     }
     callback = WeightNormCallback(
-        WeightNormConfig([{"names": "**.{q,k,v,o,up,down}_proj"}]), export_to=folder / "plain"
+        WeightNormConfig([{"names": "**.{q,k,v,o,up,down}_proj"}]),
+        export_to=folder / "plain" if export else None,
     )
     trainer = WeightNormTrainer(
         model=model,

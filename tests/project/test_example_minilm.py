@@ -22,4 +22,5 @@ def test_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert code == 0
     assert "36 layers of 22,7" in printed and "36 weight-normed layers" in printed
     assert printed.count("  ok    ") == 5 and "FAIL" not in printed
+    assert (tmp_path / "minilm.png").read_bytes().startswith(b"\x89PNG")
     assert 80e6 < (tmp_path / "minilm.onnx").stat().st_size < 100e6

@@ -45,6 +45,7 @@ def anchors(text: str) -> set[str]:
     "ignore:The .grad attribute of a Tensor",  # torch.compile looks at it
     "ignore:torch.distributed is disabled",
     "ignore:FSDP2-wrapped module .* returned a view",  # of what tensor parallelism returns
+    "ignore:FSDP is switching to use `NO_SHARD`",  # in one process
 )
 @pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_the_python_of_a_page_runs(
@@ -104,6 +105,12 @@ def test_the_page_of_the_design_has_every_room() -> None:
     assert script["updated"](page) == page, "run python docs/make_rooms_table.py"
     folders = {path.parent.name for path in (ROOT / "wn_surgery").glob("*/__init__.py")}
     assert {*script["ROOMS"]} == folders | {"callbacks"}
+
+
+def test_the_table_of_engines_is_that_of_its_results() -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    script = runpy.run_path(str(ROOT / "docs" / "make_engines_table.py"))
+    assert script["updated"](page) == page, "run python docs/make_engines_table.py"
 
 
 def test_the_files_that_the_design_names_are_there() -> None:

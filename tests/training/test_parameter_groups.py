@@ -170,3 +170,20 @@ def test_nothing_for_muon() -> None:
     wn.apply(model, nn.Conv1d)
     with pytest.raises(ValueError, match="no weight-normed layer has a v with two axes"):
         wn.parameter_groups(model, weight_decay=0.1).split_matrices()
+
+
+def test_lion_takes_the_groups() -> None:
+    """lion-pytorch; each value moves by its group's learning rate, and v decays besides."""
+    lion = pytest.importorskip("lion_pytorch")
+    model = Model()
+    wn.apply(model, [nn.Conv1d, nn.Linear])
+    groups = wn.parameter_groups(model, weight_decay=0.5, g_lr=1e-3)
+    optimizer = lion.Lion(groups, lr=1e-2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        decayed = 1 - 1e-2 * 0.5 if name in groups.decayed else 1.0
+        lr = 1e-3 if name.endswith(G) else 1e-2
+        torch.testing.assert_close(parameter.detach(), decayed * before[name] - lr, msg=name)

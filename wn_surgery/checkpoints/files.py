@@ -235,11 +235,11 @@ class _Work:
     def _torch_file(self, goal: Path) -> Converted:
         source = self.found.main
         content = load(source, full_pickle=self.full_pickle)
-        if self.dry_run:
-            foreseen, plans = converted(content, self.asked, compute=uncomputed)
-            return _summary([goal], plans, _cost_of(content, foreseen))
-        parking = Parking(goal.parent, source.stat().st_size)
         result: Any = None
+        if self.dry_run:
+            result, plans = converted(content, self.asked, compute=uncomputed)
+            return _summary([goal], plans, _cost_of(content, result))
+        parking = Parking(goal.parent, source.stat().st_size)
 
         def check(made: Path) -> None:
             check_written(made, result, self.full_pickle, self.verify)

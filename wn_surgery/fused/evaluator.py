@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from wn_surgery.errors import ModelError
 from wn_surgery.norm.math import (
     Axes,
     builds_graph,
@@ -17,11 +20,12 @@ from wn_surgery.norm.math import (
     gradients,
     like,
     values,
-    versions,
 )  # fmt: skip
 from wn_surgery.norm.options import NormOptions
 
-__all__ = ["Evaluator", "Gradients", "Spec", "Stacks", "evaluate"]
+__all__ = ["Evaluator", "Gradients", "Lasting", "Reuse", "Spec", "Stacks", "evaluate"]
+
+_T = TypeVar("_T")
 
 # Where copying costs as much as it saves.
 _STACKED_BYTES = 32 * 2**10
@@ -119,6 +123,11 @@ class Stacks:
             for stack in self.stacks
         ]
 
+    def member(self, place: int, row: int) -> int:
+        """Which member has this row of a stack."""
+        ends = itertools.accumulate(self._shares[place])
+        return next(i for i, end in zip(self.stacks[place], ends, strict=True) if row < end)
+
     def unstack(self, stacked: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
         """A tensor for each member, in the layout of its v, from one for each stack.
 
@@ -157,6 +166,21 @@ class Stacks:
         return found
 
 
+@dataclass(slots=True)
+class Reuse:
+    """Whether weights were read in another ``call`` than the first that read them."""
+
+    call: int | None = None
+    happened: bool = False
+
+
+class Lasting(NamedTuple):
+    """The names of weights that last until the next optimizer step, and their reuse till then."""
+
+    names: Sequence[str]
+    reuse: Reuse
+
+
 # The autograd node ----------------------------------------------------------------------------
 
 
@@ -166,16 +190,18 @@ def evaluate(
     g: Sequence[Tensor],
     out: torch.dtype | None = None,
     stacks: Stacks | None = None,
+    lasting: Lasting | None = None,
 ) -> Sequence[Tensor]:
     """The weights of a group, from one node if any of them needs a gradient; in dtype ``out``.
 
-    ``evaluator`` is that of the ``stacks``, where there are any.
+    ``evaluator`` is that of the ``stacks``, where there are any. ``lasting`` is for weights that
+    outlive a forward: a backward after their reuse checks that g and v still give them.
     """
     if builds_graph():
         needed = tuple(x.requires_grad or m.requires_grad for x, m in zip(v, g, strict=True))
         if any(needed):
             x, m = (v, g) if stacks is None else (stacks.stack(v), stacks.stack(g))
-            return _group(evaluator, stacks, (v, g), needed, out, *x, *m)
+            return _group(evaluator, stacks, (v, g), needed, out, lasting, *x, *m)
     # Not inference tensors: those have no version, by which a write into them is seen.
     with torch.inference_mode(False), torch.no_grad():
         if stacks is None:
@@ -200,10 +226,13 @@ class _Group(torch.autograd.Function):
         members: tuple[Sequence[Tensor], Sequence[Tensor]],
         needed: tuple[bool, ...],
         out_dtype: torch.dtype | None,
+        lasting: Lasting | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         v, g = _halves(tensors)
         weights, norms = evaluator.forward(v, g, out_dtype)
+        # Aliases without a node, by which there would be a cycle.
+        ctx.kept = None if lasting is None else (lasting, out_dtype, [w.detach() for w in weights])
         if stacks is not None:
             weights = stacks.unstack(weights, members[0])
         ctx.set_materialize_grads(False)
@@ -211,16 +240,17 @@ class _Group(torch.autograd.Function):
             frozen = (w for w, wanted in zip(weights, needed, strict=True) if not wanted)
             ctx.mark_non_differentiable(*frozen)
         ctx.evaluator, ctx.stacks, ctx.members, ctx.norms = evaluator, stacks, members, norms
-        ctx.versions = list(map(versions, *members))
+        ctx.versions = [t._version for tensors in members for t in tensors]
         return tuple(weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         v, g = ctx.members
         # A backward may reach a part of the group only. It does not concern the rest.
-        for x, m, before, grad in zip(v, g, ctx.versions, grads, strict=True):
-            if grad is not None:
-                check_unwritten(x, m, before)
+        if [t._version for tensors in ctx.members for t in tensors] != ctx.versions:
+            for x, m, *before, grad in zip(v, g, *_halves(ctx.versions), grads, strict=True):
+                if grad is not None:
+                    check_unwritten(x, m, tuple(before))
         whole: Sequence[Tensor | None] = grads
         if (stacks := ctx.stacks) is not None:
             whole = stacks.stack_gradients(grads, v)
@@ -232,6 +262,8 @@ class _Group(torch.autograd.Function):
                     _reach_only(edges[place + len(stacks.stacks)][0], reached)
             # Again, so that the stacks of the forward need not be kept for so long.
             v, g = stacks.stack(v), stacks.stack(g)
+        if ctx.kept is not None and ctx.kept[0].reuse.happened:
+            _check_kept(ctx, v, g, whole)
         if torch.is_grad_enabled():  # with create_graph
             every = zip(ctx.evaluator.specs, v, g, whole, strict=True)
             found = Gradients.of([
@@ -240,14 +272,44 @@ class _Group(torch.autograd.Function):
             ])  # fmt: skip
         else:
             found = ctx.evaluator.backward(v, g, ctx.norms, whole)
-        wanted = ctx.needs_input_grad[5:]
+        wanted = ctx.needs_input_grad[6:]
         both = zip((*found.v, *found.g), wanted, strict=True)
-        return (None, None, None, None, None, *(grad if want else None for grad, want in both))
+        return (*[None] * 6, *(grad if want else None for grad, want in both))
 
 
 # Past Function.apply, as in norm/math.py; torch leaves it untyped.
 _past: Any = super(torch.autograd.Function, _Group)
 _group: Callable[..., tuple[Tensor, ...]] = _past.apply
+
+
+def _check_kept(
+    ctx: Any, v: Sequence[Tensor], g: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> None:
+    """Raise where g and v, or their stacks, no longer give a weight that has a gradient.
+
+    Exactly: torch does not count what is written through ``.data``, numpy or the storage.
+    """
+    (names, _), out_dtype, kept = ctx.kept
+    with torch.no_grad():
+        now = ctx.evaluator.forward(v, g, out_dtype)[0]
+        for place, (weight, before, grad) in enumerate(zip(now, kept, grads, strict=True)):
+            if grad is None or torch.equal(weight, before):
+                continue
+            # The NaNs of a diverged model are as they were.
+            differs = (weight != before) & ~(weight.isnan() & before.isnan())
+            if len(found := differs.nonzero()):
+                row = int(found[0][0]) if weight.ndim else 0
+                name = names[place if ctx.stacks is None else ctx.stacks.member(place, row)]
+                raise ModelError(_STALE.format(name=name), kind="fusion", site=name)
+
+
+_STALE = (
+    "{name}: its g, v or weight was written to through .data, numpy or its storage after its "
+    "weight had been computed for this step, and nothing counts such a write, so that the forward "
+    "read the old weight; no gradient of it was given. Write to the Parameter under "
+    "torch.no_grad(), write before the first forward after a step, or call wn_surgery.fuse() "
+    "without optimizers"
+)
 
 
 def _reach_only(node: Any, reached: Sequence[bool]) -> None:
@@ -269,6 +331,6 @@ def _reach_only(node: Any, reached: Sequence[bool]) -> None:
     handle = node.register_hook(after)
 
 
-def _halves(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    count = len(tensors) // 2
-    return tensors[:count], tensors[count:]
+def _halves(both: Sequence[_T]) -> tuple[Sequence[_T], Sequence[_T]]:
+    count = len(both) // 2
+    return both[:count], both[count:]

@@ -6,7 +6,7 @@ import functools
 import importlib
 import sys
 from collections import OrderedDict
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast, get_args
@@ -14,17 +14,19 @@ from weakref import ReferenceType, WeakSet, ref
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from wn_surgery.errors import ModelError
 from wn_surgery.fused.choice import Choice, Mode, Path, choose, cut
 from wn_surgery.fused.evaluator import Evaluator, Stacks
 from wn_surgery.fused.sharing import Group, Scope, Slot, infrastructure_mode
-from wn_surgery.model.sites import as_module, is_folded, normed, walk
+from wn_surgery.model.sites import NormedSite, as_module, is_folded, normed, walk
 from wn_surgery.norm.math import traced, transformed
 from wn_surgery.norm.parametrization import WeightNormList
 from wn_surgery.norm.slots import RootHook, changes
 from wn_surgery.surgery.execution import execute
+from wn_surgery.surgery.optimizers import all_unwrapped
 from wn_surgery.surgery.planning import build_migration
 from wn_surgery.tables import render
 
@@ -33,7 +35,9 @@ _is_compiling = torch.compiler.is_dynamo_compiling
 __all__ = ["Enter", "Fusion", "Leave", "Member", "fuse", "is_fused", "shared", "unfuse"]
 
 
-def fuse(model: nn.Module, mode: Mode = "auto") -> Fusion:
+def fuse(
+    model: nn.Module, mode: Mode = "auto", *, optimizers: Optimizer | Iterable[Any] = ()
+) -> Fusion:
     """Compute the weights of ``model`` in groups, each once a forward, with one autograd node.
 
     A group is computed when the first of its weights is read inside ``model(...)``, and kept until
@@ -45,19 +49,26 @@ def fuse(model: nn.Module, mode: Mode = "auto") -> Fusion:
     Modules whose weight norm is ``torch.nn.utils.parametrizations.weight_norm`` become this
     library's first, as by :func:`wn_surgery.migrate`. Those with the legacy hook are left out.
 
+    With ``optimizers``, training computes each weight once a step instead of once a forward, and
+    every forward until the next step reads the same tensor, whatever part of the model is called:
+    micro-batches, time steps, both halves of a GAN. See docs/fused.md for why it is not stale.
+
     Args:
         model: the module that is called: weights are shared within one call of it. Fuse the
             generator and the discriminator, not the module that holds both.
         mode: ``auto``: torch's operators on the CPU and on CUDA; weights that cannot be fused
             are left out, and the result says why. ``triton`` (kernels for CUDA), ``cpu``
             (torch's operators, on any device): that path for every weight, or an error.
+        optimizers: if given, those that train the model: one, or several that together hold each
+            g and v that trains. They stay as they are.
 
     Returns:
         The groups; print it to see which path each weight takes, and why.
 
     Raises:
-        ModelError: nothing in the model is weight-normed, or ``mode`` names a path that a
-            weight cannot take (``kind="fusion"``); the model is inside ``folded`` or
+        ModelError: nothing in the model is weight-normed, ``mode`` names a path that a weight
+            cannot take, ``optimizers`` lack a g or v that trains, or one of them is not torch's
+            and tells nobody of its steps (``kind="fusion"``); the model is inside ``folded`` or
             ``writable`` (``kind="folded"``).
 
     Example:
@@ -86,10 +97,13 @@ def fuse(model: nn.Module, mode: Mode = "auto") -> Fusion:
             "call wn_surgery.apply(model, rules) first",
             kind="fusion",
         )
+    held = all_unwrapped(optimizers)
+    _check_held(found, held)
     if any(site.layout == "parametrized" for site in found):
         execute(build_migration(model, "parametrized", {"parametrized"}))
     unfuse(model)
     fusion = Fusion(mode)
+    fusion.scope.steps = bool(held)
     fusion.build(model)
     refused = [member for member in fusion.members if member.path == "off"]
     if mode != "auto" and refused:
@@ -104,6 +118,27 @@ def fuse(model: nn.Module, mode: Mode = "auto") -> Fusion:
         )
     _hook(model, fusion)
     return fusion
+
+
+def _check_held(found: list[NormedSite], optimizers: list[Any]) -> None:
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            raise ModelError(
+                f"optimizers holds a {type(optimizer).__name__}, which is no "
+                "torch.optim.Optimizer: nothing tells when it steps; leave out optimizers=",
+                kind="fusion",
+            )
+    held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    for site in found if optimizers else ():
+        for part, parameter in (("g", site.held.g), ("v", site.held.v)):
+            if parameter.requires_grad and id(parameter) not in held:
+                raise ModelError(
+                    f"{site.name}: none of the optimizers holds its {part}; name every optimizer "
+                    "that trains the model, as in optimizers=[muon, adamw], or freeze it by "
+                    "requires_grad_(False)",
+                    kind="fusion",
+                    site=site.name,
+                )
 
 
 def unfuse(model: nn.Module) -> int:
@@ -214,11 +249,15 @@ class Fusion:
         self._groups: list[Group] = []
         self._placed: list[tuple[ReferenceType[WeightNormList], Slot]] = []
         self._seen = -1
+        self._trained: frozenset[int] = frozenset()
         _watch_optimizers()
         _FUSIONS.add(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy is unbuilt: its groups are those of the model it is copied with."""
+        """A copy is unbuilt: its groups are those of the model it is copied with.
+
+        No optimizer trains it.
+        """
         return Fusion, (self.mode,)
 
     def __str__(self) -> str:
@@ -243,6 +282,9 @@ class Fusion:
         self._seen = changes.count
         self.scope.stale = False
         choices = [choose(site, self.mode) for site in normed(root)]
+        self._trained = frozenset(
+            id(part) for c in choices for part in (c.site.held.g, c.site.held.v)
+        )
         for chosen in cut(choices):
             for choice in chosen:
                 choice.group = len(self._groups)
@@ -262,13 +304,13 @@ class Fusion:
             evaluator = Evaluator(stacks.specs)
             group = Group(self.scope, tensor.dtype, tensor.device, evaluator, stacks)
         for choice, spec in zip(members, specs, strict=True):
-            slot = group.add(choice.plist, spec, choice.castable)
+            slot = group.add(choice.plist, spec, choice.site.name, choice.castable)
             self._placed.append((ref(choice.plist), slot))
         return group
 
     def release(self) -> None:
         """Take all slots out of the model."""
-        self.scope.forget()
+        self.scope.forget(step=True)
         self.scope.rest()
         for held, slot in self._placed:
             plist = held()
@@ -277,6 +319,12 @@ class Fusion:
         self._placed.clear()
         self._groups.clear()
         self.members.clear()
+
+    def trained_by(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer holds any g or v of the model."""
+        return any(
+            id(p) in self._trained for group in optimizer.param_groups for p in group["params"]
+        )
 
     def enter(self, root: nn.Module | None, owner: object) -> None:
         """A call of ``root`` begins (``None``: several calls will); see :meth:`Scope.enter`."""
@@ -363,9 +411,9 @@ _FUSIONS: WeakSet[Fusion] = WeakSet()
 def _watch_optimizers() -> None:
     """Ask torch to tell of every optimizer's step; once, at the first fused model."""
 
-    def after_step(*_: Any) -> None:
+    def after_step(optimizer: Optimizer, *_: Any) -> None:
         # Fused optimizers write without raising the version of what they write.
         for fusion in list(_FUSIONS):
-            fusion.scope.forget()
+            fusion.scope.forget(step=fusion.scope.steps and fusion.trained_by(optimizer))
 
     register_optimizer_step_post_hook(after_step)

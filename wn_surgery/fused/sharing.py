@@ -6,13 +6,13 @@ import threading
 from collections.abc import Callable, Hashable
 from types import FrameType
 from typing import TypeAlias, cast
-from weakref import ReferenceType, ref
+from weakref import ReferenceType, WeakSet, ref
 
 import torch
 from torch import Tensor
 from torch.nn.modules import module as module_hooks
 
-from wn_surgery.fused.evaluator import Evaluator, Spec, Stacks, evaluate
+from wn_surgery.fused.evaluator import Evaluator, Lasting, Reuse, Spec, Stacks, evaluate
 from wn_surgery.norm.math import PLAIN_TYPES, builds_graph, g_shape, traced, transformed
 from wn_surgery.norm.parametrization import WeightNorm, WeightNormList
 from wn_surgery.norm.slots import NotCopied
@@ -35,10 +35,17 @@ _modes = torch._C._len_torch_dispatch_stack
 class Scope:
     """The call of a fused root that is under way, if any; one at a time."""
 
-    __slots__ = ("_clear", "_lock", "_owner", "_thread", "calls", "filled", "last", "stale")
+    __slots__ = (
+        "_clear", "_lock", "_owner", "_thread", "calls", "filled", "kept", "last", "reuse", "stale",
+        "steps",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.calls = 0
+        self.steps = False  # whether a weight with a graph lasts until the next optimizer step
+        # With such weights. Weak, since a group holds its scope.
+        self.kept: WeakSet[Group] = WeakSet()
+        self.reuse = Reuse()  # of such weights, since the last step
         self.filled: list[Group] = []  # with values that were computed since forget()
         self.last: Group | None = None  # of them, the last to compute without a graph
         self.stale = False  # whether the groups no longer fit the model
@@ -75,12 +82,27 @@ class Scope:
             if self._thread is not None and not self._runs():
                 self._thread, self._owner, self._clear = None, None, _is_running
 
-    def forget(self) -> None:
-        """Drop every value: a graph holds what its backward needs, and frees it."""
+    def forget(self, step: bool = False) -> None:
+        """Drop the values of a call: a graph holds what its backward needs, and frees it.
+
+        After an optimizer's ``step``, those that last until then as well.
+        """
         filled, self.filled, self.last = self.filled, [], None
+        if step:
+            filled += self.kept
+            self.kept.clear()
+            self.reuse = Reuse()
         for group in filled:
             for slot in group.slots:
                 slot.forget()
+
+    def note_reuse(self) -> None:
+        """A weight that lasts until the next step is read."""
+        call = self.calls if self._thread is not None else -1
+        if self.reuse.call is None:
+            self.reuse.call = call
+        elif self.reuse.call != call or call == -1:
+            self.reuse.happened = True
 
     def here(self) -> Hashable:
         """What a value that is computed here and now may be shared within; ``None``: nothing.
@@ -112,6 +134,9 @@ def _is_running() -> None:
     raise RuntimeError
 
 
+# In place of a call: a weight is good until the next step.
+STEP = "step"
+
 # A weight, its version, within what it may be shared, all that it was computed from, and g and v,
 # which are held so that no other tensor can have their id.
 Entry: TypeAlias = "tuple[Tensor, int, Hashable, tuple[object, ...], Tensor, Tensor]"
@@ -125,10 +150,10 @@ class Slot(NotCopied):
 
     __slots__ = (
         "_alone", "_g_shape", "_group", "_hooks", "_norm", "_options", "_parameters",
-        "_parametrizations", "_scope", "_seen", "grad", "plain", "spec",
+        "_parametrizations", "_scope", "_seen", "grad", "name", "plain", "spec",
     )  # fmt: skip
 
-    def __init__(self, group: Group, plist: WeightNormList, spec: Spec) -> None:
+    def __init__(self, group: Group, plist: WeightNormList, spec: Spec, name: str = "") -> None:
         # Weak, so that a model that is dropped is freed at once and not by the collector.
         self._group: ReferenceType[Group] = ref(group)
         self._scope = group.scope
@@ -141,7 +166,7 @@ class Slot(NotCopied):
         self._g_shape = g_shape(spec.shape, spec.norm.dim)
         self._norm = cast(WeightNorm, plist[0])
         self._options = tuple(spec.norm)
-        self.spec = spec
+        self.spec, self.name = spec, name
         self.forget()
 
     def forget(self) -> None:
@@ -154,29 +179,41 @@ class Slot(NotCopied):
 
         ``None`` where it must be computed as if nothing were fused.
         """
-        extent = self.extent()
+        builds = _is_grad_enabled() and not _is_inference()
+        lasts = self.lasts(builds)
+        extent = self.extent(lasts)
         if extent is None:
             return None
         # No need to ask for an active transform: a transformed g or v is another object.
-        entry = self.grad if _is_grad_enabled() and not _is_inference() else self.plain
+        entry = self.grad if builds else self.plain
+        if lasts and not self._scope.reuse.happened:
+            self._scope.note_reuse()
         if entry is None or entry[2] != extent:
             return self._compute(extent, alone=False)
-        if entry[0]._version == entry[1] and self.state() == entry[3]:
+        # Hooks on what computes the weight wait for the next time that it is computed.
+        if entry[0]._version == entry[1] and self.state(not lasts) == entry[3]:
             return entry[0]
         return self._compute(extent, alone=True)
 
-    def extent(self) -> Hashable:
+    def extent(self, lasts: bool) -> Hashable:
         """What a value that is computed now may be shared within; ``None``: nothing."""
-        return self._scope.here()
+        return STEP if lasts else self._scope.here()
+
+    def lasts(self, builds: bool) -> bool:
+        """Whether a value that is computed now may be shared until the next optimizer step.
+
+        Without a graph no backward would notice that it is old. In eval mode none is expected.
+        """
+        return self._scope.steps and builds and self._norm.training
 
     def out_dtype(self) -> torch.dtype | None:
         """The dtype of the weight; ``None``: that of v."""
         return None
 
-    def state(self) -> tuple[object, ...] | None:
+    def state(self, hooks: bool = True) -> tuple[object, ...] | None:
         """All that the weight depends on; equal twice if it is the same weight.
 
-        ``None`` if g and v are missing, or are not all that computes it.
+        ``None`` if g and v are missing, or are not all that computes it: there may be ``hooks``.
         """
         parameters, parametrizations, norm = self._parameters, self._parametrizations, self._norm
         g, v = parameters.get("original0"), parameters.get("original1")
@@ -185,7 +222,7 @@ class Slot(NotCopied):
             or v is None
             or parametrizations.get("0") is not norm
             or len(parametrizations) != 1
-            or any(self._hooks)
+            or (hooks and any(self._hooks))
         ):
             return None
         return (
@@ -241,7 +278,10 @@ class Slot(NotCopied):
         if self._alone is None:
             self._alone = Evaluator([self.spec])
         g, v = pair
-        (weight,) = evaluate(self._alone, (v,), (g,), self.out_dtype())
+        lasting = None
+        if self.lasts(builds_graph()):
+            lasting = Lasting((self.name,), self._scope.reuse)
+        (weight,) = evaluate(self._alone, (v,), (g,), self.out_dtype(), lasting=lasting)
         self.put(weight, extent, state, g, v)
         return weight
 
@@ -251,14 +291,16 @@ class CudaSlot(Slot):
 
     __slots__ = ("_castable", "_index")
 
-    def __init__(self, group: Group, plist: WeightNormList, spec: Spec, castable: bool) -> None:
-        super().__init__(group, plist, spec)
+    def __init__(
+        self, group: Group, plist: WeightNormList, spec: Spec, name: str, castable: bool
+    ) -> None:
+        super().__init__(group, plist, spec, name)
         self._index = group.device.index or 0
         self._castable = castable
 
-    def extent(self) -> Hashable:
+    def extent(self, lasts: bool) -> Hashable:
         """As in the base class, on the current stream and for the current dtype of autocast."""
-        here = super().extent()
+        here = super().extent(lasts)
         if here is None:
             return None
         # torch's public function makes an object each time.
@@ -285,6 +327,7 @@ class Group:
         self.dtype = dtype
         self.device = device
         self.slots: list[Slot] = []
+        self._names: list[str] = []
         self._evaluator = evaluator
         self._stacks = stacks
         # Whether values without a graph stay to the end of the forward, or only until another
@@ -292,11 +335,14 @@ class Group:
         self._stays = device.type != "cpu"
         self._dropped = -1
 
-    def add(self, plist: WeightNormList, spec: Spec, castable: bool) -> Slot:
-        """Put a slot into the list that holds the weight's g and v."""
+    def add(self, plist: WeightNormList, spec: Spec, name: str, castable: bool) -> Slot:
+        """Put a slot into the list that holds the g and v of the weight ``name``."""
         cuda = self.device.type == "cuda"
-        slot = CudaSlot(self, plist, spec, castable) if cuda else Slot(self, plist, spec)
+        slot = (
+            CudaSlot(self, plist, spec, name, castable) if cuda else Slot(self, plist, spec, name)
+        )
         self.slots.append(slot)
+        self._names.append(name)
         plist.__dict__["slot"] = slot
         return slot
 
@@ -323,9 +369,13 @@ class Group:
             v.append(pair[1])
         if not builds:
             self._make_room()
-        if self not in self.scope.filled:
+        lasting = None
+        if wanted.lasts(builds):
+            lasting = Lasting(self._names, self.scope.reuse)
+            self.scope.kept.add(self)
+        elif self not in self.scope.filled:
             self.scope.filled.append(self)
-        weights = evaluate(self._evaluator, v, g, wanted.out_dtype(), self._stacks)
+        weights = evaluate(self._evaluator, v, g, wanted.out_dtype(), self._stacks, lasting)
         for slot, weight, now, m, x in zip(self.slots, weights, states, g, v, strict=True):
             slot.put(weight, extent, now, m, x)
         return weights[self.slots.index(wanted)]

@@ -14,7 +14,7 @@ from wn_surgery.errors import ModelError
 from wn_surgery.model import layouts
 from wn_surgery.model.exact import shown
 from wn_surgery.model.gathering import FSDP2, gather, release
-from wn_surgery.model.sites import NormedSite, normed
+from wn_surgery.model.sites import NormedSite, whole
 from wn_surgery.norm.math import builds_graph
 from wn_surgery.norm.module_class import (
     FOLDED,
@@ -70,7 +70,7 @@ def folded(model: nn.Module) -> Generator[None]:
     try:
         # One step for all threads: the last to leave must not tear down what another enters.
         with FOLDED_LOCK:
-            found = normed(model)
+            found = whole(model)
             cut = [site.held for site in found if _is_cut(site)]
             with shown(held.compute for held in cut):
                 units = gather((held.g, held.v) for held in cut)

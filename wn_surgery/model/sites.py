@@ -9,32 +9,47 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from wn_surgery.errors import ModelError
 from wn_surgery.model.gathering import FSDP2, held_by_fsdp
+from wn_surgery.model.holders import FSDP1, ZERO3, holder, in_parts, whole_shape
 from wn_surgery.model.layouts import Foreign, Normed, SiteLayout, carried
 from wn_surgery.norm.math import PLAIN_TYPES
 from wn_surgery.norm.module_class import FOLDED, beneath
 from wn_surgery.norm.naming import keys_for
 from wn_surgery.norm.options import Dim, NormOptions
 
-__all__ = ["Node", "NormedSite", "Site", "as_module", "normed", "sites", "sites_of", "walk"]
+__all__ = [
+    "Node",
+    "NormedSite",
+    "Site",
+    "as_module",
+    "normed",
+    "sites",
+    "sites_of",
+    "walk",
+    "whole",
+]
 
 _T = TypeVar("_T")
 
 # The attribute under which a wrapper keeps what it wraps, by the wrapper's dotted name, which is
 # compared along the MRO: so nothing needs to be imported to know it.
 _FSDP = "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel"
+_DEEPSPEED = "deepspeed.runtime.engine.DeepSpeedEngine"
 _CHECKPOINT = "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper"
 _TRANSPARENT = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
     "torch.nn.parallel.data_parallel.DataParallel": "module",
     _FSDP: "_fsdp_wrapped_module",
+    _DEEPSPEED: "module",
     "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
     _CHECKPOINT: "_checkpoint_wrapped_module",
 }
 # Wrappers that hold references to the parameters they were given.
 _HOLDERS = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "DistributedDataParallel",
-    _FSDP: "FSDP",
+    _FSDP: FSDP1,
+    _DEEPSPEED: "DeepSpeed",
     "torch.distributed.fsdp.FSDPModule": FSDP2,
 }
 # Modules that read the parameters of these children without calling them, so that no hook on the
@@ -130,7 +145,13 @@ class Site:
         """The weight's shape; empty where it is unknown."""
         if self.tensor is None or nn.parameter.is_lazy(self.tensor) or self.tensor.is_nested:
             return ()
-        return tuple(self.tensor.shape)
+        return whole_shape(self.tensor)
+
+    @property
+    def holder(self) -> str | None:
+        """What keeps references to its parameters, so that they cannot be exchanged."""
+        # The mark first: it knows more than the class of a wrapper.
+        return holder(self.tensor) or self.node.wrapped
 
     def to_dict(self) -> dict[str, Any]:
         """The site as plain JSON data."""
@@ -166,6 +187,48 @@ def normed(model: nn.Module) -> list[NormedSite]:
     return [site for node in walk(model) for site in sites_of(node) if isinstance(site, NormedSite)]
 
 
+def whole(model: nn.Module, *, written: bool = False) -> list[NormedSite]:
+    """As :func:`normed`, for who needs the values of g and v, or also writes them.
+
+    A ``WrappedModuleError`` where an engine has cut them so that no rank can use its part.
+    """
+    found: list[NormedSite] = []
+    for node in walk(model):
+        for site in sites_of(node):
+            if how := _why_not_whole(site, written):
+                raise ModelError(
+                    f"{site.name} is held by {site.holder}, {how}", kind="wrapped", site=site.name
+                )
+            if isinstance(site, NormedSite):
+                found.append(site)
+    return found
+
+
+def _why_not_whole(site: Site, written: bool) -> str:
+    """Why g and v have no values that can be used, as the end of a sentence."""
+    by = site.holder
+    if isinstance(site, NormedSite):
+        if written and by is not None and "DeepSpeed" in by:
+            return (
+                "which has copies of g and v and writes them over yours at its next step; do this "
+                "before deepspeed.initialize, outside zero.Init"
+            )
+        if not in_parts(site.tensor):
+            return ""
+    # What is left of our weight norm where g and v are no Parameters (use_orig_params=False).
+    elif by != FSDP1 or not (isinstance(site.held, Foreign) and "WeightNorm" in site.held.maker):
+        return ""
+    inside = (
+        "deepspeed.zero.GatheredParameters(list(model.parameters()))"
+        if by == ZERO3
+        else "FullyShardedDataParallel.summon_full_params(model)"
+    )
+    return (
+        "which has cut g and v, so that this rank has no whole slices; do this before it takes the "
+        f"model, or, without a forward, on every rank inside {inside}"
+    )
+
+
 def sites(model: nn.Module) -> list[Site]:
     """What carries, or could carry, weight norm.
 
@@ -193,7 +256,7 @@ def could(site: Site) -> bool:
         return False
     if nn.parameter.is_lazy(tensor):
         return True
-    return tensor.ndim >= 2 and (tensor.is_floating_point() or tensor.is_complex())
+    return len(site.shape) >= 2 and (tensor.is_floating_point() or tensor.is_complex())
 
 
 def sites_of(node: Node, wanted: Callable[[str], object] = bool) -> Iterator[Site]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wn_surgery.errors import ModelError, ZeroNormError
 from wn_surgery.model import layouts
-from wn_surgery.model.sites import NormedSite, is_folded, normed
+from wn_surgery.model.sites import NormedSite, is_folded, whole
 from wn_surgery.model.undo import Snapshot
 from wn_surgery.norm.cuts import is_dtensor, on_any_rank, own_part, write
 from wn_surgery.norm.math import real_dtype
@@ -53,7 +53,7 @@ def writable(model: nn.Module) -> Generator[None]:
     written: list[_Values | None] | None = None
     try:
         with FOLDED_LOCK:
-            found = normed(model)
+            found = whole(model, written=True)
             for site in found:
                 if is_folded(site.node):
                     where = f"{site.name} is inside folded() or writable() now"

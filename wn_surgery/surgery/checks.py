@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from wn_surgery.errors import WeightNormError
+from wn_surgery.model.holders import ZERO3, in_parts
 from wn_surgery.model.layouts import Normed
 from wn_surgery.model.sites import Node, Site, is_folded
 from wn_surgery.norm.cuts import is_dtensor, why_uncut
@@ -35,13 +36,18 @@ def before_any_change(site: Site) -> Iterator[WeightNormError]:
     if is_folded(site.node):
         message = f"{site.name} is inside folded() or writable() now; leave the context first"
         yield error_at(site, "folded", message)
-    if holder := site.node.wrapped or _partitioned(tensor):
+    if holder := site.holder:
         message = (
             f"{site.name} is held by {holder}, which keeps references to the parameters it was "
             "given; change weight norm before wrapping or sharding the model"
         )
-        if site.normed and "FSDP" in holder:
-            message += _PLAIN_STATE
+        if holder == ZERO3:
+            message = (
+                f"{site.name} is partitioned by {ZERO3}: each rank has a part of its elements, and "
+                "no slices; change weight norm before deepspeed.initialize, outside zero.Init"
+            )
+        if site.held is not None and (site.normed or "WeightNorm" in site.held.maker):
+            message += _plain_state(holder)
         yield error_at(site, "wrapped", message)
     elif tensor is not None and (why := why_uncut(tensor)):
         yield error_at(site, "wrapped", f"{site.name} {why}")
@@ -53,10 +59,19 @@ def before_any_change(site: Site) -> Iterator[WeightNormError]:
         yield error_at(site, "inference", message)
 
 
-_PLAIN_STATE = """. For plain weights, write on every rank:
+def _plain_state(holder: str) -> str:
+    """The lines that give plain weights where ``remove`` cannot."""
+    lines = "    state = model.state_dict()"
+    if "FSDP" in holder:
+        lines = """\
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    plain = wn_surgery.checkpoints.convert(state)"""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))"""
+    elif holder == ZERO3:
+        lines = """\
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        state = {key: value.clone() for key, value in model.state_dict().items()}"""
+    plain = "    plain = wn_surgery.checkpoints.convert(state)"
+    return f". For plain weights, write on every rank:\n{lines}\n{plain}"
 
 
 def kind_of(site: Site, rule: Rule) -> Hashable | None:
@@ -77,6 +92,8 @@ def before_apply(site: Site) -> list[WeightNormError]:
     """What prevents weight norm on a plain parameter."""
     tensor = site.tensor
     assert tensor is not None  # a plain site always has its parameter
+    if in_parts(tensor):  # which says nothing about what it is a part of
+        return list(before_any_change(site))
     if wrong := _unsuitable(site, tensor):
         kind, message = wrong
         return [error_at(site, kind, f"{site.name} {message}")]
@@ -315,7 +332,3 @@ def quantizer(node: Node, tensor: Tensor | None) -> str | None:
             return f"{home}.{kind.__name__}"
     narrow = tensor is not None and tensor.is_floating_point() and tensor.element_size() == 1
     return str(tensor.dtype) if tensor is not None and (tensor.is_quantized or narrow) else None
-
-
-def _partitioned(tensor: Tensor | None) -> str | None:
-    return "DeepSpeed ZeRO" if hasattr(tensor, "ds_id") else None

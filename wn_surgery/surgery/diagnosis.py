@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from wn_surgery.model.holders import FSDP1
 from wn_surgery.model.sites import Node, sites_of
 from wn_surgery.rules.rule import Rule, matches_module, matches_param
 from wn_surgery.surgery import checks
@@ -37,6 +38,12 @@ def explain(index: int, rules: Sequence[Rule], nodes: Sequence[Node]) -> Unmatch
                 "weight norm before quantization"
             )
             return Unmatched(index + 1, reason, "quantized")
+        if node.wrapped == FSDP1 and not any(matches_param(rule, s.param) for s in sites_of(node)):
+            reason = (
+                f"{node.paths[0]} is held by {FSDP1}, which has taken its parameters "
+                "(use_orig_params=False); change weight norm before wrapping the model"
+            )
+            return Unmatched(index + 1, reason, "wrapped")
     if included:
         return Unmatched(index + 1, _why_no_site(index, rules, included))
     typed = _matching(replace(rule, exclude_names=(), exclude_types=()), nodes)

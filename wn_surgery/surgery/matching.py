@@ -9,6 +9,7 @@ from typing import TypeAlias
 from torch import Tensor, nn
 
 from wn_surgery.errors import RuleError
+from wn_surgery.model.holders import in_parts
 from wn_surgery.model.sites import Node, Site, sites_of
 from wn_surgery.rules.rule import (
     Rule,
@@ -86,7 +87,8 @@ def eligible(site: Site, rule: Rule, path: str) -> bool:
     tensor = site.tensor
     if site.held is not None or tensor is None or nn.parameter.is_lazy(tensor):
         return True
-    if not takes_rank(rule, site.param, tensor.ndim):
+    # FSDP1 has one dimension for everything, and does not say what its parts are parts of.
+    if not takes_rank(rule, site.param, len(site.shape)) and not in_parts(tensor):
         return False
     # A rule that is about everything means everything it can mean; one that names
     # modules or types means these, and the plan says why they cannot be.

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from wn_surgery.errors import ModelError, WeightNormError
+from wn_surgery.model.holders import in_parts
 from wn_surgery.model.layouts import Foreign, Normed, SiteLayout, leftovers
 from wn_surgery.model.sites import Node, Site, sites_of, walk
 from wn_surgery.norm.module_class import FOLDED
@@ -200,7 +201,7 @@ def _decide(made: Plan, found: Match, sound: _Sound) -> None:
     elif isinstance(site.held, Normed):
         made.problems += _plan_replacement(step, rule, site.held)
     elif isinstance(site.held, Foreign):
-        made.problems.append(_stacked(site, site.held))
+        made.problems += _stacked(site, site.held)
     else:
         made.problems += _plan_application(step, rule, sound)
 
@@ -211,7 +212,7 @@ def _plan_removal(step: Step) -> Iterator[WeightNormError]:
         step.action, step.after, step.norm = "remove", "plain", None
         yield from checks.before_any_change(site)
     elif isinstance(site.held, Foreign) and "WeightNorm" in site.held.maker:
-        yield _stacked(site, site.held)
+        yield from _stacked(site, site.held)
     elif _is_open(site):  # it only looks plain
         yield from checks.before_any_change(site)
     else:
@@ -246,7 +247,8 @@ def _plan_replacement(step: Step, rule: Rule, held: Normed) -> list[WeightNormEr
     site = step.site
     wanted = checks.resolve_norm(site, rule)
     if isinstance(wanted, WeightNormError):
-        return [wanted]
+        # Of a part, the axes are not those of the weight.
+        return [*checks.before_any_change(site)] if in_parts(held.v) else [wanted]
     if wanted == held.norm and not _differs(rule, held):
         fills = rule.g_init is not None and rule.g_init != held.g_init
         step.why += ", already there" + (" (replace=True fills g)" if fills else "")
@@ -282,12 +284,15 @@ def _differs(rule: Rule, held: Normed) -> bool:
     return rule.replace and (thaws or fills)
 
 
-def _stacked(site: Site, held: Foreign) -> WeightNormError:
+def _stacked(site: Site, held: Foreign) -> Iterator[WeightNormError]:
+    if site.holder:  # FSDP1 makes g and v of our own weight norm something else than Parameters
+        yield from checks.before_any_change(site)
+        return
     message = (
         f"{site.name} is computed by {held.maker}; weight norm cannot be put on it or taken out "
         "of it alone; remove the other parametrization first"
     )
-    return checks.error_at(site, "stacked", message)
+    yield checks.error_at(site, "stacked", message)
 
 
 def _conflicts(found: Match, rules: tuple[Rule, ...]) -> Iterator[WeightNormError]:

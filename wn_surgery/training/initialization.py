@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from wn_surgery.errors import ModelError, WeightNormError
-from wn_surgery.model.sites import NormedSite, as_module, normed, walk
+from wn_surgery.model.sites import NormedSite, as_module, walk, whole
 from wn_surgery.norm.cuts import gathered, is_dtensor, write
 from wn_surgery.norm.options import dtype_name, kept_axes
 from wn_surgery.rules import fields
@@ -198,7 +198,7 @@ def _layers(
 ) -> Generator[_Layer]:
     wanted = None if names is None else PatternSet.of(fields.strings("names", names))
     taken: dict[int, str] = {}
-    for site in normed(model):
+    for site in whole(model, written=True):
         if wanted is not None and not any(wanted.matches(path) for path in site.node.paths):
             result.skipped[site.name] = "not in names"
         elif why := _why_not(site):

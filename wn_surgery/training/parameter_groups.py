@@ -8,7 +8,10 @@ from numbers import Real
 from typing import Any, cast
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
+from wn_surgery.errors import ModelError
+from wn_surgery.model.holders import FSDP1, holder, whole_shape
 from wn_surgery.model.sites import normed
 from wn_surgery.rules import fields
 from wn_surgery.rules.patterns import PatternSet
@@ -113,6 +116,8 @@ def parameter_groups(
         ``model.named_parameters()``, without empty groups.
 
     Raises:
+        ModelError: FSDP1 holds the model, and has made every parameter one-dimensional. Make the
+            groups before: with ``use_orig_params=True`` it keeps the Parameters.
         ValueError: ``weight_decay`` or ``g_lr`` is negative or not finite, a pattern is not valid
             or matches no trainable parameter, or the model has no trainable parameter.
 
@@ -139,8 +144,18 @@ def parameter_groups(
     sources = fields.strings("no_decay", no_decay, or_none=True)
     patterns = {source: PatternSet.of([source]) for source in sources}
     unused = set(sources)
+    flat = {name: p.ndim for name, p in model.named_parameters() if holder(p) == FSDP1}
+    if flat and max(flat.values()) < 2:
+        first = next(iter(flat))
+        raise ModelError(
+            f"{first} is held by {FSDP1}, which has made every parameter one-dimensional, so that "
+            "nothing tells v from a bias; make the groups before the model is wrapped, and wrap "
+            "it with use_orig_params=True, which keeps the Parameters",
+            kind="wrapped",
+            site=first,
+        )
     found = normed(model)
-    magnitudes = {id(site.held.g) for site in found}
+    magnitudes = {id(site.held.g) for site in found} | _traced(model)
     plain_names = {id(part): site.name for site in found for part in (site.held.g, site.held.v)}
     put_back = {id(site.held.v) for site in found if site.held.renormalize is not None}
     params: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "magnitudes": []}
@@ -177,12 +192,25 @@ def parameter_groups(
     matrices = {
         id(site.held.v)
         for site in found
-        if site.held.v.ndim == 2
+        if len(site.shape) == 2
         and site.held.v.requires_grad
         and not site.held.v.is_complex()
         and not isinstance(site.module, nn.Embedding | nn.EmbeddingBag)
     }
     return ParameterGroups(groups, tuple(decayed), exempt, matrices)
+
+
+def _traced(model: nn.Module) -> set[int]:
+    """The ids of g in what a tracer has made of a model: a stage of a pipeline, for example.
+
+    There nothing computes a weight but the graph, and the names are left.
+    """
+    return {
+        id(module._parameters["original0"])
+        for module in model.modules()
+        if {"original0", "original1"} <= module._parameters.keys()
+        and not isinstance(module, ParametrizationList)
+    }
 
 
 def _why_exempt(parameter: nn.Parameter, magnitude: bool, named: list[str], put_back: bool) -> str:
@@ -192,4 +220,4 @@ def _why_exempt(parameter: nn.Parameter, magnitude: bool, named: list[str], put_
         return f"no_decay={named[0]!r}"
     if put_back:
         return "renormalized"
-    return "fewer than two axes" if parameter.ndim < 2 else ""
+    return "fewer than two axes" if len(whole_shape(parameter)) < 2 else ""

@@ -92,22 +92,22 @@ def renormalize(
         raise ValueError("project=True removes a part of an optimizer's moments; give optimizers=")
     chosen = _chosen(model, asked, names, held)
     with torch.no_grad():
-        batches = list(_batches(chosen))
-        _check(batches)
-        for batch in batches:
+        found = list(batches(chosen))
+        _check(found)
+        for batch in found:
             batch.absorb()
-        vs: list[Tensor] = [direction.v for batch in batches for direction in batch.members]
-        scales: Any = [scale for batch in batches for scale in batch.scales()]
+        vs: list[Tensor] = [direction.v for batch in found for direction in batch.members]
+        scales: Any = [scale for batch in found for scale in batch.scales()]
         if vs:
             torch._foreach_mul_(vs, scales)
         for optimizer in held:
-            for batch in batches:
+            for batch in found:
                 _follow(optimizer.state, batch, project)
     return tuple(direction.site.name for direction in chosen)
 
 
 @dataclass(slots=True, eq=False)
-class _Direction:
+class Direction:
     """One v, and the norm that it gets."""
 
     site: NormedSite
@@ -123,7 +123,7 @@ def _chosen(
     asked: float | Literal["rms"] | None,
     names: str | Iterable[str] | None,
     optimizers: list[Any],
-) -> list[_Direction]:
+) -> list[Direction]:
     sites = normed(model)
     if not sites:
         raise ModelError(
@@ -133,7 +133,7 @@ def _chosen(
     if names is not None:
         sites = _named(sites, names)
     held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
-    found: dict[int, _Direction] = {}
+    found: dict[int, Direction] = {}
     said = False
     for site in sites:
         how = site.held.renormalize if asked is None else asked
@@ -142,12 +142,12 @@ def _chosen(
         said = True
         v = site.held.v
         # No step moves a frozen v, and whoever froze it does not expect it to move.
-        if not (v.requires_grad and v.numel()) or (optimizers and id(v) not in held):
+        if not v.requires_grad or 0 in site.shape or (optimizers and id(v) not in held):
             continue
-        wanted = wanted_norm(how, tuple(v.shape), site.dim)
+        wanted = wanted_norm(how, site.shape, site.dim)
         if problem := _refused(site, wanted):
             raise problem
-        before = found.setdefault(id(v), _Direction(site, wanted))
+        before = found.setdefault(id(v), Direction(site, wanted))
         if (before.wanted, before.site.dim) != (wanted, site.dim):
             message = (
                 f"{site.name} and {before.site.name} share one v, and want it at norm {wanted:g} "
@@ -178,16 +178,21 @@ def _named(sites: list[NormedSite], names: str | Iterable[str]) -> list[NormedSi
     return [site for i, site in enumerate(sites) if i in kept]
 
 
+def refuse_sharded(site: NormedSite) -> None:
+    """Raise if no rank holds whole slices of v."""
+    cut = type(site.held.v).__name__ == "DTensor"
+    if cut or site.holder not in (None, "DistributedDataParallel"):
+        by = f" by {site.holder}" if site.holder else ""
+        message = f"is sharded{by}, so that no rank holds whole slices of v, which this needs"
+        raise error_at(site, "wrapped", f"{site.name} {message}")
+
+
 def _refused(site: NormedSite, wanted: float) -> WeightNormError | None:
     v, maker = site.held.v, site.held.maker
     if is_folded(site.node):
         message = "is inside folded() or writable() now; leave the context first"
         return error_at(site, "folded", f"{site.name} {message}")
-    if site.node.wrapped not in (None, "DistributedDataParallel") or (
-        type(v).__name__ == "DTensor" or hasattr(v, "ds_id")
-    ):
-        message = "is sharded, so that no rank holds whole slices of v; renormalize needs them"
-        return error_at(site, "wrapped", f"{site.name} {message}")
+    refuse_sharded(site)
     if v.is_meta or is_fake(v):
         return error_at(site, "model", f"{site.name} is on the meta device and has no values")
     if v.is_inference():
@@ -207,7 +212,7 @@ _TOGETHER = 1 << 18  # elements: where starting an operation costs more than a c
 class _Batch:
     """Directions of one shape and one kind of norm, all g frozen or none; their norms, stacked."""
 
-    members: list[_Direction]
+    members: list[Direction]
     norms: Tensor
 
     def scales(self) -> Iterable[Tensor]:
@@ -222,8 +227,9 @@ class _Batch:
                 direction.site.held.g.mul_(norms / norms.clamp_min(first.norm.eps))
 
 
-def _batches(chosen: list[_Direction]) -> Iterator[_Batch]:
-    alike: dict[Any, list[_Direction]] = {}
+def batches(chosen: Iterable[Direction]) -> Iterator[_Batch]:
+    """Group directions so that each group is one stack."""
+    alike: dict[Any, list[Direction]] = {}
     for direction in chosen:
         v = direction.v
         alone = id(v) if 2 * v.numel() > _TOGETHER or type(v) not in PLAIN_TYPES else None
@@ -236,10 +242,10 @@ def _batches(chosen: list[_Direction]) -> Iterator[_Batch]:
             some = members[start : start + count]
             vs: list[Tensor] = [direction.v for direction in some]
             stacked = torch.stack(vs) if len(vs) > 1 else vs[0].unsqueeze(0)
-            yield _Batch(some, _norms(stacked, members[0].site.dim))
+            yield _Batch(some, norms_of(stacked, members[0].site.dim))
 
 
-def _norms(stacked: Tensor, dim: Dim) -> Tensor:
+def norms_of(stacked: Tensor, dim: Dim) -> Tensor:
     """The norms of the slices, in float32 at least, so that the scale is not rounded twice."""
     x = stacked.abs() if stacked.is_complex() else stacked
     wide = torch.promote_types(x.dtype, torch.float32)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wn_surgery.model.sites import NormedSite, normed
+from wn_surgery.model.sites import NormedSite, whole
 from wn_surgery.norm.cuts import gathered
 from wn_surgery.norm.math import magnitude
 from wn_surgery.surgery.optimizers import all_unwrapped
@@ -132,7 +132,7 @@ def statistics(model: nn.Module, optimizers: Optimizer | Iterable[Any] = ()) -> 
         --------  -----  ------  -----  -------  --------  -------  -------
         0.weight  4.243  4.243   4.243  4.243    4.243     4.243    0.05
     """
-    return measured(normed(model), optimizers)
+    return measured(whole(model), optimizers)
 
 
 def measured(sites: Iterable[NormedSite], optimizers: Optimizer | Iterable[Any] = ()) -> Statistics:
