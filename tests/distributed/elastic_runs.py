@@ -22,7 +22,7 @@ from torch import Tensor
 
 warnings.filterwarnings("ignore")
 
-ATTEMPT = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+ATTEMPT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 EPOCHS, STEPS = 3, 4
 LAST = 5  # in the middle of the second epoch
 

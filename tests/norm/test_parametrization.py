@@ -108,6 +108,16 @@ def test_torch_parametrizes_another_parameter_of_one_module() -> None:
     assert other.bias is other._parameters["bias"]
     other.bias = None
     assert other.bias is None
+    # FSDP1 puts a plain tensor in the place of a Parameter, and back.
+    del other.bias
+    other.bias = torch.ones(4)
+    assert "bias" in vars(other)
+    del other.bias
+    for gone in (delattr, getattr):
+        with pytest.raises(AttributeError, match="bias"):
+            gone(other, "bias")
+    with pytest.raises(AttributeError, match="has no deleter"):
+        del other.weight
     parametrize.remove_parametrizations(layer, "bias")
     assert torch.equal(layer.bias, bias) and parametrize.is_parametrized(layer, "weight")
     wn.remove(layer)

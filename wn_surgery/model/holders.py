@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["FSDP1", "ZERO3", "holder", "in_parts", "whole_shape"]
+__all__ = ["FSDP1", "ZERO3", "axes", "holder", "in_parts", "whole_shape"]
 
 FSDP1 = "FSDP"
 ZERO3 = "DeepSpeed ZeRO-3"
@@ -38,6 +38,11 @@ def in_parts(tensor: Tensor) -> bool:
     if "ds_id" in marks:
         return tuple(tensor.shape) != whole_shape(tensor)
     return "_fsdp_flattened" in marks and tensor.ndim < 2
+
+
+def axes(tensor: Tensor) -> int:
+    """How many axes the whole parameter has. A nested one has axes, but no shape."""
+    return len(_marks(tensor).get("ds_shape", ())) or tensor.ndim
 
 
 def whole_shape(tensor: Tensor) -> tuple[int, ...]:

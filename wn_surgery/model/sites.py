@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wn_surgery.errors import ModelError
 from wn_surgery.model.gathering import FSDP2, held_by_fsdp
-from wn_surgery.model.holders import FSDP1, ZERO3, holder, in_parts, whole_shape
+from wn_surgery.model.holders import FSDP1, ZERO3, axes, holder, in_parts, whole_shape
 from wn_surgery.model.layouts import Foreign, Normed, SiteLayout, carried
 from wn_surgery.norm.math import PLAIN_TYPES
 from wn_surgery.norm.module_class import FOLDED, beneath
@@ -256,7 +256,7 @@ def could(site: Site) -> bool:
         return False
     if nn.parameter.is_lazy(tensor):
         return True
-    return len(site.shape) >= 2 and (tensor.is_floating_point() or tensor.is_complex())
+    return axes(tensor) >= 2 and (tensor.is_floating_point() or tensor.is_complex())
 
 
 def sites_of(node: Node, wanted: Callable[[str], object] = bool) -> Iterator[Site]:

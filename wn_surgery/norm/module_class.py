@@ -158,8 +158,15 @@ def _computed(name: str) -> property:
             raise TypeError(f"{name} is weight-normed; expected a tensor, got {type(value)}")
         self.parametrizations[name].right_inverse(value)
 
+    def drop(self: Any) -> None:
+        # Only what nn.Module does not hold comes here; FSDP1 puts plain tensors there.
+        if _carries(self, name):
+            raise AttributeError(f"property {name!r} of {type(self).__name__!r} has no deleter")
+        if self.__dict__.pop(name, None) is None:
+            raise AttributeError(name)
+
     cast(Any, get).computes = True
-    return property(get, put)
+    return property(get, put, drop)
 
 
 def _carries(module: nn.Module, name: str) -> bool:

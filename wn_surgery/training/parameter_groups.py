@@ -144,6 +144,7 @@ def parameter_groups(
     sources = fields.strings("no_decay", no_decay, or_none=True)
     patterns = {source: PatternSet.of([source]) for source in sources}
     unused = set(sources)
+    found = normed(model)
     flat = {name: p.ndim for name, p in model.named_parameters() if holder(p) == FSDP1}
     if flat and max(flat.values()) < 2:
         first = next(iter(flat))
@@ -154,7 +155,6 @@ def parameter_groups(
             kind="wrapped",
             site=first,
         )
-    found = normed(model)
     magnitudes = {id(site.held.g) for site in found} | _traced(model)
     plain_names = {id(part): site.name for site in found for part in (site.held.g, site.held.v)}
     put_back = {id(site.held.v) for site in found if site.held.renormalize is not None}
