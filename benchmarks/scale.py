@@ -95,6 +95,7 @@ def measured(case: str) -> dict[str, Any]:
         "apply": lambda: wn.apply(model, rules),
         "remove": lambda: wn.remove(model),
     }
+    changed = 0
     for name, call in calls.items():
         start = time.process_time()
         result = call()

@@ -158,15 +158,16 @@ def _computed(name: str) -> property:
             raise TypeError(f"{name} is weight-normed; expected a tensor, got {type(value)}")
         self.parametrizations[name].right_inverse(value)
 
-    def drop(self: Any) -> None:
-        # Only what nn.Module does not hold comes here; FSDP1 puts plain tensors there.
-        if _carries(self, name):
-            raise AttributeError(f"property {name!r} of {type(self).__name__!r} has no deleter")
-        if self.__dict__.pop(name, None) is None:
-            raise AttributeError(name)
-
     cast(Any, get).computes = True
-    return property(get, put, drop)
+    return property(get, put, lambda self: _drop(self, name))
+
+
+def _drop(module: nn.Module, name: str) -> None:
+    """Delete a name that is not computed here: what FSDP1 puts in the place of a Parameter."""
+    if _carries(module, name):
+        raise AttributeError(f"property {name!r} of {type(module).__name__!r} has no deleter")
+    if module.__dict__.pop(name, None) is None:
+        raise AttributeError(name)
 
 
 def _carries(module: nn.Module, name: str) -> bool:
