@@ -110,9 +110,10 @@ def test_torch_parametrizes_another_parameter_of_one_module() -> None:
     assert other.bias is None
     # FSDP1 puts a plain tensor in the place of a Parameter, and back.
     del other.bias
-    other.bias = torch.ones(4)
-    assert "bias" in vars(other)
-    del other.bias
+    for value in (torch.ones(4), None):
+        other.bias = value
+        assert "bias" in vars(other)
+        del other.bias
     for gone in (delattr, getattr):
         with pytest.raises(AttributeError, match="bias"):
             gone(other, "bias")

@@ -166,8 +166,9 @@ def _drop(module: nn.Module, name: str) -> None:
     """Delete a name that is not computed here: what FSDP1 puts in the place of a Parameter."""
     if _carries(module, name):
         raise AttributeError(f"property {name!r} of {type(module).__name__!r} has no deleter")
-    if module.__dict__.pop(name, None) is None:
+    if name not in module.__dict__:
         raise AttributeError(name)
+    del module.__dict__[name]
 
 
 def _carries(module: nn.Module, name: str) -> bool:
