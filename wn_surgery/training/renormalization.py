@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from wn_surgery.errors import ModelError, UnmatchedRuleError, WeightNormError
 from wn_surgery.model.sites import NormedSite, is_folded, normed
+from wn_surgery.norm.cuts import is_dtensor
 from wn_surgery.norm.limits import least_norm
 from wn_surgery.norm.math import PLAIN_TYPES, real_dtype, wanted_norm
 from wn_surgery.norm.options import Dim, kept_axes
@@ -180,8 +181,7 @@ def _named(sites: list[NormedSite], names: str | Iterable[str]) -> list[NormedSi
 
 def refuse_sharded(site: NormedSite) -> None:
     """Raise if no rank holds whole slices of v."""
-    cut = type(site.held.v).__name__ == "DTensor"
-    if cut or site.holder not in (None, "DistributedDataParallel"):
+    if is_dtensor(site.held.v) or site.holder not in (None, "DistributedDataParallel"):
         by = f" by {site.holder}" if site.holder else ""
         message = f"is sharded{by}, so that no rank holds whole slices of v, which this needs"
         raise error_at(site, "wrapped", f"{site.name} {message}")
