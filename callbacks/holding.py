@@ -10,7 +10,7 @@ from torch import nn
 import wn_surgery as wn
 from wn_surgery.model.sites import normed
 
-__all__ = ["held_by", "refuse_unheld"]
+__all__ = ["held_by", "refuse_scalars", "refuse_unheld"]
 
 
 def held_by(optimizers: Iterable[Any]) -> set[int]:
@@ -51,3 +51,12 @@ def refuse_unheld(model: nn.Module, optimizers: Iterable[Any], advice: str) -> N
     raise wn.CallbackError(
         f"no optimizer holds g and v of {wrong[0]}{more}, which would not be trained: {advice}"
     )
+
+
+def refuse_scalars(names: Iterable[str], engine: str) -> None:
+    """Raise CallbackError for a scalar g, which an engine that cuts parameters cannot cut."""
+    for name in names:
+        raise wn.CallbackError(
+            f"{name} has dim=None, for which g is a scalar, and {engine} cannot cut scalars; write "
+            "dim=[] (no axes): the same norm, with a g that has as many axes as the weight"
+        )

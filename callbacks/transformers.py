@@ -13,7 +13,7 @@ from torch import nn
 from typing_extensions import override
 
 import wn_surgery as wn
-from wn_surgery.callbacks.holding import refuse_unheld
+from wn_surgery.callbacks.holding import refuse_scalars, refuse_unheld
 from wn_surgery.callbacks.renormalizing import AfterSteps, asks, renormalizing
 from wn_surgery.huggingface import patch_model, rules_for, save_pretrained
 from wn_surgery.huggingface.config import ConfigLike, as_config
@@ -95,11 +95,7 @@ class WeightNormCallback(TrainerCallback):
 
     def _refuse_shards(self, scalars: Iterable[str]) -> None:
         """Raise for what FSDP cannot do, before the model is patched."""
-        for name in scalars:
-            raise wn.CallbackError(
-                f"{name} has dim=None, for which g is a scalar, and FSDP cannot cut scalars; write "
-                "dim=[] (no axes): the same norm, with a g that has as many axes as the weight"
-            )
+        refuse_scalars(scalars, "FSDP")
         if self.export_to is not None:
             raise wn.CallbackError(
                 f"export_to={str(self.export_to)!r} needs whole weights when training ends, and "

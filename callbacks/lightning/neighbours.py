@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 import wn_surgery as wn
+from wn_surgery.callbacks.holding import refuse_scalars
 from wn_surgery.model.sites import normed
 
 if TYPE_CHECKING:
@@ -41,12 +42,8 @@ def check(trainer: Trainer, pl_module: LightningModule, callback: Any, save_layo
             )
     if shards(trainer) and getattr(trainer.strategy, "_data_parallel_size", 2) != 1:
         scalar = [rule for rule in callback.rules if rule.action == "apply" and rule.dim is None]
-        for rule in scalar:
-            raise wn.CallbackError(
-                f"the rule ({rule.describe()}) has dim=None, for which g is a scalar, and "
-                f"{type(trainer.strategy).__name__} cannot cut scalars; write dim=[] (no axes): "
-                "the same norm, with a g that has as many axes as the weight"
-            )
+        names = (f"the rule ({rule.describe()})" for rule in scalar)
+        refuse_scalars(names, type(trainer.strategy).__name__)
     if save_layout != "parametrized" and shards(trainer):
         raise wn.CallbackError(
             f"save_layout={save_layout!r} needs whole tensors, and "
