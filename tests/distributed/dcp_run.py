@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import fully_shard
 
 import wn_surgery as wn
+from tests.distributed.launching import leave
 
 
 def build() -> nn.Sequential:
@@ -81,3 +82,4 @@ def main(folder: Path, what: str) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
+    leave()

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import wn_surgery as wn
+from tests.distributed.launching import leave
 from tests.distributed.parallel_runs import (
     ALL,
     USUAL,
@@ -467,3 +468,4 @@ if __name__ == "__main__":
             torch.save(results, sys.argv[1])
     finally:
         dist.destroy_process_group()
+    leave()

@@ -26,6 +26,7 @@ from torch.distributed.tensor.parallel import (
 from torch.utils.data import DataLoader, TensorDataset
 
 import wn_surgery as wn
+from tests.distributed.launching import leave
 from wn_surgery.callbacks.lightning import WeightNorm
 
 warnings.filterwarnings("ignore")
@@ -194,3 +195,4 @@ if __name__ == "__main__":
             torch.save(results, sys.argv[1])
     finally:
         dist.destroy_process_group()
+    leave()

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import wn_surgery as wn
+from tests.distributed.launching import leave
 from wn_surgery.callbacks.lightning import WeightNorm
 
 warnings.filterwarnings("ignore")
@@ -246,5 +247,5 @@ if __name__ == "__main__":
     if lp.utilities.rank_zero_only.rank == 0:
         torch.save(found, out / f"{which}.pt")
     if torch.distributed.is_initialized():
-        # Or its threads are there when the process ends, which then sometimes aborts.
         torch.distributed.destroy_process_group()
+    leave()

@@ -38,6 +38,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import wn_surgery as wn
+from tests.distributed.launching import leave
 from wn_surgery.model import gathering, layouts
 from wn_surgery.norm.math import magnitude, norm_except, weight_norm
 
@@ -771,3 +772,4 @@ if __name__ == "__main__":
             torch.save(results, sys.argv[1])
     finally:
         dist.destroy_process_group()
+    leave()

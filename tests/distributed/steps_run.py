@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import wn_surgery as wn
+from tests.distributed.launching import leave
 
 
 class Branches(nn.Module):
@@ -76,3 +77,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

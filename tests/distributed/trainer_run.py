@@ -13,6 +13,7 @@ import transformers as hf
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tests.distributed.launching import leave
 from tests.makers import llama
 from wn_surgery.callbacks.transformers import WeightNormCallback, WeightNormTrainer
 from wn_surgery.huggingface import WeightNormConfig
@@ -73,5 +74,5 @@ if __name__ == "__main__":
     if os.environ.get("RANK", "0") == "0":
         torch.save(found, out / f"{count}.pt")
     if torch.distributed.is_initialized():
-        # Or its threads are there when the process ends, which then sometimes aborts.
         torch.distributed.destroy_process_group()
+    leave()
