@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import statistics
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -129,6 +130,20 @@ def _fused(workload: Workload, model: nn.Module) -> list[Any]:
     return [fuse(root) for root in workload.roots(model)]
 
 
+def _native(workload: Workload, model: nn.Module) -> list[Any]:
+    wn.apply(model, workload.rules)
+    return [wn.fuse(root, "native") for root in workload.roots(model)]
+
+
+def _no_native() -> str | None:
+    try:
+        building = importlib.import_module("wn_surgery.fused.native.building")
+        building.load()
+    except (ImportError, wn.ModelError) as error:
+        return str(error).partition("\n")[0]
+    return None
+
+
 def _no_fuse() -> str | None:
     return None if hasattr(wn, "fuse") else "this wn_surgery has no fuse()"
 
@@ -145,6 +160,7 @@ PEERS: tuple[Peer, ...] = (
     Peer("torch cached()", _torch, block=parametrize.cached, compiles=False),
     Peer("ours", _ours),
     Peer("ours fused", _fused, lacks=_no_fuse),
+    Peer("ours native", _native, lacks=_no_native),
     Peer("ours folded", _ours, (NO_GRAD,), session=wn.folded, compiles=False),
 )
 """Every peer, in the order of the table. ``torch`` is ``parametrizations.weight_norm``."""

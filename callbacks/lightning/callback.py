@@ -55,7 +55,8 @@ class WeightNorm(Callback):
             a name under ``model.**``. Invalid rules raise here, not when training starts.
         fused: Compute the weights in groups, once a forward, for the length of a run: ``"auto"``
             (on the CPU only, since the Triton kernels have not been run on a GPU), ``"triton"``,
-            ``"cpu"`` (torch's operators) or ``"off"``; see :func:`wn_surgery.fuse`.
+            ``"cpu"`` (torch's operators), ``"native"`` (compiled for this CPU on first use) or
+            ``"off"``; see :func:`wn_surgery.fuse`.
         once_per_step: Compute each weight once per optimizer step instead, for all micro-batches
             and whatever part of the module ``training_step`` calls; the optimizers must be torch's.
         fold_on_eval: Validation, testing and prediction compute each weight once, and run at the

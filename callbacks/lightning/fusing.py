@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Folding", "Fused", "fuse"]
 
-Fused: TypeAlias = Literal["auto", "off", "triton", "cpu"]
+Fused: TypeAlias = Literal["auto", "off", "triton", "cpu", "native"]
 
 
 def fuse(pl_module: LightningModule, mode: Fused, optimizers: Sequence[Any] = ()) -> None:

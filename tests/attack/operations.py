@@ -17,12 +17,14 @@ from torch.nn.utils.parametrize import remove_parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import wn_surgery as wn
-from wn_surgery.fused import is_fused, shared
+from tests.fused.models import COMPILER
+from wn_surgery.fused import Mode, is_fused, shared
 
 from .twin import KEYS, LAYERS, Layer, Twin
 
 WIDTH = 3
 RATE = 0.05
+MODES: list[Mode] = ["auto", "native"] if COMPILER else ["auto"]
 
 
 class Net(nn.Module):
@@ -204,7 +206,8 @@ def to_parametrized(pair: Pair) -> None:
 
 def fuse(pair: Pair) -> None:
     if pair.names("parametrized"):
-        wn.fuse(pair.net)
+        # What is asked for by name must fit all weights.
+        wn.fuse(pair.net, "auto" if pair.names("legacy") else pair.rng.choice(MODES))
 
 
 def unfuse(pair: Pair) -> None:

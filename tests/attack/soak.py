@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 import wn_surgery as wn
 
+from .operations import MODES
+
 MOMENTS = 5
 """How often memory is looked at."""
 
@@ -113,8 +115,9 @@ def folded(run: Run, x: Tensor) -> None:
 
 
 def fuse(run: Run, x: Tensor) -> None:
-    if any(site.layout == "parametrized" for site in wn.sites(run.net)):
-        wn.fuse(run.net)
+    layouts = {site.layout for site in wn.sites(run.net)}
+    if "parametrized" in layouts:
+        wn.fuse(run.net, "auto" if "legacy" in layouts else run.rng.choice(MODES))
 
 
 def unfuse(run: Run, x: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,7 @@ class Net(nn.Module):
         return self.head(torch.tanh(self.up(h)))
 
 
+COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 RULES = [
     {"types": ["Conv1d", "Linear"]},
     {"types": "ConvTranspose1d", "dim": "out", "eps": 1e-6},

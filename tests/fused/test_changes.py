@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import wn_surgery as wn
 from tests.fused.models import X, assert_same, fused, gradients, nodes, normed
 
+pytestmark = pytest.mark.usefixtures("both_paths")
+
 
 def test_members_that_change_while_fused() -> None:
     model, other = fused(), normed()
@@ -29,7 +31,7 @@ def test_members_that_change_while_fused() -> None:
     torch.testing.assert_close(gradients(model), gradients(other))
 
 
-def test_a_cast_model_is_fused_again_at_the_next_forward() -> None:
+def test_a_cast_model_is_fused_again_at_the_next_forward(both_paths: str) -> None:
     model = fused().double()
     model(X.double())
     fusion = next(iter(model._forward_pre_hooks.values())).fusion
@@ -37,7 +39,7 @@ def test_a_cast_model_is_fused_again_at_the_next_forward() -> None:
     model.head.register_forward_pre_hook(lambda m, _: found.add(m.weight.grad_fn))
     model.front.register_forward_pre_hook(lambda m, _: found.add(m.weight.grad_fn))
     model(X.double())
-    assert len(found) == 1 and {m.path for m in fusion.members} == {"cpu"}
+    assert len(found) == 1 and {m.path for m in fusion.members} == {both_paths}
 
 
 def test_removal_takes_the_hooks_away_with_the_last_member() -> None:

@@ -12,6 +12,8 @@ from torch.nn.utils import parametrize
 import wn_surgery as wn
 from tests.fused.models import X, fused, gradients, normed
 
+pytestmark = pytest.mark.usefixtures("both_paths")
+
 # torch.compile looks at the .grad of every tensor it is given, also of plain models.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 

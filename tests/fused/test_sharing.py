@@ -24,6 +24,8 @@ import wn_surgery as wn
 from tests.fused.models import Net, X, assert_same, fused, nodes, normed
 from wn_surgery.fused import shared
 
+pytestmark = pytest.mark.usefixtures("both_paths")
+
 
 @pytest.mark.parametrize("models", [1, 2])
 @pytest.mark.processes

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import wn_surgery as wn
 from tests.fused.models import RULES, Net, X, assert_same, fused, gradients, nodes, normed
 
+pytestmark = pytest.mark.usefixtures("both_paths")
+
 
 def test_gradient_accumulation() -> None:
     def step(model: nn.Module) -> Tensor:

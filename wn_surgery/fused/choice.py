@@ -21,8 +21,8 @@ from wn_surgery.norm.parametrization import WeightNormList
 
 __all__ = ["Choice", "Mode", "Path", "choose", "cut"]
 
-Mode: TypeAlias = Literal["auto", "triton", "cpu"]
-Path: TypeAlias = Literal["triton", "cpu", "off"]
+Mode: TypeAlias = Literal["auto", "triton", "cpu", "native"]
+Path: TypeAlias = Literal["triton", "cpu", "native", "off"]
 
 # DDP's buckets: a larger group would hold back the gradients of a whole one.
 _CUDA_BYTES = 25 * 2**20
@@ -81,6 +81,12 @@ def choose(site: NormedSite, mode: Mode) -> Choice:
         triton = importlib.import_module("wn_surgery.fused.triton.evaluator")
         why = triton.why_not(tensor.device, tensor.dtype, Choice(site, "triton").spec)
         return Choice(site, "off", why) if why else Choice(site, "triton")
+    if mode == "native":
+        if tensor.device.type != "cpu":
+            return Choice(site, "off", f"no compiled path on {tensor.device.type}")
+        # fuse() has asked, but not here, if this is a copy that was unpickled.
+        why = importlib.import_module("wn_surgery.fused.native.building").why_not()
+        return Choice(site, "cpu", why) if why else Choice(site, "native")
     # "auto" does not take Triton's kernels on CUDA before a result in benchmarks/results shows
     # that they have run on a GPU.
     if mode == "auto" and tensor.device.type not in ("cpu", "cuda"):

@@ -23,7 +23,7 @@ from wn_surgery.norm.math import (
 )  # fmt: skip
 from wn_surgery.norm.options import NormOptions
 
-__all__ = ["Evaluator", "Gradients", "Lasting", "Reuse", "Spec", "Stacks", "evaluate"]
+__all__ = ["Evaluator", "Gradients", "Lasting", "Reuse", "Spec", "Stacks", "evaluate", "stale"]
 
 _T = TypeVar("_T")
 
@@ -299,17 +299,19 @@ def _check_kept(
             differs = (weight != before) & ~(weight.isnan() & before.isnan())
             if len(found := differs.nonzero()):
                 row = int(found[0][0]) if weight.ndim else 0
-                name = names[place if ctx.stacks is None else ctx.stacks.member(place, row)]
-                raise ModelError(_STALE.format(name=name), kind="fusion", site=name)
+                raise stale(names[place if ctx.stacks is None else ctx.stacks.member(place, row)])
 
 
-_STALE = (
-    "{name}: its g, v or weight was written to through .data, numpy or its storage after its "
-    "weight had been computed for this step, and nothing counts such a write, so that the forward "
-    "read the old weight; no gradient of it was given. Write to the Parameter under "
-    "torch.no_grad(), write before the first forward after a step, or call wn_surgery.fuse() "
-    "without optimizers"
-)
+def stale(name: str) -> ModelError:
+    """The error of a lasting weight that its g and v no longer give."""
+    why = (
+        f"{name}: its g, v or weight was written to through .data, numpy or its storage after its "
+        "weight had been computed for this step, and nothing counts such a write, so that the "
+        "forward read the old weight; no gradient of it was given. Write to the Parameter under "
+        "torch.no_grad(), write before the first forward after a step, or call wn_surgery.fuse() "
+        "without optimizers"
+    )
+    return ModelError(why, kind="fusion", site=name)
 
 
 def _reach_only(node: Any, reached: Sequence[bool]) -> None:

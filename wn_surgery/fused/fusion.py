@@ -20,7 +20,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from wn_surgery.errors import ModelError
 from wn_surgery.fused.choice import Choice, Mode, Path, choose, cut
 from wn_surgery.fused.evaluator import Evaluator, Stacks
-from wn_surgery.fused.sharing import Group, Scope, Slot, infrastructure_mode
+from wn_surgery.fused.groups import AnySlot, EvaluatedGroup, Group
+from wn_surgery.fused.sharing import Scope, infrastructure_mode
 from wn_surgery.model.sites import NormedSite, as_module, is_folded, normed, walk
 from wn_surgery.norm.math import traced, transformed
 from wn_surgery.norm.parametrization import WeightNormList
@@ -58,7 +59,8 @@ def fuse(
             generator and the discriminator, not the module that holds both.
         mode: ``auto``: torch's operators on the CPU and on CUDA; weights that cannot be fused
             are left out, and the result says why. ``triton`` (kernels for CUDA), ``cpu``
-            (torch's operators, on any device): that path for every weight, or an error.
+            (torch's operators, on any device), ``native`` (the CPU, in C++ that your compiler
+            builds on first use): that path for every weight, or an error.
         optimizers: if given, those that train the model: one, or several that together hold each
             g and v that trains. They stay as they are.
 
@@ -67,9 +69,9 @@ def fuse(
 
     Raises:
         ModelError: nothing in the model is weight-normed, ``mode`` names a path that a weight
-            cannot take, ``optimizers`` lack a g or v that trains, or one of them is not torch's
-            and tells nobody of its steps (``kind="fusion"``); the model is inside ``folded`` or
-            ``writable`` (``kind="folded"``).
+            cannot take or that cannot be built here, ``optimizers`` lack a g or v that trains, or
+            one of them is not torch's and tells nobody of its steps (``kind="fusion"``); the model
+            is inside ``folded`` or ``writable`` (``kind="folded"``).
 
     Example:
         >>> import torch, wn_surgery as wn
@@ -99,6 +101,8 @@ def fuse(
         )
     held = all_unwrapped(optimizers)
     _check_held(found, held)
+    if mode == "native":  # which may fail, before anything is changed
+        importlib.import_module("wn_surgery.fused.native.building").load()
     if any(site.layout == "parametrized" for site in found):
         execute(build_migration(model, "parametrized", {"parametrized"}))
     unfuse(model)
@@ -218,7 +222,7 @@ class Member:
 
     Attributes:
         name: its dotted name.
-        path: ``triton``, ``cpu``, or ``off``: computed as if nothing were fused.
+        path: ``triton``, ``cpu``, ``native``, or ``off``: computed as if nothing were fused.
         why: the reason for ``off``.
         group: the number of its group, from 0; ``None`` where it is in none.
     """
@@ -236,7 +240,7 @@ class Fusion:
     one of their own, which builds its groups at the copy's first forward.
 
     Attributes:
-        mode: ``auto``, ``triton`` or ``cpu``.
+        mode: ``auto``, ``triton``, ``cpu`` or ``native``.
         members: the weights, in the order of the model's modules.
         scope: the call that is under way.
     """
@@ -247,7 +251,7 @@ class Fusion:
         self.scope = Scope()
         self._root: ReferenceType[nn.Module] | None = None
         self._groups: list[Group] = []
-        self._placed: list[tuple[ReferenceType[WeightNormList], Slot]] = []
+        self._placed: list[tuple[ReferenceType[WeightNormList], AnySlot]] = []
         self._seen = -1
         self._trained: frozenset[int] = frozenset()
         _watch_optimizers()
@@ -295,14 +299,17 @@ class Fusion:
 
     def _group(self, members: Sequence[Choice]) -> Group:
         tensor, specs = members[0].site.tensor, [choice.spec for choice in members]
-        if members[0].path == "triton":
+        where = self.scope, tensor.dtype, tensor.device
+        group: Group
+        if members[0].path == "native":
+            group = importlib.import_module("wn_surgery.fused.native.group").NativeGroup(*where)
+        elif members[0].path == "triton":
             triton = importlib.import_module("wn_surgery.fused.triton.evaluator")
             evaluator = triton.TritonEvaluator(specs, tensor.dtype, tensor.device)
-            group = Group(self.scope, tensor.dtype, tensor.device, evaluator)
+            group = EvaluatedGroup(*where, evaluator)
         else:
             stacks = Stacks(specs, tensor.dtype.itemsize)
-            evaluator = Evaluator(stacks.specs)
-            group = Group(self.scope, tensor.dtype, tensor.device, evaluator, stacks)
+            group = EvaluatedGroup(*where, Evaluator(stacks.specs), stacks)
         for choice, spec in zip(members, specs, strict=True):
             slot = group.add(choice.plist, spec, choice.site.name, choice.castable)
             self._placed.append((ref(choice.plist), slot))

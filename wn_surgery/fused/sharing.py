@@ -1,25 +1,27 @@
-"""When values may be shared, and the groups of weights that are computed together and hold them."""
+"""When a weight that was computed may be handed out again: calls, and the slots that keep it."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
 from types import FrameType
-from typing import TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 from weakref import ReferenceType, WeakSet, ref
 
 import torch
 from torch import Tensor
 from torch.nn.modules import module as module_hooks
 
-from wn_surgery.fused.evaluator import Evaluator, Lasting, Reuse, Spec, Stacks, evaluate
-from wn_surgery.norm.math import PLAIN_TYPES, builds_graph, g_shape, traced, transformed
+from wn_surgery.fused.evaluator import Evaluator, Reuse, Spec
+from wn_surgery.norm.math import PLAIN_TYPES, g_shape
 from wn_surgery.norm.parametrization import WeightNorm, WeightNormList
 from wn_surgery.norm.slots import NotCopied
 
+if TYPE_CHECKING:
+    from wn_surgery.fused.groups import Group
+
 __all__ = [
-    "CudaSlot", "Group", "Scope", "Slot", "gradient_hooks", "infrastructure_mode",
-    "module_hooks_of",
+    "STEP", "CudaSlot", "Scope", "Slot", "gradient_hooks", "infrastructure_mode", "module_hooks_of",
 ]  # fmt: skip
 
 _Mode = torch._C._TorchDispatchModeKey
@@ -149,8 +151,8 @@ class Slot(NotCopied):
     """
 
     __slots__ = (
-        "_alone", "_g_shape", "_group", "_hooks", "_norm", "_options", "_parameters",
-        "_parametrizations", "_scope", "_seen", "grad", "name", "plain", "spec",
+        "_g_shape", "_group", "_hooks", "_norm", "_options", "_parameters",
+        "_parametrizations", "_scope", "_seen", "alone", "grad", "name", "plain", "spec",
     )  # fmt: skip
 
     def __init__(self, group: Group, plist: WeightNormList, spec: Spec, name: str = "") -> None:
@@ -161,7 +163,7 @@ class Slot(NotCopied):
         self._parameters = plist._parameters
         self._parametrizations = plist._modules
         self._hooks = module_hooks_of(plist)
-        self._alone: Evaluator | None = None
+        self.alone: Evaluator | None = None  # what computes this weight by itself
         self._seen: tuple[Tensor, Tensor, object, object] | None = None
         self._g_shape = g_shape(spec.shape, spec.norm.dim)
         self._norm = cast(WeightNorm, plist[0])
@@ -173,6 +175,10 @@ class Slot(NotCopied):
         """Drop both values."""
         self.grad: Entry | None = None
         self.plain: Entry | None = None
+
+    def forget_plain(self) -> None:
+        """Drop the value without a graph."""
+        self.plain = None
 
     def weight(self) -> Tensor | None:
         """The weight, computed with its whole group where it is not there yet.
@@ -188,12 +194,17 @@ class Slot(NotCopied):
         entry = self.grad if builds else self.plain
         if lasts and not self._scope.reuse.happened:
             self._scope.note_reuse()
-        if entry is None or entry[2] != extent:
-            return self._compute(extent, alone=False)
+        alone = entry is not None and entry[2] == extent
         # Hooks on what computes the weight wait for the next time that it is computed.
-        if entry[0]._version == entry[1] and self.state(not lasts) == entry[3]:
+        if (
+            entry is not None
+            and alone
+            and entry[0]._version == entry[1]
+            and self.state(not lasts) == entry[3]
+        ):
             return entry[0]
-        return self._compute(extent, alone=True)
+        group = self._group()
+        return None if group is None else group.compute(self, extent, alone)
 
     def extent(self, lasts: bool) -> Hashable:
         """What a value that is computed now may be shared within; ``None``: nothing."""
@@ -263,28 +274,6 @@ class Slot(NotCopied):
         # Apart from what has been seen: a new shape may come at the old address.
         return (g, v) if g.shape == self._g_shape and v.shape == self.spec.shape else None
 
-    def _compute(self, extent: Hashable, alone: bool) -> Tensor | None:
-        group = self._group()
-        if group is None or traced() or transformed() or infrastructure_mode():
-            return None
-        if not alone:
-            return group.fill(self, extent)
-        # Something was written, frozen or exchanged since the group was computed. The others
-        # will find out for themselves.
-        state = self.state()
-        pair = self.tensors(state, group.dtype, group.device)
-        if state is None or pair is None:
-            return None
-        if self._alone is None:
-            self._alone = Evaluator([self.spec])
-        g, v = pair
-        lasting = None
-        if self.lasts(builds_graph()):
-            lasting = Lasting((self.name,), self._scope.reuse)
-        (weight,) = evaluate(self._alone, (v,), (g,), self.out_dtype(), lasting=lasting)
-        self.put(weight, extent, state, g, v)
-        return weight
-
 
 class CudaSlot(Slot):
     """A slot whose weight is good for one stream, and for one dtype of autocast."""
@@ -310,91 +299,6 @@ class CudaSlot(Slot):
         """What autocast would convert the weight to."""
         cast = self._castable and torch.is_autocast_enabled("cuda")
         return torch.get_autocast_dtype("cuda") if cast else None
-
-
-class Group:
-    """Weights of one dtype and device that one call computes; ``slots`` are in specs' order."""
-
-    def __init__(
-        self,
-        scope: Scope,
-        dtype: torch.dtype,
-        device: torch.device,
-        evaluator: Evaluator,
-        stacks: Stacks | None = None,
-    ) -> None:
-        self.scope = scope
-        self.dtype = dtype
-        self.device = device
-        self.slots: list[Slot] = []
-        self._names: list[str] = []
-        self._evaluator = evaluator
-        self._stacks = stacks
-        # Whether values without a graph stay to the end of the forward, or only until another
-        # group is computed. On CUDA the allocator keeps their memory at hand.
-        self._stays = device.type != "cpu"
-        self._dropped = -1
-
-    def add(self, plist: WeightNormList, spec: Spec, name: str, castable: bool) -> Slot:
-        """Put a slot into the list that holds the g and v of the weight ``name``."""
-        cuda = self.device.type == "cuda"
-        slot = (
-            CudaSlot(self, plist, spec, name, castable) if cuda else Slot(self, plist, spec, name)
-        )
-        self.slots.append(slot)
-        self._names.append(name)
-        plist.__dict__["slot"] = slot
-        return slot
-
-    def fill(self, wanted: Slot, extent: Hashable) -> Tensor | None:
-        """Compute all weights; that of ``wanted``, or ``None`` if the group no longer fits."""
-        if self.scope.stale:
-            return None
-        builds = builds_graph()
-        states: list[tuple[object, ...]] = []
-        g: list[Tensor] = []
-        v: list[Tensor] = []
-        for slot in self.slots:
-            state = slot.state()
-            pair = slot.tensors(state, self.dtype, self.device)
-            if (
-                state is None
-                or pair is None
-                or (builds and len(self.slots) > 1 and gradient_hooks(*pair))
-            ):
-                self.scope.stale = True
-                return None
-            states.append(state)
-            g.append(pair[0])
-            v.append(pair[1])
-        if not builds:
-            self._make_room()
-        lasting = None
-        if wanted.lasts(builds):
-            lasting = Lasting(self._names, self.scope.reuse)
-            self.scope.kept.add(self)
-        elif self not in self.scope.filled:
-            self.scope.filled.append(self)
-        weights = evaluate(self._evaluator, v, g, wanted.out_dtype(), self._stacks, lasting)
-        for slot, weight, now, m, x in zip(self.slots, weights, states, g, v, strict=True):
-            slot.put(weight, extent, now, m, x)
-        return weights[self.slots.index(wanted)]
-
-    def _make_room(self) -> None:
-        """Before computing without a graph, drop what the last group to do so has computed.
-
-        Its weights have probably been read for the last time, and memory that was used just
-        now is fast, while fresh memory costs as much as the computation. A group for which
-        that was wrong is not dropped again.
-        """
-        if self._dropped == self.scope.calls:
-            self._stays = True
-        last = self.scope.last
-        if last is not None and last is not self and not last._stays:
-            last._dropped = self.scope.calls
-            for slot in last.slots:
-                slot.plain = None
-        self.scope.last = self
 
 
 def gradient_hooks(g: Tensor, v: Tensor) -> bool:

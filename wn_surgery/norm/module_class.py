@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 _is_compiling = torch.compiler.is_dynamo_compiling
+_modules = sys.modules
 
 FOLDED: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 """The modules inside ``folded`` or ``writable`` now, and their parameters held as tensors."""
@@ -124,23 +125,23 @@ def _computed(name: str) -> property:
         lists = self.__dict__["_modules"].get("parametrizations")
         plist = None if lists is None else lists._modules.get(name)
         if plist is not None:
-            weight: Tensor | None = None
             # torch.compile must look neither at the slot nor at the thread.
             if _is_compiling():
                 hold = getattr(plist, "hold", None)
-                weight = None if hold is None else hold.traced
-            else:
-                # Read past nn.Module's own lookup: this is asked at each access.
-                held = plist.__dict__
-                if (hold := held.get("hold")) is not None:
-                    weight = hold.weight()
-                if weight is None and (slot := held.get("slot")) is not None:
-                    weight = slot.weight()
+                traced: Tensor | None = None if hold is None else hold.traced
+                return cast(Tensor, plist()) if traced is None else traced
+            weight: Tensor | None = None
+            # Read past nn.Module's own lookup: this is asked at each access.
+            held = plist.__dict__
+            if (hold := held.get("hold")) is not None:
+                weight = hold.weight()
+            if weight is None and (slot := held.get("slot")) is not None:
+                weight = slot.weight()
             weight = cast(Tensor, plist()) if weight is None else weight
             # The frame that reads the weight: a property has no other between.
-            if _is_compiling() or not is_writer(sys._getframe(1)):
-                return weight
-            return follow_writes(weight, self, name)
+            if "peft" in _modules and is_writer(sys._getframe(1)):
+                return follow_writes(weight, self, name)
+            return weight
         # torch may have given the shared class this name for another of its modules: here it
         # is then a plain attribute or a Parameter. nn.Module.__getattr__ would find the latter as
         # well, but torch.compile does not ask it after a property has raised.

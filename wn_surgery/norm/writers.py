@@ -7,7 +7,6 @@ cannot become a Parameter, and each operation on it goes through Python.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any, cast
@@ -26,7 +25,7 @@ _ALIASES = (_DATA.__get__, Tensor.detach)  # what torch does not count as views
 
 def is_writer(frame: FrameType) -> bool:
     """Whether what is written into a weight that this frame reads has to take effect."""
-    return "peft" in sys.modules and str(frame.f_globals.get("__name__")).startswith(_WRITERS)
+    return str(frame.f_globals.get("__name__")).startswith(_WRITERS)
 
 
 def follow_writes(weight: Tensor, module: nn.Module, name: str) -> Tensor:

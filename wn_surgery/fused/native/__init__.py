@@ -1,0 +1,1 @@
+"""The compiled path, for the CPU. Nothing is built or loaded before somebody asks for it."""
