@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu, plan, report
+from benchmarks import alone, gpu, plan, report
 from benchmarks.cases import CASES, Case, Table
 from benchmarks.measure import Timer, clocked, compare
 from benchmarks.peers import Alternative, DisagreementError, agree
@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="small sizes and few rounds: minutes")
     made.add_argument("--gpu", action="store_true", help="everything on a CUDA device")
     made.add_argument("--compiled", action="store_true", help="also under torch.compile (slow)")
+    made.add_argument("--alone", action="store_true", help="each row in a process of its own")
     made.add_argument("--only", metavar="NAME,...", help="these cases, by the names of --list")
     made.add_argument("--rounds", type=int, metavar="N", help="how often each row is measured")
     made.add_argument("--out", type=Path, metavar="PATH", help="where the JSON goes")
@@ -66,14 +67,16 @@ def destination(args: argparse.Namespace) -> Path:
     if args.out is not None:
         return Path(args.out)
     parts = ["gpu" if args.gpu else "cpu"]
-    parts += [flag for flag in ("quick", "compiled") if getattr(args, flag)]
+    parts += [flag for flag in ("quick", "compiled", "alone") if getattr(args, flag)]
     if args.only is not None:
         parts += [name for name in chosen(args.only, args.gpu) if name != PLAN]
     return RESULTS / f"{'-'.join(parts)}.json"
 
 
-def run_table(case: Case, table: Table, args: argparse.Namespace) -> tuple[Any, list[Verdict]]:
-    """Check that the alternatives of one table agree, time them, and print the table.
+def run_table(
+    case: Case, place: int, table: Table, args: argparse.Namespace
+) -> tuple[Any, list[Verdict]]:
+    """Check that the alternatives of a case's table ``place`` agree, time them, and print it.
 
     Raises:
         DisagreementError: they do not agree; nothing was timed.
@@ -83,17 +86,24 @@ def run_table(case: Case, table: Table, args: argparse.Namespace) -> tuple[Any, 
     for name, why in table.left_out.items():
         print(f"left out: {name}: {why}")
     rounds = args.rounds or (QUICK_ROUNDS if args.quick else case.rounds)
-    with table.alternatives() as found:
+    extra = {}
+    with table.alternatives(None) as found:
         agree(found, TOLERANCE)
-        timer: Timer = gpu.timed if args.gpu else clocked()
-        times = compare(
-            {each.name: each.call for each in found},
-            base=table.base,
-            rounds=rounds,
-            timer=timer,
-            settle=_settled(found),
-        )
-        extra = {each.name: gpu.profiled(each.call) for each in found} if args.gpu else {}
+        names = [each.name for each in found]
+        if not args.alone:
+            timer: Timer = gpu.timed if args.gpu else clocked()
+            times = compare(
+                {each.name: each.call for each in found},
+                base=table.base,
+                rounds=rounds,
+                timer=timer,
+                settle=_settled(found),
+            )
+        if args.gpu:
+            extra = {each.name: gpu.profiled(each.call) for each in found}
+    if args.alone:
+        with alone.processes(case.name, place, args.quick, names) as calls:
+            times = compare(calls, base=table.base, rounds=rounds, timer=alone.timed)
     print(report.markdown(times, extra), flush=True)
     verdicts: list[Verdict] = []
     # The targets are about full sizes, eager.
@@ -153,6 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = chosen(args.only, args.gpu)
         if args.rounds is not None and args.rounds < 1:
             raise ValueError(f"--rounds {args.rounds}: expected at least 1")
+        if args.alone and (args.gpu or args.compiled):
+            raise ValueError("--alone is for the CPU, and for models that are not compiled")
         if args.gpu and not torch.cuda.is_available():
             raise ValueError("--gpu: torch finds no CUDA device")
     except ValueError as error:
@@ -179,6 +191,7 @@ def run_cases(args: argparse.Namespace, names: Sequence[str]) -> tuple[list[str]
         "environment": report.environment(device),
         "quick": args.quick,
         "clock": "CUDA events" if args.gpu else "process CPU time, one thread",
+        "alone": args.alone,
         "tables": [],
         "parts": [],
         "failures": [],
@@ -193,13 +206,13 @@ def run_cases(args: argparse.Namespace, names: Sequence[str]) -> tuple[list[str]
     done = {report.title_of(table) for table in result["tables"]}
     cases = [case for case in CASES if case.name in names]
     for case in cases:
-        for table in case.tables(args.quick, args.compiled, device):
+        for place, table in enumerate(case.tables(args.quick, args.compiled, device)):
             if report.heading(case.name, table.variant, table.mode, table.compiled) in done:
                 continue
             if table.compiled:
                 torch.compiler.reset()
             try:
-                data, judged = run_table(case, table, args)
+                data, judged = run_table(case, place, table, args)
             except DisagreementError as error:
                 title = report.heading(case.name, table.variant, table.mode, table.compiled)
                 result["failures"].append(f"{title}: {error}")

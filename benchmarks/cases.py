@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import operators
-from benchmarks.models import GAN, RNN, TCN, WaveNet, gan_step
+from benchmarks.models import GAN, RNN, TCN, Small, WaveNet, gan_step
 from benchmarks.peers import (  # fmt: skip
     BASE,
     FORWARD,
@@ -33,6 +33,9 @@ MODELS = ("hifigan-1frame", "hifigan-step", "gan-step", "tcn", "wavenet",
           "wav2vec2", "llama-token", "llama-step", "rnn")  # fmt: skip
 
 
+Opened: TypeAlias = Callable[[str | None], AbstractContextManager[list[Alternative]]]
+
+
 @dataclass(frozen=True)
 class Table:
     """One table of results: alternatives that do the same.
@@ -42,7 +45,8 @@ class Table:
         variant: which form of the case, if it has several.
         about: a line above the table.
         base: the alternative that the others are compared with.
-        alternatives: makes them; what they hold is freed when the context ends.
+        alternatives: makes the one of a name, or all for ``None``; what they hold is freed when the
+            context ends.
         left_out: alternatives that are missing, and why.
         compiled: whether they are compiled.
     """
@@ -51,7 +55,7 @@ class Table:
     variant: str
     about: str
     base: str
-    alternatives: Callable[[], AbstractContextManager[list[Alternative]]]
+    alternatives: Opened
     left_out: dict[str, str]
     compiled: bool = False
 
@@ -95,10 +99,12 @@ def _missing(mode: Mode) -> dict[str, str]:
     return {peer.name: why for peer in PEERS if mode in peer.modes and (why := peer.lacks())}
 
 
-def _opened(
-    workload: Workload, mode: Mode, compiled: bool
-) -> Callable[[], AbstractContextManager[list[Alternative]]]:
-    return lambda: alternatives(workload, mode, compiled=compiled)
+def _opened(workload: Workload, mode: Mode, compiled: bool) -> Opened:
+    def opened(name: str | None) -> AbstractContextManager[list[Alternative]]:
+        peers = tuple(peer for peer in PEERS if name in (None, peer.name))
+        return alternatives(workload, mode, peers, compiled=compiled)
+
+    return opened
 
 
 def _operators(quick: bool, compiled: bool, device: str) -> Iterator[Table]:
@@ -112,11 +118,9 @@ def _operators(quick: bool, compiled: bool, device: str) -> Iterator[Table]:
             )
 
 
-def _given(
-    make: Callable[[Mode], list[Alternative]], mode: Mode
-) -> Callable[[], AbstractContextManager[list[Alternative]]]:
+def _given(make: Callable[[Mode], list[Alternative]], mode: Mode) -> Opened:
     @contextmanager
-    def given() -> Iterator[list[Alternative]]:
+    def given(_: str | None) -> Iterator[list[Alternative]]:
         yield make(mode)
 
     return given
@@ -127,7 +131,7 @@ def _middle(quick: bool, compiled: bool, device: str) -> Iterator[Table]:
     workload = operators.middle_dim((64, 64, 16) if quick else (512, 256, 16), device)
     yield Table(
         STEP, "", workload.about, operators.COPY,
-        lambda: operators.beside_copies(workload, STEP), _missing(STEP),
+        lambda _: operators.beside_copies(workload, STEP), _missing(STEP),
     )  # fmt: skip
 
 
@@ -188,6 +192,11 @@ def _tcn(quick: bool, device: str) -> Workload:
     model = TCN().to(device)
     x = torch.randn(1, 1, 128 if quick else 256, device=device)
     return _plain(model, CONVOLUTIONS, x, f"batch 1, {x.shape[-1]} samples")
+
+
+def _small(quick: bool, device: str) -> Workload:
+    x = torch.randn(1, 24, 32 if quick else 64, device=device)
+    return _plain(Small().to(device), CONVOLUTIONS, x, f"batch 1, {x.shape[-1]} samples")
 
 
 def _wavenet(quick: bool, device: str) -> Workload:
@@ -278,6 +287,7 @@ CASES: tuple[Case, ...] = (
         _models(("", _gan, (STEP,))), 15,
     ),
     Case("tcn", "17 small convolutions", _models(("", _tcn, MODES))),
+    Case("small", "92 convolutions of 24 channels", _models(("", _small, MODES))),
     Case("wavenet", "93 small convolutions in gated residual blocks",
          _models(("", _wavenet, MODES))),
     Case(

@@ -136,6 +136,8 @@ def _native(workload: Workload, model: nn.Module) -> list[Any]:
 
 
 def _no_native() -> str | None:
+    if why := _no_fuse():
+        return why
     try:
         building = importlib.import_module("wn_surgery.fused.native.building")
         building.load()

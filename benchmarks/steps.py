@@ -31,6 +31,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "fused": {"fused": True},
 }
 ONCE = "ours once per step"
+NATIVE, NATIVE_ONCE = "ours native", "ours native once per step"
 
 
 def prepared(name: str, plain: nn.Module, options: dict[str, Any]) -> tuple[nn.Module, Any]:
@@ -47,6 +48,10 @@ def prepared(name: str, plain: nn.Module, options: dict[str, Any]) -> tuple[nn.M
         wn.fuse(model)
     elif name == ONCE:
         wn.fuse(model, optimizers=optimizer)
+    elif name == NATIVE:
+        wn.fuse(model, "native")
+    elif name == NATIVE_ONCE:
+        wn.fuse(model, "native", optimizers=optimizer)
     return model, optimizer
 
 
@@ -75,7 +80,7 @@ def alternatives(
         RuntimeError: the steps of two rows lead to other losses.
     """
     batches = [x + 0.1 * i for i in range(micro_batches)]
-    rows = ("plain", "plain (A/A)", "torch", "ours", "ours fused", ONCE)
+    rows = ("plain", "plain (A/A)", "torch", "ours", "ours fused", ONCE, NATIVE, NATIVE_ONCE)
     calls = {name: step_of(*prepared(name, plain, options), batches) for name in rows}
     losses = {name: [float(call()) for _ in range(5)] for name, call in calls.items()}
     for pair in (
@@ -83,6 +88,8 @@ def alternatives(
         ("torch", "ours"),
         ("ours", "ours fused"),
         ("ours", ONCE),
+        ("ours", NATIVE),
+        ("ours", NATIVE_ONCE),
     ):
         one, other = (torch.tensor(losses[name]) for name in pair)
         if not torch.allclose(one, other, rtol=1e-4):

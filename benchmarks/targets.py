@@ -25,6 +25,7 @@ __all__ = [
 TORCH_PEERS = ("legacy", "torch", "torch cached()")
 FUSED = ("ours fused",)
 FOLDED = ("ours folded",)
+NATIVE = ("ours native",)
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,17 @@ class Target:
 
 TARGETS: tuple[Target, ...] = (
     Target(MODELS, (NO_GRAD,), FOLDED, ratio=1.03, speed=1.2),
-    Target(("tcn", "wavenet"), (FORWARD, NO_GRAD), FUSED, ratio=1.10, speed=1.25),
-    Target(("tcn", "wavenet"), (STEP,), FUSED, ratio=1.08, speed=1.12),
-    Target(("rnn",), (FORWARD, NO_GRAD), FUSED, ratio=1.03, speed=2.5),
-    Target(("rnn",), (STEP,), FUSED, ratio=1.05, speed=1.7),
+    Target(("small",), (FORWARD,), NATIVE, ratio=1.08, speed=1.35),
+    Target(("small",), (NO_GRAD,), NATIVE, ratio=1.07, speed=1.35),
+    Target(("small",), (STEP,), NATIVE, ratio=1.20, speed=1.20),
+    Target(("wavenet",), (FORWARD,), NATIVE, ratio=1.06, speed=1.0),
+    Target(("wavenet",), (STEP,), NATIVE, ratio=1.10, speed=1.0),
+    Target(("tcn",), (FORWARD, NO_GRAD), NATIVE, ratio=1.10, speed=1.25),
+    Target(("tcn",), (STEP,), NATIVE, ratio=1.08, speed=1.12),
+    Target(("rnn",), (FORWARD,), NATIVE, ratio=1.03, speed=2.2),
+    Target(("rnn",), (STEP,), NATIVE, ratio=1.03, speed=1.7),
     Target(("llama-step",), (STEP,), FUSED, speed=1.0, against=TORCH_PEERS),
-    Target(("middle-dim",), (STEP,), FUSED, speed=4.0),
+    Target(("middle-dim",), (STEP,), NATIVE, ratio=7.0, speed=3.0),
 )
 """On the CPU."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import pickle
@@ -54,6 +55,10 @@ def trained(model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
+# Older versions of torch find out for themselves that there is one process.
+ALONE: Any = {"no_dist": True} if "no_dist" in inspect.signature(dcp.save).parameters else {}
+
+
 def saved(folder: Path, model: nn.Module | None = None) -> nn.Module:
     """A folder with a model, its optimizer's moments by name, and something that is no tensor."""
     model = normed() if model is None else model
@@ -61,13 +66,13 @@ def saved(folder: Path, model: nn.Module | None = None) -> nn.Module:
     names = {parameter: name for name, parameter in model.named_parameters()}
     moments = {names[p]: dict(state) for p, state in optimizer.state.items()}
     state = {"model": model.state_dict(), "optim": {"state": moments}, "notes": {"epoch": 3}}
-    dcp.save(state, checkpoint_id=folder, no_dist=True)
+    dcp.save(state, checkpoint_id=folder, **ALONE)
     return model
 
 
 def loaded(folder: Path, model: nn.Module) -> nn.Module:
     state = {"model": model.state_dict()}
-    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    dcp.load(state, checkpoint_id=folder, **ALONE)
     model.load_state_dict(state["model"])
     return model
 
@@ -142,7 +147,7 @@ def test_optimizers_follow_the_names(tmp_path: Path, flat: bool) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     model = normed()
     weights, moments = get_state_dict(model, trained(model), options=options)
-    dcp.save({"model": weights, "optim": moments}, checkpoint_id=tmp_path / "a", no_dist=True)
+    dcp.save({"model": weights, "optim": moments}, checkpoint_id=tmp_path / "a", **ALONE)
     convert_file(tmp_path / "a", tmp_path / "b", "legacy", verify=True)
     found = Distributed(tmp_path / "b")
     keys = [*found.blobs, *(key for part in found.parts.values() for key in part.keys.values())]
@@ -154,7 +159,7 @@ def test_optimizers_follow_the_names(tmp_path: Path, flat: bool) -> None:
     optimizer = torch.optim.AdamW(again.parameters(), lr=0.1)
     weights, state = get_state_dict(again, optimizer, options=options)
     both = {"model": weights, "optim": state}
-    dcp.load(both, checkpoint_id=tmp_path / "c", no_dist=True)
+    dcp.load(both, checkpoint_id=tmp_path / "c", **ALONE)
     set_state_dict(
         again, optimizer, model_state_dict=weights, optim_state_dict=both["optim"], options=options
     )
@@ -174,7 +179,7 @@ def test_the_model_becomes_a_safetensors_file(tmp_path: Path, pieces: bool) -> N
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
     both = {"model": normed().state_dict(), "ema": normed().state_dict()}
-    dcp.save(both, checkpoint_id=tmp_path / "two", no_dist=True)
+    dcp.save(both, checkpoint_id=tmp_path / "two", **ALONE)
     with pytest.raises(wn.CheckpointError, match=r"holds 2 of models: model, ema"):
         convert_file(tmp_path / "two", tmp_path / "no.safetensors")
     assert not (tmp_path / "no.safetensors").exists()
@@ -182,7 +187,7 @@ def test_the_model_becomes_a_safetensors_file(tmp_path: Path, pieces: bool) -> N
 
 def test_flat_state_dicts_and_inspection(tmp_path: Path) -> None:
     model = normed()
-    dcp.save(model.state_dict(), checkpoint_id=tmp_path / "a", no_dist=True)
+    dcp.save(model.state_dict(), checkpoint_id=tmp_path / "a", **ALONE)
     found = wn.checkpoints.inspect(tmp_path / "a")
     assert [tensor.name for tensor in found.tensors] == ["0.weight", "2.weight"]
     convert_file(tmp_path / "a", tmp_path / "b.safetensors")
@@ -216,7 +221,7 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path, kind: str) -> N
     if kind == "shards":
         shards(source, state, names)
     else:
-        dcp.save({"model": state}, checkpoint_id=source, no_dist=True)
+        dcp.save({"model": state}, checkpoint_id=source, **ALONE)
         in_pieces(source, rows // 2)
     saved(tmp_path / "tiny")
     target = tmp_path / ("b.safetensors" if kind == "pieces to a file" else "b")
@@ -414,7 +419,7 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_damaged_list_of_names(tmp_path: Path) -> None:
     model = normed()
     weights, moments = get_state_dict(model, trained(model))
-    dcp.save({"model": weights, "optim": moments}, checkpoint_id=tmp_path / "a", no_dist=True)
+    dcp.save({"model": weights, "optim": moments}, checkpoint_id=tmp_path / "a", **ALONE)
     said = pickle.loads((tmp_path / "a" / ".metadata").read_bytes())
     info = said.storage_data[MetadataIndex("optim.param_groups.0.params")]
     path = tmp_path / "a" / info.relative_path

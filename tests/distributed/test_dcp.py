@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 import wn_surgery as wn
+from tests.checkpoints.test_distributed import ALONE
 from tests.distributed.dcp_run import build
 from tests.distributed.launching import launch
 from wn_surgery.checkpoints.io.distributed import Distributed
@@ -51,7 +52,7 @@ def test_a_run_resumes_bit_for_bit(folder: Path) -> None:
 def test_one_process_and_four_read_what_two_have_saved(folder: Path) -> None:
     saved = results(folder)["saved"]
     state = {"model": build().state_dict()}
-    dcp.load(state, checkpoint_id=folder / "saved", no_dist=True)
+    dcp.load(state, checkpoint_id=folder / "saved", **ALONE)
     assert equal(state["model"], saved)
     assert equal(run(folder, "load", 4)["loaded"], saved)
 

@@ -20,8 +20,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from wn_surgery.errors import ModelError
 from wn_surgery.fused.choice import Choice, Mode, Path, choose, cut
 from wn_surgery.fused.evaluator import Evaluator, Stacks
-from wn_surgery.fused.groups import AnySlot, EvaluatedGroup, Group
-from wn_surgery.fused.sharing import Scope, infrastructure_mode
+from wn_surgery.fused.groups import EvaluatedGroup, Group
+from wn_surgery.fused.sharing import AnySlot, Scope, infrastructure_mode
 from wn_surgery.model.sites import NormedSite, as_module, is_folded, normed, walk
 from wn_surgery.norm.math import traced, transformed
 from wn_surgery.norm.parametrization import WeightNormList

@@ -3,42 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from wn_surgery.fused.evaluator import Evaluator, Lasting, Spec, Stacks, evaluate
-from wn_surgery.fused.sharing import CudaSlot, Scope, Slot, gradient_hooks, infrastructure_mode
+from wn_surgery.fused.sharing import (  # fmt: skip
+    AnySlot,
+    CudaSlot,
+    Scope,
+    Slot,
+    gradient_hooks,
+    infrastructure_mode,
+)
 from wn_surgery.norm.math import builds_graph, traced, transformed
 from wn_surgery.norm.parametrization import WeightNormList
 
-__all__ = ["EvaluatedGroup", "Group", "AnySlot"]
-
-
-class AnySlot(Protocol):
-    """What a group knows of a slot: see :class:`wn_surgery.fused.sharing.Slot`."""
-
-    @property
-    def name(self) -> str:
-        """The name of the weight."""
-        ...
-
-    def weight(self) -> Tensor | None:
-        """The weight, computed with its whole group where it is not there yet."""
-        ...
-
-    def lasts(self, builds: bool, /) -> bool:
-        """Whether a value that is computed now may be shared until the next optimizer step."""
-        ...
-
-    def forget(self) -> None:
-        """Drop both values."""
-        ...
-
-    def forget_plain(self) -> None:
-        """Drop the value without a graph."""
-        ...
+__all__ = ["EvaluatedGroup", "Group"]
 
 
 class Group:
@@ -113,7 +94,7 @@ class Group:
         if self._dropped == self.scope.calls:
             self._stays = True
         last = self.scope.last
-        if last is not None and last is not self and not last._stays:
+        if isinstance(last, Group) and last is not self and not last._stays:
             last._dropped = self.scope.calls
             for slot in last.slots:
                 slot.forget_plain()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import Protocol, TypeAlias, cast
 from weakref import ReferenceType, WeakSet, ref
 
 import torch
@@ -17,11 +17,9 @@ from wn_surgery.norm.math import PLAIN_TYPES, g_shape
 from wn_surgery.norm.parametrization import WeightNorm, WeightNormList
 from wn_surgery.norm.slots import NotCopied
 
-if TYPE_CHECKING:
-    from wn_surgery.fused.groups import Group
-
 __all__ = [
-    "STEP", "CudaSlot", "Scope", "Slot", "gradient_hooks", "infrastructure_mode", "module_hooks_of",
+    "STEP", "AnySlot", "CudaSlot", "Scope", "Slot", "gradient_hooks", "infrastructure_mode",
+    "module_hooks_of",
 ]  # fmt: skip
 
 _Mode = torch._C._TorchDispatchModeKey
@@ -32,6 +30,47 @@ _graph_task = torch._C._current_graph_task_id
 _is_grad_enabled = torch.is_grad_enabled
 _is_inference = torch.is_inference_mode_enabled
 _modes = torch._C._len_torch_dispatch_stack
+
+
+class AnySlot(Protocol):
+    """A slot as its group sees it: :class:`Slot`, or a compiled one."""
+
+    @property
+    def name(self) -> str:
+        """The name of the weight."""
+        ...
+
+    def weight(self) -> Tensor | None:
+        """The weight, computed with its whole group where it is not there yet."""
+        ...
+
+    def lasts(self, builds: bool, /) -> bool:
+        """Whether a value that is computed now may be shared until the next optimizer step."""
+        ...
+
+    def forget(self) -> None:
+        """Drop both values."""
+        ...
+
+    def forget_plain(self) -> None:
+        """Drop the value without a graph."""
+        ...
+
+
+class AnyGroup(Protocol):
+    """A group as its slots and its scope see it: see :mod:`wn_surgery.fused.groups`."""
+
+    scope: Scope
+    device: torch.device
+
+    @property
+    def slots(self) -> Sequence[AnySlot]:
+        """The slots, in the order of the specs."""
+        ...
+
+    def compute(self, wanted: AnySlot, extent: Hashable, alone: bool) -> Tensor | None:
+        """The weight of a slot, computed with the others or alone; ``None`` if it cannot be."""
+        ...
 
 
 class Scope:
@@ -46,10 +85,10 @@ class Scope:
         self.calls = 0
         self.steps = False  # whether a weight with a graph lasts until the next optimizer step
         # With such weights. Weak, since a group holds its scope.
-        self.kept: WeakSet[Group] = WeakSet()
+        self.kept: WeakSet[AnyGroup] = WeakSet()
         self.reuse = Reuse()  # of such weights, since the last step
-        self.filled: list[Group] = []  # with values that were computed since forget()
-        self.last: Group | None = None  # of them, the last to compute without a graph
+        self.filled: list[AnyGroup] = []  # with values that were computed since forget()
+        self.last: AnyGroup | None = None  # of them, the last to compute without a graph
         self.stale = False  # whether the groups no longer fit the model
         self._thread: int | None = None
         self._owner: object = None
@@ -155,9 +194,9 @@ class Slot(NotCopied):
         "_parametrizations", "_scope", "_seen", "alone", "grad", "name", "plain", "spec",
     )  # fmt: skip
 
-    def __init__(self, group: Group, plist: WeightNormList, spec: Spec, name: str = "") -> None:
+    def __init__(self, group: AnyGroup, plist: WeightNormList, spec: Spec, name: str = "") -> None:
         # Weak, so that a model that is dropped is freed at once and not by the collector.
-        self._group: ReferenceType[Group] = ref(group)
+        self._group: ReferenceType[AnyGroup] = ref(group)
         self._scope = group.scope
         # The dictionaries themselves: what is in them may be other objects at each forward.
         self._parameters = plist._parameters
@@ -281,7 +320,7 @@ class CudaSlot(Slot):
     __slots__ = ("_castable", "_index")
 
     def __init__(
-        self, group: Group, plist: WeightNormList, spec: Spec, name: str, castable: bool
+        self, group: AnyGroup, plist: WeightNormList, spec: Spec, name: str, castable: bool
     ) -> None:
         super().__init__(group, plist, spec, name)
         self._index = group.device.index or 0

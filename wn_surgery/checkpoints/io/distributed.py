@@ -8,6 +8,7 @@ here only its classes are allowed, and sizes are compared with the files before 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import math
 import pickle
@@ -316,7 +317,7 @@ def write_distributed(
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
-    from torch.distributed.checkpoint.state_dict_saver import save
+    from torch.distributed.checkpoint.state_dict_saver import save, save_state_dict
 
     paths = {".".join(path): path for path in (*tensors, *blobs)}
     failed: list[BaseException] = []
@@ -357,7 +358,10 @@ def write_distributed(
         # Nothing ahead: a tensor is written before the next one is asked for.
         writer = FileSystemWriter(folder, single_file_per_rank=True, per_thread_copy_ahead=0)
         try:
-            save(state, storage_writer=writer, planner=Planner(), no_dist=True)
+            if "no_dist" in inspect.signature(save).parameters:
+                save(state, storage_writer=writer, planner=Planner(), no_dist=True)
+            else:  # torch 2.6
+                save_state_dict(state, writer, planner=Planner(), no_dist=True)
             forget()
         except CheckpointException as error:
             # torch reports the failures of all ranks, of which there is one here.

@@ -9,9 +9,9 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from wn_surgery.fused.groups import AnySlot, Group
+from wn_surgery.fused.groups import Group
 from wn_surgery.fused.native.building import load
-from wn_surgery.fused.sharing import module_hooks_of
+from wn_surgery.fused.sharing import AnySlot, module_hooks_of
 from wn_surgery.norm.math import builds_graph, g_shape, has_kernel
 from wn_surgery.norm.parametrization import WeightNormList
 
