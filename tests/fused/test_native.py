@@ -128,8 +128,8 @@ def test_a_write_between_forward_and_backward() -> None:
 def test_the_loops_give_the_bits_of_torchs_kernels() -> None:
     capability = torch.backends.cpu.get_cpu_capability()
     wanted = {"AVX2": 8, "AVX512": 16}.get(capability)
-    if wanted is None:
-        pytest.skip(f"what {capability} gives is not known")
+    if wanted is None or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        pytest.skip(f"what {capability} gives in torch {torch.__version__} is not known")
     assert building.load().lanes == wanted
 
 
