@@ -127,7 +127,12 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
         metadata = archive.read(f"{NAME}.dist-info/METADATA").decode()
         licenses = [name for name in archive.namelist() if name.endswith("LICENSE")]
     page = {f"wn_surgery/reporting/page.{kind}" for kind in ("css", "js")}
-    assert names == MODULES | page | {"wn_surgery/py.typed", "wn_surgery/fused/native/slots.cpp"}
+    compiled = {
+        f"wn_surgery/fused/native/{path.name}"
+        for path in (ROOT / "wn_surgery/fused/native").iterdir()
+        if path.suffix in (".cpp", ".h")
+    }
+    assert names == MODULES | page | compiled | {"wn_surgery/py.typed"}
     assert "License-Expression: BSD-3-Clause" in metadata
     assert len(licenses) == 1
 

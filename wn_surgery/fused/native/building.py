@@ -74,7 +74,9 @@ def _raise_stale(lasting: Lasting, member: int) -> None:
 def _name() -> str:
     # What is built for one torch or Python does not fit another, and may crash it.
     built_for = torch.__version__, sys.implementation.cache_tag, platform.machine(), _flags()
-    digest = hashlib.sha256(repr(built_for).encode() + _SOURCE.read_bytes())
+    digest = hashlib.sha256(repr(built_for).encode())
+    for source in sorted([_SOURCE, *_SOURCE.parent.glob("*.h")]):
+        digest.update(source.read_bytes())
     return f"wn_surgery_native_{digest.hexdigest()[:16]}"
 
 

@@ -1,4 +1,4 @@
-"""Groups whose slots, values and node are compiled: see slots.cpp."""
+"""Groups whose slots, values and node are compiled: slots.cpp, node.h and loops.h."""
 
 from __future__ import annotations
 
