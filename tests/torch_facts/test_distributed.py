@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.torch_facts.versions import newer_torch
+
 pytestmark = [
+    newer_torch,
     pytest.mark.processes,
     pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc"),
 ]

@@ -24,6 +24,7 @@ from torch.nn.utils import parametrize, remove_weight_norm
 
 import wn_surgery as wn
 from tests.makers import Tied, legacy, ours, parametrized
+from tests.torch_facts.versions import newer_torch
 
 Maker = Callable[..., Any]
 
@@ -373,6 +374,7 @@ def test_applying_twice_is_accepted() -> None:
         wn.apply(layer, {"names": "", "dim": 1})
 
 
+@newer_torch
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_applying_changes_the_weight(dim: int, dtype: torch.dtype) -> None:
@@ -413,6 +415,7 @@ class Block(nn.Module):
         return self.fc(x).relu()
 
 
+@newer_torch
 def test_a_class_for_each_module_recompiles_each() -> None:
     def classes(make: Maker) -> int:
         return len({type(make(nn.Linear(4, 4))) for _ in range(12)})
