@@ -10,6 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tests.torch_facts.versions import OLD
+
+fsdp2_on_the_cpu = pytest.mark.skipif(
+    OLD, reason="older versions of torch have no FSDP2 on the CPU"
+)
+
 
 @pytest.fixture(scope="module")
 def gloo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

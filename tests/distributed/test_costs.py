@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed.conftest import fsdp2_on_the_cpu
 from tests.distributed.launching import ROOT, launch
 
 sys.path.insert(0, str(ROOT))
@@ -33,6 +34,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return torch.load(file, weights_only=True)["spent"]
 
 
+@fsdp2_on_the_cpu
 @pytest.mark.processes
 @pytest.mark.parametrize("name", ENGINES)
 def test_the_model_is_what_is_measured(measured: Any, name: str) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import wn_surgery as wn
 from tests.checkpoints.test_distributed import ALONE
+from tests.distributed.conftest import fsdp2_on_the_cpu
 from tests.distributed.dcp_run import build
 from tests.distributed.launching import launch
 from wn_surgery.checkpoints.io.distributed import Distributed
@@ -19,6 +20,7 @@ from wn_surgery.checkpoints.io.distributed import Distributed
 pytestmark = [
     pytest.mark.processes,
     pytest.mark.xdist_group("dcp"),
+    fsdp2_on_the_cpu,
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
 ]
 

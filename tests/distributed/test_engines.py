@@ -8,9 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed.conftest import fsdp2_on_the_cpu
 from tests.distributed.launching import launch
 
-pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("parallel")]
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.xdist_group("parallel"),
+    fsdp2_on_the_cpu,
+]
 DEEPSPEED = [f"DeepSpeed, ZeRO-{stage}" for stage in (1, 2, 3)]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import wn_surgery as wn
 
-from .conftest import trained
+from .conftest import fsdp2_on_the_cpu, trained
 from .launching import launch
 
 pytestmark = pytest.mark.usefixtures("gloo")
@@ -97,6 +97,7 @@ def test_buckets_get_ready_as_early_as_without_up_to_one_group() -> None:
     assert ready(fused)[0] < LAYERS // 2  # and not after all of them
 
 
+@fsdp2_on_the_cpu
 @pytest.mark.parametrize("fused_first", [True, False])
 def test_fsdp2_leaves_fused_models_right(fused_first: bool) -> None:
     from torch.distributed.fsdp import fully_shard

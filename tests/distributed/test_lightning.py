@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed.conftest import fsdp2_on_the_cpu
 from tests.distributed.launching import launch
+from tests.torch_facts.versions import OLD
 
 # One worker runs them all: the fixture is of a whole minute.
 pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("lightning strategies")]
-STRATEGIES = ("auto", "ddp", "ddp_spawn", "sharded")
+STRATEGIES = ("auto", "ddp", "ddp_spawn", *(() if OLD else ("sharded",)))
 G, V = "parametrizations.weight.original0", "parametrizations.weight.original1"
 
 
@@ -57,6 +59,7 @@ def test_ddp_gets_what_one_process_gets(found: dict[str, Any], case: str, tolera
     assert_close(found["auto"][case], found["ddp"][case], tolerance)
 
 
+@fsdp2_on_the_cpu
 def test_fsdp2_gets_what_one_process_gets(found: dict[str, Any]) -> None:
     sharded = found["sharded"]
     assert_close(found["auto"]["usual"], sharded["usual"], 1e-4)
@@ -64,6 +67,7 @@ def test_fsdp2_gets_what_one_process_gets(found: dict[str, Any]) -> None:
     assert f"model.2.{V}" in sharded["usual"]["state"]
 
 
+@fsdp2_on_the_cpu
 def test_layers_sharded_without_weight_norm_are_refused_with_the_line_to_add(
     found: dict[str, Any],
 ) -> None:
@@ -73,10 +77,12 @@ def test_layers_sharded_without_weight_norm_are_refused_with_the_line_to_add(
     assert "call wn_surgery.apply(self, rules) in configure_model() before sharding" in said
 
 
+@fsdp2_on_the_cpu
 def test_a_sharded_run_cannot_save_plain(found: dict[str, Any]) -> None:
     assert "save_layout='plain' needs whole tensors" in found["sharded"]["Sharded"]
 
 
+@fsdp2_on_the_cpu
 def test_a_scalar_g_is_refused_before_fsdp_does(found: dict[str, Any]) -> None:
     assert "ModelParallelStrategy cannot cut scalars; write dim=[]" in found["sharded"]["scalar"]
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import wn_surgery as wn
 
-from .conftest import trained
+from .conftest import fsdp2_on_the_cpu, trained
 
 pytestmark = pytest.mark.usefixtures("gloo")
 
@@ -35,6 +35,7 @@ def test_ddp() -> None:
         wn.apply(nn.parallel.DistributedDataParallel(model()), "linears")
 
 
+@fsdp2_on_the_cpu
 def test_fsdp2() -> None:
     from torch.distributed.fsdp import fully_shard
 

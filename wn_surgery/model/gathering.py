@@ -30,16 +30,25 @@ def _states() -> Iterator[tuple[Any, Any]]:
     seen = set[int]()
     for module, found in list(table._module_state_mapping.items()):
         state = found()
-        if hasattr(state, "_fsdp_param_groups") and id(state) not in seen:
+        if _groups(state) is not None and id(state) not in seen:
             seen.add(id(state))
             yield module, state
+
+
+def _groups(state: Any) -> list[Any] | None:
+    """The groups of a state; ``None`` if it is not one of FSDP2."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    if hasattr(state, "_fsdp_param_group"):  # torch 2.6 knows one group or none
+        return [group for group in (state._fsdp_param_group,) if group is not None]
+    return None
 
 
 def _ids(state: Any) -> set[int]:
     """The ids of its parameters, cut and whole: a module has one or the other."""
     return {
         id(tensor)
-        for group in state._fsdp_param_groups
+        for group in _groups(state) or ()
         for parameter in group.fsdp_params
         for tensor in (parameter.sharded_param, getattr(parameter, "_unsharded_param", None))
         if tensor is not None
@@ -57,17 +66,20 @@ class _Unit:
     def __init__(self, module: Any, state: Any) -> None:
         self.users = 0
         self._module, self._state = ref(module), state
-        groups = state._fsdp_param_groups
-        self._before = state._auto_reshard_after_forward, [g.post_forward_mesh_info for g in groups]
+        # What torch decides at the root's first forward; older versions have decided by then.
+        automatic = getattr(state, "_auto_reshard_after_forward", None)
+        self._before = automatic, [g.post_forward_mesh_info for g in _groups(state) or ()]
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
 
     def cut(self) -> None:
         """Reshard, now and after each forward, as before."""
-        self._state._auto_reshard_after_forward, meshes = self._before
-        if self._state._is_root and self._before[0]:
+        automatic, meshes = self._before
+        if automatic is not None:
+            self._state._auto_reshard_after_forward = automatic
+        if self._state._is_root and automatic:
             meshes = [None] * len(meshes)  # as torch leaves it at the root's first forward
-        for group, mesh in zip(self._state._fsdp_param_groups, meshes, strict=True):
+        for group, mesh in zip(_groups(self._state) or (), meshes, strict=True):
             group.post_forward_mesh_info = mesh
         if (module := self._module()) is not None:
             module.reshard()
