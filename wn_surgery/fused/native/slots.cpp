@@ -53,7 +53,7 @@ struct Entry {
 struct Fields {
   Ref group;  // a weak reference
   Ref scope, parameters, modules, hooks, norm, dim, eps, norm_dtype, name;
-  PyObject* options = nullptr;  // the dictionary of norm, which owns it
+  Ref options;  // the dictionary of norm
   std::vector<int64_t> shape, g_shape;
   at::ScalarType dtype;
   std::shared_ptr<const c10::SafePyObject> all_options;
@@ -93,8 +93,9 @@ bool look(const Fields& f, bool hooks, State& state) {
       if (is_set(PyTuple_GET_ITEM(f.hooks.get(), i))) return false;
     }
   }
-  if (!is_option(f.options, s_dim, f.dim.get()) || !is_option(f.options, s_eps, f.eps.get()) ||
-      !is_option(f.options, s_norm_dtype, f.norm_dtype.get()))
+  if (!is_option(f.options.get(), s_dim, f.dim.get()) ||
+      !is_option(f.options.get(), s_eps, f.eps.get()) ||
+      !is_option(f.options.get(), s_norm_dtype, f.norm_dtype.get()))
     return false;
   const Tensor &m = tensor_of(g), &x = tensor_of(v);
   if (m.is_inference() || x.is_inference() || !m.has_storage() || !x.has_storage()) return false;
@@ -129,7 +130,7 @@ int lasts(const Fields& f) {
   Ref steps(PyObject_GetAttr(f.scope.get(), s_steps));
   if (!steps) return -1;
   if (steps.get() != Py_True) return 0;
-  return PyDict_GetItemWithError(f.options, s_training) == Py_True;
+  return PyDict_GetItemWithError(f.options.get(), s_training) == Py_True;
 }
 
 bool note_reuse(const Fields& f) {
@@ -343,7 +344,7 @@ PyObject* slot_new(PyTypeObject* type, PyObject* args, PyObject*) {
   f.eps = Ref::to(PyTuple_GET_ITEM(options, 1));
   f.norm_dtype = Ref::to(PyTuple_GET_ITEM(options, 2));
   f.name = Ref::to(name);
-  f.options = held.get();
+  f.options = std::move(held);
   f.dtype = tensor_of(example).scalar_type();
   f.shape = sizes_of(shape);
   f.g_shape = sizes_of(g_shape);
@@ -361,7 +362,7 @@ PyObject* slot_new(PyTypeObject* type, PyObject* args, PyObject*) {
 int slot_traverse(Slot* self, visitproc visit, void* arg) {
   Fields& f = *self->f;
   for (Ref* ref : {&f.group, &f.scope, &f.parameters, &f.modules, &f.hooks, &f.norm, &f.dim, &f.eps,
-                   &f.norm_dtype, &f.name}) {
+                   &f.norm_dtype, &f.name, &f.options}) {
     Py_VISIT(ref->get());
   }
   if (const int code = f.grad.visit(visit, arg)) return code;
