@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import alone, gpu, plan, report
 from benchmarks.cases import CASES, Case, Table
-from benchmarks.measure import Timer, clocked, compare
+from benchmarks.measure import Comparison, Timer, clocked, compare
 from benchmarks.peers import Alternative, DisagreementError, agree
 from benchmarks.targets import GPU_TARGETS, TARGETS, Verdict, judge
 
@@ -86,22 +86,12 @@ def run_table(
     for name, why in table.left_out.items():
         print(f"left out: {name}: {why}")
     rounds = args.rounds or (QUICK_ROUNDS if args.quick else case.rounds)
-    extra = {}
     with table.alternatives(None) as found:
         agree(found, TOLERANCE)
         names = [each.name for each in found]
-        if not args.alone:
-            timer: Timer = gpu.timed if args.gpu else clocked()
-            times = compare(
-                {each.name: each.call for each in found},
-                base=table.base,
-                rounds=rounds,
-                timer=timer,
-                settle=_settled(found),
-            )
-        if args.gpu:
-            extra = {each.name: gpu.profiled(each.call) for each in found}
-    if args.alone:
+        times = None if args.alone else _together(found, table.base, rounds, args.gpu)
+        extra = {each.name: gpu.profiled(each.call) for each in found} if args.gpu else {}
+    if times is None:
         with alone.processes(case.name, place, args.quick, names) as calls:
             times = compare(calls, base=table.base, rounds=rounds, timer=alone.timed)
     print(report.markdown(times, extra), flush=True)
@@ -126,12 +116,14 @@ def run_table(
     return data, verdicts
 
 
-def _settled(found: Sequence[Alternative]) -> Any:
+def _together(found: Sequence[Alternative], base: str, rounds: int, on_gpu: bool) -> Comparison:
     def settle() -> None:
         for each in found:
             each.settle()
 
-    return settle
+    timer: Timer = gpu.timed if on_gpu else clocked()
+    calls = {each.name: each.call for each in found}
+    return compare(calls, base=base, rounds=rounds, timer=timer, settle=settle)
 
 
 def show(verdicts: Sequence[Verdict]) -> None:
