@@ -1,7 +1,7 @@
 """Each alternative in a process of its own, as a user runs it; still in alternated rounds.
 
-In one process the alternatives share what Python and the processor have learned of the code that
-they all run: its inline caches know the types of one model, and the next one begins anew.
+In one process the alternatives share Python's inline caches, which know the types of the model that
+ran last, and what the processor has cached of their code.
 """
 
 from __future__ import annotations

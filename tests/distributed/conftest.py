@@ -13,7 +13,7 @@ from torch import nn
 from tests.torch_facts.versions import OLD
 
 fsdp2_on_the_cpu = pytest.mark.skipif(
-    OLD, reason="older versions of torch have no FSDP2 on the CPU"
+    OLD, reason="FSDP2 on the CPU is known to run since torch 2.13"
 )
 
 

@@ -8,6 +8,7 @@ import gc
 import io
 import weakref
 from collections.abc import Callable, Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,15 @@ def test_what_cannot_be_compiled_is_an_error_that_changes_nothing(broken: Path) 
     assert not model._forward_pre_hooks
     assert list(vars(model.front.parametrizations.weight)) == before  # type: ignore[arg-type]
     assert not broken.exists()
+
+
+def test_what_is_kept_and_cannot_be_loaded_is_built_again(broken: Path) -> None:
+    name = building._name()
+    place = broken / name / f"{name}{EXTENSION_SUFFIXES[0]}"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"no program")
+    with pytest.raises(wn.ModelError, match="no such luck"):  # by the compiler, not the loader
+        wn.fuse(normed(), "native")
 
 
 def test_a_copy_where_nothing_can_be_compiled(request: pytest.FixtureRequest) -> None:

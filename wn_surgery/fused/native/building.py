@@ -45,7 +45,7 @@ def load() -> Any:
     """
     name = _name()
     place = _folder() / name / f"{name}{EXTENSION_SUFFIXES[0]}"
-    native = _imported(name, place) if place.exists() else _built(name, place)
+    native = _kept(name, place) or _built(name, place)
     frames = sys._getframe(), _ended()
     native.lanes, native.knows_middle = native.setup(
         values, gradients, differentiable_gradients, check_unwritten, _raise_stale, STEP, *frames
@@ -94,12 +94,18 @@ def _folder() -> Path:
     return Path(given) if given else Path.home() / ".cache" / "torch_extensions"
 
 
-def _imported(name: str, place: Path) -> Any:
+def _kept(name: str, place: Path) -> Any:
+    """What is in the folder; ``None`` where nothing is, or what another machine has built."""
+    if not place.exists():
+        return None
     spec = importlib.util.spec_from_file_location(name, place)
     assert spec is not None
     assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
+    try:
+        made = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(made)
+    except ImportError:
+        return None
     return made
 
 
