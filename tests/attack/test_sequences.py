@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from wn_surgery.fused.sharing import Slot
-from wn_surgery.norm import math
+from wn_surgery.norm import parametrization
 
 from .operations import OPERATIONS, Pair
 from .twin import Layer
@@ -92,13 +92,12 @@ def test_the_twin_by_hand() -> None:
 
 
 def off_by_a_thousandth(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = math.values
+    right = parametrization.weight_norm
 
-    def wrong(*args: object, **options: object) -> object:
-        w, norms = values(*args, **options)  # type: ignore[arg-type]
-        return w * 1.01, norms
+    def wrong(*args: object) -> torch.Tensor:
+        return right(*args) * 1.01  # type: ignore[arg-type]
 
-    monkeypatch.setattr(math, "values", wrong)
+    monkeypatch.setattr(parametrization, "weight_norm", wrong)
 
 
 def stale(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,8 @@ from torch.utils.checkpoint import checkpoint
 import wn_surgery as wn
 from tests.distributed.launching import leave
 from wn_surgery.model import gathering, layouts
-from wn_surgery.norm.math import magnitude, norm_except, weight_norm
+from wn_surgery.norm.math import magnitude, norm_except
+from wn_surgery.norm.operator import weight_norm
 
 
 class Sent(TorchDispatchMode):

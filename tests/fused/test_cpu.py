@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tests.fused.models import spec_of
 from wn_surgery.fused.evaluator import Evaluator, Spec, evaluate
-from wn_surgery.norm.math import Axes, g_shape, weight_norm
+from wn_surgery.norm.math import Axes, g_shape
+from wn_surgery.norm.operator import weight_norm
 from wn_surgery.norm.options import Dim
 
 SPECS = [

@@ -15,7 +15,7 @@ import wn_surgery as wn
 from tests.fused.models import spec_of
 from tests.fused.test_cpu import pairs
 from wn_surgery.fused.evaluator import Evaluator, Spec, Stacks, evaluate
-from wn_surgery.norm.math import weight_norm
+from wn_surgery.norm.operator import weight_norm
 
 # Two stacks: 0, 2 and 5; 1 and 4. The others are by themselves.
 SPECS = [

@@ -19,7 +19,7 @@ from wn_surgery.errors import FusionError
 from wn_surgery.fused.evaluator import evaluate
 from wn_surgery.fused.triton.evaluator import TritonEvaluator, why_not
 from wn_surgery.fused.triton.tables import ALIGNMENT, FINISH_PARTS, HEIGHT, TILE, WIDTHS
-from wn_surgery.norm.math import weight_norm
+from wn_surgery.norm.operator import weight_norm
 
 __all__ = [
     "test_a_clamped_slice_passes_no_gradient_through_its_norm",

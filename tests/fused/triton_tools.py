@@ -15,7 +15,8 @@ from tests.fused.models import spec_of
 from wn_surgery.fused.evaluator import Gradients, Spec
 from wn_surgery.fused.triton.evaluator import TritonEvaluator
 from wn_surgery.fused.triton.tables import HEIGHT, WIDTHS
-from wn_surgery.norm.math import g_shape, norm_except, weight_norm
+from wn_surgery.norm.math import g_shape, norm_except
+from wn_surgery.norm.operator import weight_norm
 
 LONG = WIDTHS[-1] + 1
 MIXED = [

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import wn_surgery as wn
-from wn_surgery.norm.math import weight_norm
+from wn_surgery.norm.operator import weight_norm
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:LSTM with projections is not supported with oneDNN",

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from wn_surgery.norm.limits import has_easy_norms, zero_slices
-from wn_surgery.norm.math import Dim, g_shape, magnitude, norm_except, weight_norm
+from wn_surgery.norm.math import Dim, g_shape, magnitude, norm_except
+from wn_surgery.norm.operator import weight_norm
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float64, torch.float32]
 

@@ -15,9 +15,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wn_surgery import apply
-from wn_surgery.norm import math
+from wn_surgery.norm import math, nodes
 from wn_surgery.norm.limits import zero_slices
-from wn_surgery.norm.math import Dim, g_shape, magnitude, norm_except, weight_norm
+from wn_surgery.norm.math import Dim, g_shape, magnitude, norm_except
+from wn_surgery.norm.operator import weight_norm
 
 # torch 2.13 writes its forward-mode decompositions in TorchScript.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")
@@ -103,7 +104,8 @@ def test_float16_without_torchs_kernel(dim: int, monkeypatch: pytest.MonkeyPatch
     wanted = found()
     monkeypatch.setattr(math, "_HALF_ON_CPU", False)
     monkeypatch.setattr(torch, "_weight_norm_interface", None)
-    monkeypatch.setattr(math, "_kernel_backward", None)
+    for module in (math, nodes):
+        monkeypatch.setattr(module, "kernel_backward", None)
     for ours, theirs in zip(found(), wanted, strict=True):
         assert ours.dtype == torch.float16
         eps = torch.finfo(torch.float16).eps

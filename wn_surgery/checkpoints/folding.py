@@ -13,7 +13,8 @@ from wn_surgery.checkpoints.request import Request
 from wn_surgery.checkpoints.spectral import spectral_weight
 from wn_surgery.errors import CheckpointError, ZeroNormError
 from wn_surgery.norm.limits import zero_slices
-from wn_surgery.norm.math import KERNEL_DTYPES, g_shape, magnitude, real_dtype, weight_norm
+from wn_surgery.norm.math import KERNEL_DTYPES, g_shape, magnitude, real_dtype
+from wn_surgery.norm.operator import weight_norm
 from wn_surgery.norm.options import NormOptions
 
 __all__ = ["all_finite", "compute", "fold", "held_by", "kind_of"]

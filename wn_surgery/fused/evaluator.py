@@ -12,15 +12,9 @@ import torch
 from torch import Tensor
 
 from wn_surgery.errors import ModelError
-from wn_surgery.norm.math import (
-    Axes,
-    builds_graph,
-    check_unwritten,
-    differentiable_gradients,
-    gradients,
-    like,
-    values,
-)  # fmt: skip
+from wn_surgery.norm.math import Axes, gradients, like, values
+from wn_surgery.norm.modes import builds_graph
+from wn_surgery.norm.nodes import check_unwritten, differentiable_gradients
 from wn_surgery.norm.options import NormOptions
 
 __all__ = ["Evaluator", "Gradients", "Lasting", "Reuse", "Spec", "Stacks", "evaluate", "stale"]
@@ -59,7 +53,7 @@ class Evaluator:
     """Computes all weights of one group, and their gradients, outside of autograd.
 
     This one calls torch's operators, on any device. The weights are those of
-    :func:`wn_surgery.norm.math.weight_norm` bit for bit.
+    :func:`wn_surgery.norm.operator.weight_norm` bit for bit.
     """
 
     def __init__(self, specs: Sequence[Spec]) -> None:

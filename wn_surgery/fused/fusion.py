@@ -23,7 +23,7 @@ from wn_surgery.fused.evaluator import Evaluator, Stacks
 from wn_surgery.fused.groups import EvaluatedGroup, Group
 from wn_surgery.fused.sharing import AnySlot, Scope, infrastructure_mode
 from wn_surgery.model.sites import NormedSite, as_module, is_folded, normed, walk
-from wn_surgery.norm.math import traced, transformed
+from wn_surgery.norm.modes import traced, transformed
 from wn_surgery.norm.parametrization import WeightNormList
 from wn_surgery.norm.slots import RootHook, changes
 from wn_surgery.surgery.execution import execute

@@ -16,7 +16,7 @@ from wn_surgery.fused.sharing import (  # fmt: skip
     gradient_hooks,
     infrastructure_mode,
 )
-from wn_surgery.norm.math import builds_graph, traced, transformed
+from wn_surgery.norm.modes import builds_graph, traced, transformed
 from wn_surgery.norm.parametrization import WeightNormList
 
 __all__ = ["EvaluatedGroup", "Group"]

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from wn_surgery.model.reloading import built_keys
 from wn_surgery.model.state_keys import Keys, keys_of
-from wn_surgery.norm.math import weight_norm
+from wn_surgery.norm.operator import weight_norm
 from wn_surgery.norm.options import NormOptions
 from wn_surgery.norm.parametrization import parts_of
 

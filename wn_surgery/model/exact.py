@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from wn_surgery.errors import ModelError
 from wn_surgery.model.gathering import FSDP2
 from wn_surgery.norm.cuts import Cut, is_dtensor
-from wn_surgery.norm.math import computed_norms, weight_of_known
+from wn_surgery.norm.math import computed_norms
+from wn_surgery.norm.nodes import weight_of_known
 from wn_surgery.norm.parametrization import WeightNorm, WeightNormList, is_weight_norm
 from wn_surgery.norm.slots import NotCopied
 

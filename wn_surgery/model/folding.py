@@ -15,7 +15,7 @@ from wn_surgery.model import layouts
 from wn_surgery.model.exact import shown
 from wn_surgery.model.gathering import FSDP2, gather, release
 from wn_surgery.model.sites import NormedSite, whole
-from wn_surgery.norm.math import builds_graph
+from wn_surgery.norm.modes import builds_graph
 from wn_surgery.norm.module_class import (
     FOLDED,
     FOLDED_LOCK,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from wn_surgery.model.sites import NormedSite, normed
-from wn_surgery.norm.math import weight_norm
 from wn_surgery.norm.naming import keys_for
+from wn_surgery.norm.operator import weight_norm
 
 __all__ = ["Keys", "keys_of", "plain_state_dict", "stripped"]
 

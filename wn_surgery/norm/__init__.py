@@ -5,7 +5,8 @@ Out: weights, gradients, and modules whose parameter is computed.
 Imports: errors.
 """
 
-from wn_surgery.norm.math import g_shape, magnitude, norm_except, weight_norm
+from wn_surgery.norm.math import g_shape, magnitude, norm_except
+from wn_surgery.norm.operator import weight_norm
 from wn_surgery.norm.options import Dim, NormOptions
 
 __all__ = ["Dim", "NormOptions", "g_shape", "magnitude", "norm_except", "weight_norm"]

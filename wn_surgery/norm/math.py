@@ -1,14 +1,11 @@
-"""The mathematics: w = g · v / max(‖v‖, eps), with gradients of every order.
+"""The formulas: values and gradients of w = g · v / max(‖v‖, eps), outside of autograd.
 
 The norm is taken over every axis except those in ``dim`` (Salimans & Kingma 2016,
-arXiv:1602.07868, eq. 2). With the default options the values are those of
-``torch._weight_norm`` bit for bit; what differs is that second-order gradients are right
-and that forward-mode AD, ``torch.func`` and vmap work.
+arXiv:1602.07868, eq. 2). Where torch has a kernel, its bits are the values.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -16,12 +13,12 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
-from torch.autograd import forward_ad
 
 from wn_surgery.norm.cuts import Cut, is_dtensor, spread
-from wn_surgery.norm.options import Dim, NormOptions, kept_axes
+from wn_surgery.norm.modes import traced, transformed
+from wn_surgery.norm.options import Dim, kept_axes
 
-__all__ = ["Dim", "g_shape", "magnitude", "norm_except", "wanted_norm", "weight_norm"]
+__all__ = ["Dim", "g_shape", "magnitude", "norm_except", "wanted_norm"]
 
 KERNEL_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
@@ -47,10 +44,6 @@ def g_shape(shape: torch.Size | tuple[int, ...], dim: Dim) -> tuple[int, ...]:
     return tuple(size if axis in kept else 1 for axis, size in enumerate(shape))
 
 
-# Each access asks for it, with few different shapes.
-_expected = functools.lru_cache(maxsize=4096)(g_shape)
-
-
 def wanted_norm(renormalize: float | str, shape: tuple[int, ...], dim: Dim) -> float:
     """The norm of one slice that a rule's ``renormalize`` asks for; ``"rms"`` is 1 per element."""
     if isinstance(renormalize, str):
@@ -71,48 +64,6 @@ def norm_except(v: Tensor, dim: Dim, eps: float = 0.0) -> Tensor:
     small = raw.detach() <= eps
     safe = torch.where(small, torch.ones_like(v), v)
     return torch.where(small, eps, _norm(safe, dim))
-
-
-def weight_norm(
-    v: Tensor, g: Tensor, dim: Dim = 0, eps: float = 0.0, norm_dtype: torch.dtype | None = None
-) -> Tensor:
-    """The weight w = g · v / max(‖v‖, eps): shape, dtype, device and channels_last layout of ``v``.
-
-    With ``norm_dtype`` the norm and the product are computed in it, for example in float32 under
-    bfloat16 weights. A g of another shape than ``g_shape(v.shape, dim)`` is a ``ValueError``.
-
-    For DTensors the weight is placed as v. If v is cut along a normed axis, a tensor of g's size is
-    summed over the ranks, once forward and once backward; otherwise nothing is sent.
-    """
-    if traced():
-        if not _jit_traced():  # to torch.jit a size is a tensor
-            _check_shape(v, g, dim)
-        # A tracer wants one known operator; it never differentiates twice. For vectors,
-        # though, torch's decomposition of it sums along the kept axis.
-        if has_kernel(v, dim, eps, norm_dtype) and g.dtype is v.dtype and v.ndim > 1:
-            return like(torch._weight_norm(v, g, cast(int, dim)), v)
-    elif (
-        g.dtype is v.dtype in KERNEL_DTYPES
-        and type(v) in PLAIN_TYPES
-        and type(g) in PLAIN_TYPES
-        and g.device == v.device
-        and v.numel() > 0
-        and not transformed()
-    ):
-        # torch's kernel would read past the end of a g that is too short.
-        if g.shape != _expected(v.shape, dim):
-            _check_shape(v, g, dim)
-        if torch.is_grad_enabled() and (v.requires_grad or g.requires_grad):
-            if not torch.is_inference_mode_enabled():
-                return _node(v, g, dim, eps, norm_dtype)
-            with torch.no_grad():  # inference mode does not imply it
-                return values(v, g, dim, eps, norm_dtype)[0]
-        return values(v, g, dim, eps, norm_dtype)[0]
-    else:
-        _check_shape(v, g, dim)
-        if is_dtensor(v) and g.dtype is v.dtype in KERNEL_DTYPES and not transformed():
-            return _of_parts(v, g, dim, eps, norm_dtype)
-    return _composite(v, g, dim, eps, norm_dtype)
 
 
 def magnitude(
@@ -203,17 +154,7 @@ def in_dtype(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     return x.to(dtype.to_complex() if x.dtype.is_complex else dtype)
 
 
-def _check_shape(v: Tensor, g: Tensor, dim: Dim) -> None:
-    if g.shape != (expected := g_shape(v.shape, dim)):
-        raise ValueError(
-            f"g has shape {tuple(g.shape)}; expected {expected} for a v of shape "
-            f"{tuple(v.shape)} and dim={dim}"
-        )
-
-
-def _composite(
-    v: Tensor, g: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None
-) -> Tensor:
+def composite(v: Tensor, g: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None) -> Tensor:
     if is_dtensor(g):
         # Its gradient would be a partial sum; this makes it whole.
         g = g.redistribute(placements=g.placements)
@@ -229,13 +170,20 @@ def has_kernel(v: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None) 
     return (
         eps == 0.0
         and norm_dtype is None
-        and isinstance(dim, int)
-        and (dim == 0 or dim == v.ndim - 1)
+        and has_kernel_along(v, dim)
         and v.dtype in KERNEL_DTYPES
-        and (v.is_cpu or v.is_cuda)
         and not is_dtensor(v)
-        and not _lacks_kernel(v)
         and not _empty(v)  # torch's kernel divides by the size and takes the process down
+    )
+
+
+def has_kernel_along(v: Tensor, dim: Dim) -> bool:
+    """Whether there is a kernel for this device and axis, where dtype and options allow it."""
+    return (
+        isinstance(dim, int)
+        and (dim == 0 or dim == v.ndim - 1)
+        and (v.is_cpu or v.is_cuda)
+        and not _lacks_kernel(v)
     )
 
 
@@ -244,36 +192,12 @@ def _empty(v: Tensor) -> bool:
     return not traced() and v.numel() == 0
 
 
-def traced() -> bool:
-    """Whether torch.compile, torch.export or torch.jit is recording what is called."""
-    return torch.compiler.is_compiling() or _jit_traced()
-
-
-def _jit_traced() -> bool:
-    # In this order: torch.compile stops at the second question.
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()
-
-
-def transformed() -> bool:
-    """Whether forward-mode AD or a ``torch.func`` transform is under way."""
-    # torch has no public question for either; its own autograd.Function asks the same.
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-
-
-def builds_graph() -> bool:
-    """Whether autograd records: grad mode is on, and that is not undone by inference mode."""
-    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-
-
 def like(w: Tensor, v: Tensor) -> Tensor:
     """``w`` in the channels_last layout of ``v``, which torch's operator drops."""
     if v.is_contiguous() or v.ndim not in (4, 5):
         return w
     last = torch.channels_last if v.ndim == 4 else torch.channels_last_3d
     return w.contiguous(memory_format=last) if v.is_contiguous(memory_format=last) else w
-
-
-# Values and gradients outside of autograd -----------------------------------------------
 
 
 Total: TypeAlias = Callable[[Tensor], Tensor]
@@ -327,7 +251,7 @@ def gradients(
     """
     if total is None and has_kernel(v, dim, eps, norm_dtype):
         dw = grad.to(v.dtype).contiguous()
-        return _kernel_backward(dw, v.contiguous(), g.contiguous(), norms, dim)
+        return kernel_backward(dw, v.contiguous(), g.contiguous(), norms, dim)
     wide = torch.promote_types(norm_dtype or v.dtype, torch.float32)
     x, dw = v.contiguous().to(wide), grad.contiguous().to(wide)
     n, m = norms.to(wide), g.to(wide)
@@ -353,8 +277,8 @@ def gradients(
     return like(grad_v.view(v.shape).to(v.dtype), v), grad_g.to(g.dtype)
 
 
-_kernel_backward: Callable[..., tuple[Tensor, Tensor]]
-_kernel_backward = torch.ops.aten._weight_norm_interface_backward.default
+kernel_backward: Callable[..., tuple[Tensor, Tensor]]
+kernel_backward = torch.ops.aten._weight_norm_interface_backward.default
 
 
 class Axes(NamedTuple):
@@ -385,148 +309,3 @@ def _sums(products: Tensor, axes: Axes | None, dim: Dim) -> Tensor:
         # The leading axis by itself: torch is slow at reducing both sides of a kept axis.
         products = products.view(axes.before, axes.kept * axes.after).sum(0)
     return products.view(axes.kept, axes.after).sum(1)
-
-
-# In autograd -----------------------------------------------------------------------------
-
-
-class _Node(torch.autograd.Function):
-    """One weight: torch's kernel or five passes backward, then a differentiable formula.
-
-    torch's own derivative of ``_weight_norm_interface_backward`` is wrong with respect to v
-    (tests/norm/test_math.py shows it), so it is never reached from here. It saves no tensor in
-    autograd's sense, like the node of a fused group: activation checkpointing counts saved
-    tensors, and the model may be fused between a forward and its backward. The model holds g and v.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        v: Tensor,
-        g: Tensor,
-        dim: Dim,
-        eps: float,
-        norm_dtype: torch.dtype | None,
-        known: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        if known is None:
-            exact_g, (w, norms) = g, values(v, g, dim, eps, norm_dtype)
-        else:
-            (exact_g, norms), w = known, _scaled(v, *known, norm_dtype)
-        ctx.held, ctx.versions = (v, g, exact_g, norms), versions(v, g)
-        ctx.options = (dim, eps, norm_dtype)
-        return w
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        v, g, exact_g, norms = ctx.held
-        (grad,) = grads
-        check_unwritten(v, g, ctx.versions)
-        if torch.is_grad_enabled():
-            grad_v, grad_g = differentiable_gradients(grad, v, g, *ctx.options)
-        else:
-            # Of an exact g, autograd rounds the gradient to the dtype of g.
-            grad_v, grad_g = gradients(grad, v, exact_g, norms, *ctx.options)
-        need_v, need_g, *_ = ctx.needs_input_grad
-        return grad_v if need_v else None, grad_g if need_g else None, *(None,) * 4
-
-
-# Past Function.apply, which looks for functorch's transforms: that has been done, and costs as
-# much as the rest. torch leaves it untyped.
-_past: Any = super(torch.autograd.Function, _Node)
-_node: Callable[..., Tensor] = _past.apply
-
-
-def weight_of_known(
-    v: Tensor, g: Tensor, known: tuple[Tensor, Tensor], options: NormOptions
-) -> Tensor:
-    """The weight of a rounded v and g, where the g and the norms of before the rounding are known.
-
-    The gradients are those of the weight, for v and g as they are here.
-    """
-    if builds_graph() and (v.requires_grad or g.requires_grad):
-        return _node(v, g, *options, known)
-    with torch.no_grad():
-        return _scaled(v, *known, options.norm_dtype)
-
-
-def _scaled(v: Tensor, g: Tensor, norms: Tensor, norm_dtype: torch.dtype | None) -> Tensor:
-    return (in_dtype(v, norm_dtype) * (g / norms)).to(v.dtype)
-
-
-class _PartsNode(torch.autograd.Function):
-    """The same for DTensors: each rank computes with its parts, and the sums are what is sent."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, v: Any, g: Any, dim: Dim, eps: float, norm_dtype: torch.dtype | None
-    ) -> Tensor:
-        w, norms, cut = _values_of_parts(v, g, dim, eps, norm_dtype)
-        ctx.held, ctx.versions, ctx.options = (v, g, norms), versions(v, g), (dim, eps, norm_dtype)
-        ctx.cut = cut
-        return w
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        v, g, norms = ctx.held
-        cut: Cut = ctx.cut
-        (grad,) = grads
-        check_unwritten(v, g, ctx.versions)
-        found: tuple[Tensor | None, ...]
-        if torch.is_grad_enabled():
-            found = differentiable_gradients(grad, v, g, *ctx.options)
-        else:
-            dim, eps, norm_dtype = ctx.options
-            parts = cut.part_of(grad), *cut.parts(v, g)
-            grad_v, grad_g = gradients(*parts, norms, dim, eps, norm_dtype, cut.total)
-            whole_g = cut.magnitude(grad_g, g.shape).redistribute(placements=g.placements)
-            found = cut.weight(grad_v, v), whole_g
-        need_v, need_g, *_ = ctx.needs_input_grad
-        return found[0] if need_v else None, found[1] if need_g else None, None, None, None
-
-
-def _values_of_parts(
-    v: Any, g: Any, dim: Dim, eps: float, norm_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor, Cut]:
-    cut = Cut(v, dim)
-    w, norms = values(*cut.parts(v, g), dim, eps, norm_dtype, cut.total)
-    return cut.weight(w, v), norms, cut
-
-
-def _of_parts(v: Tensor, g: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None) -> Tensor:
-    if not is_dtensor(g):
-        raise ValueError(f"v is a DTensor and g a {type(g).__name__}; expected both to be DTensors")
-    if builds_graph() and (v.requires_grad or g.requires_grad):
-        return cast(Tensor, cast(Any, _PartsNode).apply(v, g, dim, eps, norm_dtype))
-    with torch.no_grad():
-        return _values_of_parts(v, g, dim, eps, norm_dtype)[0]
-
-
-def versions(v: Tensor, g: Tensor) -> tuple[int, int]:
-    """The counts of in-place writes that :func:`check_unwritten` compares."""
-    return v._version, g._version
-
-
-def check_unwritten(v: Tensor, g: Tensor, before: tuple[int, int]) -> None:
-    """Raise torch's own error where v or g was written between forward and backward."""
-    if before == (v._version, g._version):
-        return
-    part, tensor, version = ("v", v, before[0]) if v._version != before[0] else ("g", g, before[1])
-    raise RuntimeError(
-        "one of the variables needed for gradient computation has been modified by an inplace "
-        f"operation: the {part} of a weight of shape {tuple(v.shape)} is at version "
-        f"{tensor._version}; expected version {version}. Call backward before the optimizer's "
-        "step, or clone what you write to"
-    )
-
-
-def differentiable_gradients(
-    grad: Tensor, v: Tensor, g: Tensor, dim: Dim, eps: float, norm_dtype: torch.dtype | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients as functions of g, v and ``grad``; ``None`` for what needs none."""
-    wide = torch.promote_types(v.dtype, torch.float32)
-    w = _composite(v.to(wide), g.to(wide), dim, eps, norm_dtype)
-    inputs = [t for t in (v, g) if t.requires_grad]
-    found = iter(torch.autograd.grad(w, inputs, grad.to(wide), create_graph=True))
-    grad_v, grad_g = (next(found) if t.requires_grad else None for t in (v, g))
-    return grad_v, grad_g

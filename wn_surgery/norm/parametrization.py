@@ -17,8 +17,9 @@ from wn_surgery.errors import ModelError, ZeroNormError
 from wn_surgery.norm import savers
 from wn_surgery.norm.cuts import write
 from wn_surgery.norm.limits import zero_slices
-from wn_surgery.norm.math import magnitude, weight_norm
+from wn_surgery.norm.math import magnitude
 from wn_surgery.norm.naming import keys_for
+from wn_surgery.norm.operator import weight_norm
 from wn_surgery.norm.options import Dim, NormOptions, dtype_name
 
 __all__ = ["WeightNorm", "WeightNormList", "is_weight_norm", "parts_of"]
@@ -34,7 +35,7 @@ class WeightNorm(nn.Module):
         self.dim, self.eps, self.norm_dtype = dim, eps, norm_dtype
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
-        """The weight; see :func:`wn_surgery.norm.math.weight_norm`."""
+        """The weight; see :func:`wn_surgery.norm.operator.weight_norm`."""
         return weight_norm(v, g, self.dim, self.eps, self.norm_dtype)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:

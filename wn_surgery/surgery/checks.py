@@ -13,12 +13,14 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from wn_surgery.errors import WeightNormError
-from wn_surgery.model.holders import ZERO3, in_parts
+from wn_surgery.model.holders import ZERO3, in_parts, is_ordinary
 from wn_surgery.model.layouts import Normed
 from wn_surgery.model.sites import Node, Site, is_folded
 from wn_surgery.norm.cuts import is_dtensor, why_uncut
 from wn_surgery.norm.limits import has_easy_norms, zero_slices
-from wn_surgery.norm.math import wanted_norm, weight_norm
+from wn_surgery.norm.math import wanted_norm
+from wn_surgery.norm.module_class import FOLDED
+from wn_surgery.norm.operator import weight_norm
 from wn_surgery.norm.options import Dim, NormOptions, dtype_name, kept_axes
 from wn_surgery.rules.rule import Rule, has_axes
 
@@ -30,9 +32,21 @@ def error_at(site: Site, kind: str, message: str) -> WeightNormError:
     return WeightNormError(message, kind=kind, site=site.name)
 
 
-def before_any_change(site: Site) -> Iterator[WeightNormError]:
+def before_any_change(site: Site) -> Iterable[WeightNormError]:
     """What prevents every change of a site."""
     tensor = site.tensor
+    if (
+        is_ordinary(tensor)
+        and site.node.wrapped is None
+        and not FOLDED
+        and not tensor.is_inference()
+        and not torch.is_inference_mode_enabled()
+    ):
+        return ()
+    return _before_any_change(site, tensor)
+
+
+def _before_any_change(site: Site, tensor: Tensor | None) -> Iterator[WeightNormError]:
     if is_folded(site.node):
         message = f"{site.name} is inside folded() or writable() now; leave the context first"
         yield error_at(site, "folded", message)

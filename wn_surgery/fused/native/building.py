@@ -25,7 +25,8 @@ import torch
 from wn_surgery.errors import ModelError
 from wn_surgery.fused.evaluator import Lasting, stale
 from wn_surgery.fused.sharing import STEP
-from wn_surgery.norm.math import check_unwritten, differentiable_gradients, gradients, values
+from wn_surgery.norm.math import gradients, values
+from wn_surgery.norm.nodes import check_unwritten, differentiable_gradients
 
 __all__ = ["load", "why_not"]
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from wn_surgery.fused.groups import Group
 from wn_surgery.fused.native.building import load
 from wn_surgery.fused.sharing import AnySlot, module_hooks_of
-from wn_surgery.norm.math import builds_graph, g_shape, has_kernel
+from wn_surgery.norm.math import g_shape, has_kernel
+from wn_surgery.norm.modes import builds_graph
 from wn_surgery.norm.parametrization import WeightNormList
 
 if TYPE_CHECKING:
