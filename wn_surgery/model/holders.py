@@ -6,11 +6,11 @@ They are read by name, so that neither has to be imported.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["FSDP1", "ZERO3", "axes", "holder", "in_parts", "whole_shape"]
+__all__ = ["FSDP1", "ZERO3", "axes", "holder", "in_parts", "is_ordinary", "whole_shape"]
 
 FSDP1 = "FSDP"
 ZERO3 = "DeepSpeed ZeRO-3"
@@ -18,6 +18,11 @@ ZERO3 = "DeepSpeed ZeRO-3"
 
 def _marks(tensor: Tensor | None) -> Mapping[str, Any]:
     return getattr(tensor, "__dict__", {})
+
+
+def is_ordinary(tensor: Tensor | None) -> TypeGuard[nn.Parameter]:
+    """Whether it is exactly a Parameter and nobody has set anything on it, as for nearly all."""
+    return type(tensor) is nn.Parameter and not tensor.__dict__
 
 
 def holder(tensor: Tensor | None) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -259,26 +259,29 @@ def could(site: Site) -> bool:
     return axes(tensor) >= 2 and (tensor.is_floating_point() or tensor.is_complex())
 
 
-def sites_of(node: Node, wanted: Callable[[str], object] = bool) -> Iterator[Site]:
+def sites_of(node: Node, wanted: Callable[[str], object] = bool) -> list[Site]:
     """The parameters of one module of a ``wanted`` name: plain ones, then computed ones."""
     module = node.module
-    held: dict[str, Normed | Foreign] = {}
-    parts: set[str] = set()
+    found = [
+        Site(node, name, None, parameter)
+        for name, parameter in module._parameters.items()
+        if parameter is not None and wanted(name)
+    ]
     # A model has many modules, and most compute no parameter.
-    if "parametrizations" in module._modules or module._forward_pre_hooks:
-        held = carried(module)
-        legacy = [name for name, how in held.items() if how.layout == "legacy"]
-        parts = {key for name in legacy for key in keys_for(name, "legacy")}
-    for name, parameter in module._parameters.items():
-        if parameter is not None and name not in parts and wanted(name):
-            yield Site(node, name, None, parameter)
+    if "parametrizations" not in module._modules and not module._forward_pre_hooks:
+        return found
+    held = carried(module)
+    legacy = [name for name, how in held.items() if how.layout == "legacy"]
+    parts = {key for name in legacy for key in keys_for(name, "legacy")}
+    found = [site for site in found if site.param not in parts]
     for name, how in held.items():
         if not wanted(name):
             continue
         if isinstance(how, Normed):
-            yield NormedSite(node, name, how, how.v)
+            found.append(NormedSite(node, name, how, how.v))
         else:
-            yield Site(node, name, how, None)
+            found.append(Site(node, name, how, None))
+    return found
 
 
 def as_module(model: object) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from torch import Tensor, nn
 
 from wn_surgery.errors import RuleError
-from wn_surgery.model.holders import axes, in_parts
+from wn_surgery.model.holders import axes, in_parts, is_ordinary
 from wn_surgery.model.sites import Node, Site, sites_of
 from wn_surgery.rules.rule import (
     Rule,
@@ -53,14 +53,11 @@ def match(nodes: Sequence[Node], rules: Sequence[Rule]) -> Iterator[Match]:
         named = [(path, i) for path in node.paths for i, test in typed if test(path)]
         for site in sites_of(node, of_param) if named else ():
             wanted = of_param(site.param)
-            winners: dict[str, int] = {}
-            every: set[int] = set()
-            for path, i in named:
-                if i in wanted and eligible(site, rules[i], path):
-                    winners[path] = i
-                    every.add(i)
-            if every:
-                yield site, winners, sorted(every)
+            taken = [
+                (path, i) for path, i in named if i in wanted and eligible(site, rules[i], path)
+            ]
+            if taken:
+                yield site, dict(taken), sorted({i for _, i in taken})
 
 
 def takes(rule: Rule, site: Site) -> bool:
@@ -85,10 +82,15 @@ def eligible(site: Site, rule: Rule, path: str) -> bool:
         if not wanted:
             return False
     tensor = site.tensor
-    if site.held is not None or tensor is None or nn.parameter.is_lazy(tensor):
+    if site.held is not None or tensor is None:
+        return True
+    if is_ordinary(tensor):
+        if not takes_rank(rule, site.param, tensor.ndim):
+            return False
+    elif nn.parameter.is_lazy(tensor):
         return True
     # FSDP1 has one dimension for everything, and does not say what its parts are parts of.
-    if not takes_rank(rule, site.param, axes(tensor)) and not in_parts(tensor):
+    elif not takes_rank(rule, site.param, axes(tensor)) and not in_parts(tensor):
         return False
     # A rule that is about everything means everything it can mean; one that names
     # modules or types means these, and the plan says why they cannot be.

@@ -190,20 +190,21 @@ _Sound: TypeAlias = dict[Hashable, NormOptions]
 
 def _decide(made: Plan, found: Match, sound: _Sound) -> None:
     site, _, numbers = found
-    *shadowed, number = [index + 1 for index in numbers]
-    rule = made.rules[number - 1]
-    step = Step(site, "keep", site.layout, site.norm, rule, tuple(shadowed), f"rule {number}")
+    *others, last = numbers
+    shadowed = tuple([index + 1 for index in others]) if others else ()
+    rule, held = made.rules[last], site.held
+    step = Step(site, "keep", site.layout, site.norm, rule, shadowed, f"rule {last + 1}")
     made.steps.append(step)
     if rule.action == "skip":
         step.action = "skip"
     elif rule.action == "remove":
         made.problems += _plan_removal(step)
-    elif isinstance(site.held, Normed):
-        made.problems += _plan_replacement(step, rule, site.held)
-    elif isinstance(site.held, Foreign):
-        made.problems += _stacked(site, site.held)
-    else:
+    elif held is None:
         made.problems += _plan_application(step, rule, sound)
+    elif isinstance(held, Normed):
+        made.problems += _plan_replacement(step, rule, held)
+    else:
+        made.problems += _stacked(site, held)
 
 
 def _plan_removal(step: Step) -> Iterator[WeightNormError]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace as changed
 from typing import NamedTuple, TypeAlias
 
@@ -37,19 +37,24 @@ class Index:
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         self.nodes = nodes
-        tensors = list(_tensors(nodes))
-        sizes = {id(tensor): tensor.numel() for _, _, tensor, _ in tensors}
+        self.ties: dict[Hashable, list[_End]] = {}
+        sizes: dict[int, int] = {}
+        # Most tensors have a place of their own, which is quicker to ask for than a key.
+        places: list[int] = []
         for node in nodes:
+            for _, tensor, normed in _tensors(node):
+                sizes[id(tensor)] = tensor.numel()
+                places.append(_place(tensor, normed))
             if (lists := node.module._modules.get("parametrizations")) is not None:
                 sizes.update((id(p), p.numel()) for p in lists.parameters())
         self.count = sum(sizes.values())
-        self.ties: dict[Hashable, list[_End]] = {}
-        # Most tensors have a place of their own, which is quicker to ask for than a key.
-        places = [_place(tensor, normed) for _, _, tensor, normed in tensors]
-        counts = Counter(places) if len(set(places)) < len(places) else {}
-        for place, (node, name, tensor, normed) in zip(places, tensors, strict=True):
-            if counts and counts[place] > 1:
-                self.ties.setdefault(tie_key(tensor, normed), []).append(_End(node, name))
+        if len(set(places)) == len(places):
+            return
+        counts = Counter(places)
+        for node in nodes:
+            for name, tensor, normed in _tensors(node):
+                if counts[_place(tensor, normed)] > 1:
+                    self.ties.setdefault(tie_key(tensor, normed), []).append(_End(node, name))
 
 
 def _place(tensor: Tensor, normed: bool) -> int:
@@ -60,18 +65,20 @@ def _place(tensor: Tensor, normed: bool) -> int:
     return (has_address(tensor) and tensor.data_ptr()) or id(tensor)
 
 
-def _tensors(nodes: Sequence[Node]) -> Iterator[tuple[Node, str, Tensor, bool]]:
-    """Every parameter, and every v once more."""
-    for node in nodes:
-        module = node.module
-        for name, parameter in module._parameters.items():
-            if parameter is None or nn.parameter.is_lazy(parameter):
-                continue
-            yield node, name, parameter, False
-        if "parametrizations" in module._modules or module._forward_pre_hooks:
-            for name, held in carried(module).items():
-                if isinstance(held, Normed):
-                    yield node, name, held.v, True
+def _tensors(node: Node) -> list[tuple[str, Tensor, bool]]:
+    """Every parameter of a module, and every v once more."""
+    module = node.module
+    found: list[tuple[str, Tensor, bool]] = [
+        (name, parameter, False)
+        for name, parameter in module._parameters.items()
+        if type(parameter) is nn.Parameter
+        or (parameter is not None and not nn.parameter.is_lazy(parameter))
+    ]
+    if "parametrizations" in module._modules or module._forward_pre_hooks:
+        for name, held in carried(module).items():
+            if isinstance(held, Normed):
+                found.append((name, held.v, True))
+    return found
 
 
 _Steps: TypeAlias = "dict[tuple[int, str], Step]"  # by module and parameter
