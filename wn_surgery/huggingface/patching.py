@@ -15,6 +15,7 @@ from wn_surgery.huggingface import config as configs
 from wn_surgery.huggingface import conversions, embeddings
 from wn_surgery.huggingface.adapters import without_adapters
 from wn_surgery.huggingface.config import ConfigLike, WeightNormConfig, fill_in, recorded
+from wn_surgery.huggingface.generation import fold_while_generating
 from wn_surgery.huggingface.usual import rules_for
 from wn_surgery.model import records, reloading
 from wn_surgery.model.sites import normed
@@ -185,6 +186,7 @@ def put(
     of_g = [_of_g(step) for step in wn.plan(model, rules).steps]
     report = wn.apply(model, rules, optimizers=optimizers)
     embeddings.follow(model, tied)
+    fold_while_generating(model)
     config.rules, config.model_type = meant, model_type
     config.sites = fill_in(records.record(model), of_g)
     return report
