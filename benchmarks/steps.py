@@ -14,17 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 
 import wn_surgery as wn
+from benchmarks.cases import vocoder
 from benchmarks.measure import compare
-from benchmarks.models import TCN, WaveNet
+from benchmarks.models import RNN, TCN, WaveNet
+from benchmarks.peers import PEERS, Workload
 from benchmarks.report import as_data, environment, markdown, write
+from wn_surgery.fused.native.building import why_not
 
-__all__ = ["OPTIMIZERS", "alternatives", "main"]
+__all__ = ["MODELS", "OPTIMIZERS", "alternatives", "main"]
 
 RESULTS = Path(__file__).parent / "results" / "steps.json"
-RULES = {"types": "Conv1d"}
+CONVOLUTIONS = {"types": ["Conv1d", "ConvTranspose1d"]}
+LINEARS = {"types": "Linear"}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "default": {},
     "foreach": {"foreach": True},
@@ -34,15 +37,14 @@ ONCE = "ours once per step"
 NATIVE, NATIVE_ONCE = "ours native", "ours native once per step"
 
 
-def prepared(name: str, plain: nn.Module, options: dict[str, Any]) -> tuple[nn.Module, Any]:
+def prepared(name: str, workload: Workload, options: dict[str, Any]) -> tuple[nn.Module, Any]:
     """A copy of the model with one kind of weight norm, and its optimizer."""
-    model = copy.deepcopy(plain)
-    if name == "torch":
-        for layer in list(model.modules()):
-            if isinstance(layer, nn.Conv1d):
-                parametrizations.weight_norm(layer)
-    elif name.startswith("ours"):
-        wn.apply(model, RULES)
+    model = copy.deepcopy(workload.model)
+    if name.startswith("ours"):
+        wn.apply(model, workload.rules)
+    else:
+        (peer,) = (peer for peer in PEERS if peer.name == name)
+        peer.prepare(workload, model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, **options)
     if name == "ours fused":
         wn.fuse(model)
@@ -55,14 +57,16 @@ def prepared(name: str, plain: nn.Module, options: dict[str, Any]) -> tuple[nn.M
     return model, optimizer
 
 
-def step_of(model: nn.Module, optimizer: Any, batches: list[Tensor]) -> Callable[[], Tensor]:
+def step_of(
+    workload: Workload, model: nn.Module, optimizer: Any, micro_batches: int
+) -> Callable[[], Tensor]:
     """One training step; its result is the loss of the last micro-batch."""
 
     def step() -> Tensor:
         optimizer.zero_grad()
-        loss = torch.zeros(())
-        for x in batches:
-            loss = model(x).square().mean()
+        loss: Any = torch.zeros(())
+        for _ in range(micro_batches):
+            loss = workload.forward(model).square().mean()
             loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -72,29 +76,53 @@ def step_of(model: nn.Module, optimizer: Any, batches: list[Tensor]) -> Callable
 
 
 def alternatives(
-    plain: nn.Module, x: Tensor, micro_batches: int, options: dict[str, Any]
+    workload: Workload, micro_batches: int, options: dict[str, Any]
 ) -> dict[str, Callable[[], Tensor]]:
     """A step of each row.
 
     Raises:
         RuntimeError: the steps of two rows lead to other losses.
     """
-    batches = [x + 0.1 * i for i in range(micro_batches)]
-    rows = ("plain", "plain (A/A)", "torch", "ours", "ours fused", ONCE, NATIVE, NATIVE_ONCE)
-    calls = {name: step_of(*prepared(name, plain, options), batches) for name in rows}
+    rows = ["plain", "plain (A/A)", "legacy", "torch", "ours", "ours fused", ONCE]
+    if not why_not():
+        rows += [NATIVE, NATIVE_ONCE]
+    calls = {
+        name: step_of(workload, *prepared(name, workload, options), micro_batches) for name in rows
+    }
     losses = {name: [float(call()) for _ in range(5)] for name, call in calls.items()}
-    for pair in (
-        ("plain", "plain (A/A)"),
-        ("torch", "ours"),
-        ("ours", "ours fused"),
-        ("ours", ONCE),
-        ("ours", NATIVE),
-        ("ours", NATIVE_ONCE),
-    ):
+    normed = (("torch", name) for name in rows if not name.startswith("plain"))
+    for pair in (("plain", "plain (A/A)"), *normed):
         one, other = (torch.tensor(losses[name]) for name in pair)
         if not torch.allclose(one, other, rtol=1e-4):
             raise RuntimeError(f"{pair[0]} and {pair[1]} do not train alike: {one} and {other}")
     return calls
+
+
+def _model(model: nn.Module, rules: dict[str, Any], x: Tensor) -> Workload:
+    return Workload(model, rules, lambda m: m(x))
+
+
+def _minilm() -> Workload:
+    """The sizes of all-MiniLM-L6-v2, and 8 sentences of 32 tokens."""
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=1000, hidden_size=384, num_hidden_layers=6, num_attention_heads=12,
+        intermediate_size=1536, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    ids = torch.randint(config.vocab_size, (8, 32))
+    rules = {"types": "Linear", "names": "encoder.**"}
+    return Workload(BertModel(config), rules, lambda m: m(ids).last_hidden_state)
+
+
+MODELS: dict[str, Callable[[], Workload]] = {
+    "tcn": lambda: _model(TCN(32, levels=6), CONVOLUTIONS, torch.randn(8, 1, 64)),
+    "wavenet": lambda: _model(WaveNet(), CONVOLUTIONS, torch.randn(1, 1, 256)),
+    "hifigan": lambda: _model(vocoder(512), CONVOLUTIONS, torch.randn(1, 4, 80)),
+    "rnn": lambda: _model(RNN(), LINEARS, torch.randn(200, 4, 128)),
+    "minilm": _minilm,
+}
+"""What is trained, and where weight norm goes; each is made when it is asked for."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,23 +133,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=[*OPTIMIZERS])
-    parser.add_argument("--models", nargs="+", choices=("tcn", "wavenet"))
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON goes")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    models: dict[str, tuple[nn.Module, Tensor]] = {
-        "tcn": (TCN(32, levels=6), torch.randn(8, 1, 64)),
-        "wavenet": (WaveNet(), torch.randn(1, 1, 256)),
-    }
     tables: list[dict[str, Any]] = []
-    for name, (model, x) in models.items():
-        if args.models and name not in args.models:
-            continue
+    for name in args.models:
+        torch.manual_seed(0)
+        workload = MODELS[name]()
         for optimizer in args.optimizers:
             for count in args.micro_batches:
                 print(f"\n## {name}, AdamW {optimizer}, {count} micro-batch(es)\n", flush=True)
-                calls = alternatives(model, x, count, OPTIMIZERS[optimizer])
+                calls = alternatives(workload, count, OPTIMIZERS[optimizer])
                 found = compare(calls, base="plain", rounds=args.rounds)
                 print(markdown(found, {}), flush=True)
                 tables.append(

@@ -5,6 +5,7 @@ How long anything takes is never a test.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+
+from wn_surgery.fused.native.building import why_not
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -321,3 +324,34 @@ def test_a_part_reads_nothing_but_weights() -> None:
     with alternatives(gpu.Part("p", layers, part.rules, torch.bfloat16).workload(), STEP) as rows:
         agree(rows, 2e-2)
         assert rows[0].outcome()["the output"].dtype == torch.bfloat16
+
+
+def test_training_and_generating_as_users_do(
+    threads: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frameworks = importlib.import_module("benchmarks.frameworks")
+    out = tmp_path / "frameworks.json"
+    cases = ["lightning-mlp-8x64", "generate"]
+    code = frameworks.main(["--rounds", "1", "--steps", "1", "--out", str(out), "--only", *cases])
+    assert code in (0, 1)  # a target says how long something takes
+    tables = json.loads(out.read_text())["tables"]
+    assert [table["case"] for table in tables] == cases
+    names = [[row["name"] for row in table["rows"]] for table in tables]
+    theirs = ["plain", "plain (A/A)", "legacy", "torch"]
+    native = [] if why_not() else ["ours native"]
+    assert names == [
+        [*theirs, "ours", "ours fused", "ours once per step", *native],
+        [*theirs, "ours"],
+    ]
+    assert capsys.readouterr().out.count("at least") == 2
+
+
+def test_rows_that_do_not_train_alike_are_found() -> None:
+    frameworks = importlib.import_module("benchmarks.frameworks")
+    rows = {name: frameworks.Row() for name in ("plain", "plain (A/A)", "torch", "ours")}
+    for name, row in rows.items():
+        row.result = torch.tensor([1.0, 1.1 if name == "ours" else 1.2])
+    with pytest.raises(RuntimeError, match="torch and ours do not give the same"):
+        frameworks.agree(rows)
+    rows["ours"].result = torch.tensor([1.0, 1.2])
+    frameworks.agree(rows)
