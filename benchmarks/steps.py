@@ -70,7 +70,8 @@ def step_of(
             loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        return loss.detach()
+        result: Tensor = loss.detach()
+        return result
 
     return step
 
