@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,30 @@ def test_training_mode_and_a_wrapped_call(computed: list[Tensor]) -> None:
         computed.clear()
         generated(model)
         assert len(computed) == count(model)
+
+
+def test_two_threads_fold_for_themselves(computed: list[Tensor]) -> None:
+    model = patched()
+    wanted = generated(model)
+    computed.clear()
+    meet = threading.Barrier(2)
+
+    def together(_: int) -> Tensor:
+        class Meet(transformers.StoppingCriteria):  # type: ignore[misc, name-defined]
+            met = False
+
+            def __call__(self, ids: Tensor, *_: Any, **__: Any) -> Tensor:
+                if not self.met:
+                    meet.wait(60)
+                self.met = True
+                return torch.zeros(len(ids), dtype=torch.bool)
+
+        return generated(model, stopping_criteria=transformers.StoppingCriteriaList([Meet()]))
+
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(together, range(2)):
+            assert torch.equal(found, wanted)
+    assert len(computed) == 2 * count(model)
 
 
 def test_what_is_written_between_two_calls_counts() -> None:

@@ -271,7 +271,7 @@ class _Group(torch.autograd.Function):
         return (*[None] * 6, *(grad if want else None for grad, want in both))
 
 
-# Past Function.apply, as in norm/math.py; torch leaves it untyped.
+# Past Function.apply, as in norm/nodes.py; torch leaves it untyped.
 _past: Any = super(torch.autograd.Function, _Group)
 _group: Callable[..., tuple[Tensor, ...]] = _past.apply
 

@@ -13,9 +13,10 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
+from wn_surgery.errors import ModelError
 from wn_surgery.huggingface.config import recorded
 from wn_surgery.model.folding import folded
-from wn_surgery.model.sites import is_folded, normed
+from wn_surgery.model.sites import normed
 
 __all__ = ["fold_while_generating"]
 
@@ -53,11 +54,14 @@ def _folding(generate: Callable[..., Any]) -> Callable[..., Any]:
 def _fold(model: nn.Module, folds: ExitStack) -> None:
     """Enter ``folded`` where nothing can be in its way."""
     # A fold of torch's own layout is one for all threads; what an engine holds, it would gather.
-    if any(not site.ours or site.holder or is_folded(site.node) for site in normed(model)):
+    if any(not site.ours or site.holder for site in normed(model)):
         return
     with torch.no_grad():
         try:
             folds.enter_context(folded(model))
+        except ModelError as error:
+            if error.kind != "folded":  # else it is inside writable()
+                raise
         except torch.OutOfMemoryError:
             warnings.warn(
                 "no memory to keep the computed weights while generating, so they are computed for "
