@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -193,6 +194,21 @@ def test_parameters_that_share_memory_are_tied() -> None:
         wn.apply(model, {"names": "head"})
     wn.apply(model, HEAD)
     assert one(model)
+
+
+@pytest.mark.parametrize("tied", ["together", "untie", "skip"])
+@pytest.mark.parametrize("ends", [1, 2, 3])
+def test_parameters_are_counted_where_ends_share_memory(tied: Any, ends: int) -> None:
+    """The last of three ends is another Parameter in the memory of the first two."""
+    model = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(3)))
+    weight = model[0].weight
+    model[1].weight, model[2].weight = weight, nn.Parameter(weight.detach())
+    names = [str(i) for i in range(ends)]
+    plan = wn.plan(model, names=names, tied=tied)
+    assert plan.parameters == 18
+    expected = plan.to_dict()["parameters_after"]
+    wn.apply(model, names=names, tied=tied)
+    assert sum(p.numel() for p in model.parameters()) == expected
 
 
 def test_the_half_tie_that_torch_leaves_is_not_a_tie() -> None:

@@ -39,6 +39,7 @@ class Step:
         why: one line for the table.
         group: a key shared by the steps of tied parameters that stay tied.
         copies: whether a tied parameter is copied first, so that the tie ends.
+        leaves: whether the Parameter itself stays at another end of the tie.
     """
 
     site: Site
@@ -50,6 +51,7 @@ class Step:
     why: str = ""
     group: Hashable | None = None
     copies: bool = False
+    leaves: bool = False
 
     @property
     def changes(self) -> bool:
@@ -117,17 +119,20 @@ class Plan:
     @property
     def added(self) -> int:
         """How many parameters the model gains; negative for removal."""
-        total, seen = 0, set[Any]()
+        total, seen = 0, set[Any]()  # groups, and the identities of their Parameters
         for step in self.changes:
             held, tensor = step.site.held, step.site.tensor
             assert tensor is not None  # a site that changes has a weight or a v
-            key = id(step) if step.group is None else step.group
-            if key in seen:
+            if step.group in seen:
+                if id(tensor) not in seen:  # another Parameter in the same memory, which goes
+                    total -= tensor.numel()
+                seen.add(id(tensor))
                 continue
-            seen.add(key)
+            if step.group is not None:
+                seen |= {step.group, id(tensor)}
             if step.norm is not None:
                 total += math.prod(g_shape(step.site.shape, step.norm.dim))
-            if step.copies:  # and the other end of the tie keeps what there was
+            if step.leaves:
                 total += tensor.numel()
             elif isinstance(held, Normed):
                 total -= held.g.numel()

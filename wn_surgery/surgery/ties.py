@@ -125,9 +125,17 @@ def _resolve(plan: Plan, step: Step, key: Hashable, others: list[_End], steps: _
         # The last end to leave may keep the tensor: nobody shares it any more.
         leaving = [each for each in present if each and each.action == step.action and each.copies]
         step.copies = len(leaving) < len(others)
+        step.leaves = any(
+            _is_one(end, step.site) and steps.get(_where(end)) not in leaving for end in others
+        )
         step.why += f", untied from {tied_to}"
     else:
         _join(plan, step, key, others, steps)
+
+
+def _is_one(end: _End, site: Site) -> bool:
+    """Whether the other end is the same Parameter, and not another one in its memory."""
+    return site.normed or end.node.module._parameters.get(end.param) is site.tensor
 
 
 def _join(plan: Plan, step: Step, key: Hashable, others: list[_End], steps: _Steps) -> None:
