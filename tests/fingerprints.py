@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from wn_surgery.norm.module_class import beneath, is_managed
+
 __all__ = [
     "Fingerprint",
     "assert_same",
@@ -130,7 +132,12 @@ def _visit(found: Fingerprint, module: nn.Module, path: str, seen: dict[int, str
     seen[id(module)] = where
     attributes = module.__dict__
     # The class itself, and what it holds: torch's functions add and delete properties of it.
-    found[f"{where}: class"] = (type(module), frozenset(vars(type(module))))
+    cls: Any = type(module)
+    held = frozenset(vars(cls))
+    # A copy of what torch parametrized on top of ours has a class of ours for all of it.
+    if is_managed(cls) and not found.identity:
+        cls = (beneath(cls), cls.__name__)
+    found[f"{where}: class"] = (cls, held)
     found[f"{where}: object"] = found.number(id(module), module)
     found[f"{where}: attributes"] = list(attributes) if found.identity else sorted(attributes)
     for container in _OWN:

@@ -68,14 +68,19 @@ def ties_of_one_parameter(tree: Tree) -> Tree:
 def removed(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()) -> bool:
     """Remove all weight norm; False if it is refused, as it must be under something else."""
     before = of_model(model, identity=True)
-    sites = [site for node in walk(model) for site in sites_of(node)]
-    if any("WeightNorm + " in site.held.maker for site in sites if site.held is not None):
+    if stacked(model):
         with pytest.raises(wn.StackedParametrizationError):
             wn.remove(model, optimizers=optimizers)
         assert_same(before, of_model(model, identity=True))
         return False
     wn.remove(model, optimizers=optimizers)
     return True
+
+
+def stacked(model: nn.Module) -> bool:
+    """Whether something else is put on top of a weight norm, which removing refuses."""
+    sites = [site for node in walk(model) for site in sites_of(node)]
+    return any("WeightNorm + " in site.held.maker for site in sites if site.held is not None)
 
 
 def other(model: nn.Module) -> bool:

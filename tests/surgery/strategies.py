@@ -114,8 +114,6 @@ class Tree:
         parameters = list(model.parameters())
         for index in self.frozen if normed and parameters else ():
             parameters[index % len(parameters)].requires_grad_(False)
-        # BUG: put_parametrized sets the training flag of everything under `parametrizations`, and
-        # no rollback puts it back; so flags change for whole modules, and not over spectral norm.
         modules = [module for module in model.modules() if _may_toggle(module)]
         for index in self.toggled if normed and modules else ():
             module = modules[index % len(modules)]
@@ -127,7 +125,7 @@ def _may_toggle(module: nn.Module) -> bool:
     inside = module.__class__ is nn.ModuleDict or type(module).__module__.startswith(
         ("torch.nn.utils", "wn_surgery")
     )
-    return not inside and not any(hasattr(child, "_power_method") for child in module.modules())
+    return not inside
 
 
 def _build(part: Part, built: list[nn.Module], leaves: list[tuple[Leaf, nn.Module]]) -> nn.Module:
@@ -195,10 +193,6 @@ def _put(module: nn.Module, norm: Norm) -> None:
         warnings.simplefilter("ignore", FutureWarning)
         if norm.maker == "legacy":
             nn.utils.weight_norm(owner, name, dim)
-            # BUG: planning raises StopIteration where weight_v lies in the memory of a plain
-            # weight, as torch leaves it at the end of a tie; so it gets memory of its own.
-            v = getattr(owner, f"{name}_v")
-            v.data = v.data.clone(memory_format=torch.preserve_format)
         elif norm.maker == "torch":
             parametrizations.weight_norm(owner, name, dim)
         elif norm.maker == "ours":
@@ -214,9 +208,6 @@ def _put(module: nn.Module, norm: Norm) -> None:
             pass  # the power iteration is not there in half precision
         elif norm.maker == "spectral":
             parametrizations.spectral_norm(owner, name)
-            # BUG: surgery on another weight of an RNN reads this one, and in training each read
-            # is a power iteration, which writes buffers that no rollback puts back.
-            owner.eval()
         else:
             nn.utils.spectral_norm(owner, name)
 

@@ -104,8 +104,6 @@ def model_of_every_layout() -> nn.Module:
         nn.utils.weight_norm(model[2])
     parametrizations.weight_norm(model[3], "weight_hh_l0")
     parametrizations.spectral_norm(model[3], "weight_ih_l0")
-    # BUG: in training, surgery beside spectral norm takes a step of its power iteration.
-    model[3].eval()
     wn.apply(model, {"names": "5", "dim": None})
     model[2].weight_g.requires_grad_(False)
     return model

@@ -29,6 +29,7 @@ from tests.surgery.property_tools import (
     planned,
     removed,
     share,
+    stacked,
     ties_of_one_parameter,
 )
 from tests.surgery.strategies import Case, Tree, cases, trees
@@ -94,7 +95,8 @@ def test_apply_then_remove_gives_the_model_back(case: Case, by_rule: bool) -> No
         wn.Rule(action="remove", names=step.site.node.paths, params=step.site.param)
         for step in plan.changes
     ]
-    everything = not any(site.normed for site in wn.sites(case.tree.build()))
+    fresh = case.tree.build()
+    everything = not any(site.normed for site in wn.sites(fresh)) and not stacked(fresh)
     report = wn.remove(model) if everything and not by_rule else wn.remove(model, removal)
     assert set(report.changed) == {step.site.name for step in plan.changes}
     assert wn.remove(model, removal, on_unmatched="ignore").changed == ()
@@ -142,11 +144,6 @@ def _assert_close(module: nn.Module, param: str, before: bytes) -> None:
 @given(cases())
 def test_applying_twice_is_applying_once(case: Case) -> None:
     model = case.tree.build()
-    first = planned(model, case)
-    # BUG: a rule whose params is a glob does not match a plain 1-D parameter, but does match it
-    # once another rule, which names it, has put weight norm on it.
-    if any(len(step.site.shape) < 2 for step in first.changes):
-        return
     if applied(case, model) is None:
         return
     before = of_model(model, identity=True)
@@ -306,9 +303,7 @@ def test_a_failure_at_any_step_leaves_all_as_it_was(case: Case, what: str) -> No
 @share(5)
 @given(cases())
 def test_an_optimizer_holds_what_the_model_holds(case: Case) -> None:
-    # BUG: where two Parameters are tied by memory, tied="together" puts the one g and v that
-    # they get into the optimizer twice, and tied="untie" leaves an old Parameter in it.
-    model = ties_of_one_parameter(case.tree).build()
+    model = case.tree.build()
     optimizer = optimizer_of(model)
     if (plan := planned(model, case)).problems:
         return

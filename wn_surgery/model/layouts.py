@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, cast
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -217,7 +218,13 @@ def plain_order(module: nn.Module, name: str, registered: Iterable[str]) -> tupl
 def put_plain(module: nn.Module, name: str, weight: nn.Parameter, order: Iterable[str]) -> None:
     """Register ``weight`` as a plain parameter, in its place in ``order``."""
     module.register_parameter(name, weight)
-    rank = {key: i for i, key in enumerate(order)}
+    known, own = list(order), _own_order(module)
+    for key in own:
+        # Others had taken it out when the order was noted.
+        if key in module._parameters and key not in known:
+            after = own[own.index(key) + 1 :]
+            known.insert(next((known.index(k) for k in after if k in known), len(known)), key)
+    rank = {key: i for i, key in enumerate(known)}
     # Names unknown to the order were registered since; they come last, in their order.
     entries = sorted(module._parameters.items(), key=lambda item: rank.get(item[0], len(rank)))
     module._parameters.clear()
@@ -230,13 +237,12 @@ def put_parametrized(
     """Register g and v under ``parametrizations`` and give the module a class that reads them."""
     note_change()
     if "parametrizations" not in module._modules:
-        module.add_module("parametrizations", nn.ModuleDict())
+        module.add_module("parametrizations", nn.ModuleDict().train(module.training))
     lists = cast(nn.ModuleDict, module._modules["parametrizations"])
     # With several parameters, only the first to leave saw the whole order.
     known: list[_Order] = [order, *(getattr(other, "order", ()) for other in lists.values())]
     longest: _Order = max(known, key=len)
-    lists[name] = WeightNormList(norm, g, v, longest)
-    lists.train(module.training)
+    lists[name] = WeightNormList(norm, g, v, longest).train(module.training)
     cls = type(module)
     if is_managed(cls):
         ours = [other for other in computed_names(cls) if other in lists]
@@ -278,9 +284,21 @@ def note(module: nn.Module, name: str, held: Any) -> None:
 
 def refresh(module: nn.Module) -> None:
     """Let modules that keep a list of their own weights (RNNs) read them again."""
-    if isinstance(module, nn.RNNBase):
-        with torch.no_grad():
-            module._init_flat_weights()
+    if not isinstance(module, nn.RNNBase):
+        return
+    # But not what others compute: in training spectral norm takes a step at each read.
+    others = {name for name, how in carried(module).items() if isinstance(how, Foreign)}
+    held: Any = module
+    old = dict(zip(held._flat_weights_names, held._flat_weights, strict=False))
+    with torch.no_grad():
+        weights = [
+            old[name] if name in others and name in old else getattr(module, name, None)
+            for name in held._flat_weights_names
+        ]
+        # As in its _init_flat_weights().
+        held._flat_weights = weights
+        held._flat_weight_refs = [None if w is None else ref(w) for w in weights]
+        module.flatten_parameters()
 
 
 def refresh_all(modules: Iterable[nn.Module]) -> None:
@@ -295,8 +313,8 @@ def parametrized_names(module: nn.Module) -> frozenset[str]:
     return frozenset(lists if isinstance(lists, nn.ModuleDict) else ())
 
 
-def _usual_order(module: nn.Module, name: str, registered: Iterable[str]) -> tuple[str, ...]:
-    """Where others took ``name`` out without leaving a note: as torch's own layers register it."""
+def _own_order(module: nn.Module) -> tuple[str, ...]:
+    """As torch's own layers register their parameters, where they have several; else empty."""
     if isinstance(module, nn.RNNBase):
         return tuple(module._flat_weights_names)
     if isinstance(module, nn.RNNCellBase):
@@ -307,6 +325,13 @@ def _usual_order(module: nn.Module, name: str, registered: Iterable[str]) -> tup
         if module._qkv_same_embed_dim:
             return ("in_proj_weight", *apart, *rest)
         return (*apart, "in_proj_weight", *rest)
+    return ()
+
+
+def _usual_order(module: nn.Module, name: str, registered: Iterable[str]) -> tuple[str, ...]:
+    """Where others took ``name`` out without leaving a note: as torch's own layers register it."""
+    if own := _own_order(module):
+        return own
     order = [key for key in registered if key not in keys_for(name, "legacy")]
     bias = name.replace("weight", "bias")
     order.insert(order.index(bias) if bias != name and bias in order else len(order), name)

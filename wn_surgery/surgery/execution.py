@@ -303,7 +303,7 @@ class _Work:
         elif step.action == "apply" or step.copies:
             key = (step.action, id(step))
         new = self._made[key] = self._made.get(key) or self._new(step)
-        self.replacements.append(Replacement(step.site.name, old, new, step.copies))
+        self.replacements.append(Replacement(step.site.name, old, new, step.leaves))
         order = layouts.clear(module, param)
         if step.action == "remove":
             layouts.put_plain(module, param, new[0], order)

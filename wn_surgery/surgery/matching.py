@@ -82,6 +82,9 @@ def eligible(site: Site, rule: Rule, path: str) -> bool:
         if not wanted:
             return False
     tensor = site.tensor
+    if site.held is not None and tensor is not None and rule.action != "remove":
+        # As before it had weight norm: a rule that names it may have put it on.
+        return takes_rank(rule, site.param, axes(tensor)) or in_parts(tensor)
     if site.held is not None or tensor is None:
         return True
     if is_ordinary(tensor):

@@ -120,12 +120,15 @@ def _replace(optimizer: Any, replacements: Sequence[Replacement]) -> OptimizerCh
     home = {id(p) for group in optimizer.param_groups for p in group["params"]}
     leaving = set[int]()  # old parameters, by id
     incoming: dict[int, list[Replacement]] = {}  # what comes after an old one, or in its place
+    came = set[int]()  # of ends tied by memory, each is replaced by the same g and v
     for replacement in replacements:
         held = [parameter for parameter in replacement.old if id(parameter) in home]
         if not held or id(held[0]) in leaving:
             continue  # not in this optimizer, or the other end of a tie
-        # The last is v (or the weight itself), whose hyperparameters the weight inherits.
-        incoming.setdefault(id(held[-1]), []).append(replacement)
+        if id(replacement.new[-1]) not in came:
+            # The last is v (or the weight itself), whose hyperparameters the weight inherits.
+            incoming.setdefault(id(held[-1]), []).append(replacement)
+            came.add(id(replacement.new[-1]))
         if not replacement.stays:
             leaving.update(map(id, held))
             if any(parameter in optimizer.state for parameter in held):

@@ -110,7 +110,7 @@ def _resolve(plan: Plan, step: Step, key: Hashable, others: list[_End], steps: _
     mode = "together" if step.rule is None else step.rule.tied
     if step.action in ("remove", "replace") and all(_alike(step, other) for other in present):
         mode = "together"
-    tied_to = ", ".join(f"{end.node.paths[0]}.{end.param}".removeprefix(".") for end in others)
+    tied_to = ", ".join(map(_named, others))
     if mode == "error":
         message = (
             f"{step.site.name} is tied to {tied_to}: they are one tensor, and changing one end "
@@ -133,6 +133,10 @@ def _resolve(plan: Plan, step: Step, key: Hashable, others: list[_End], steps: _
         _join(plan, step, key, others, steps)
 
 
+def _named(end: _End) -> str:
+    return f"{end.node.paths[0]}.{end.param}".removeprefix(".")
+
+
 def _is_one(end: _End, site: Site) -> bool:
     """Whether the other end is the same Parameter, and not another one in its memory."""
     return site.normed or end.node.module._parameters.get(end.param) is site.tensor
@@ -144,7 +148,15 @@ def _join(plan: Plan, step: Step, key: Hashable, others: list[_End], steps: _Ste
     for end in others:
         other = steps.get(_where(end))
         if other is None:
-            site = next(site for site in sites_of(end.node) if site.param == end.param)
+            site = next((site for site in sites_of(end.node) if site.param == end.param), None)
+            if site is None:
+                message = (
+                    f"{step.site.name} has its values in the memory of {_named(end)}, which is a "
+                    "part of another weight norm, so the two cannot have one g and one v; give the "
+                    "rule tied='untie' (a copy), or tied='skip'"
+                )
+                plan.problems.append(error_at(step.site, "tied", message))
+                continue
             joined = changed(step, site=site, why=f"tied to {step.site.name}", shadowed=())
             if step.action == "apply":
                 plan.problems += before_apply(site)
