@@ -333,6 +333,7 @@ def _holds_all(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 @given(trees())
 def test_contexts_leave_nothing_behind(tree: Tree) -> None:
     model = tree.build()
+    outputs(model)  # hooks of others have run, also those that attention does not call
     results = outputs(model)
     before = of_model(model, identity=True)
     lists = {key for key in before if "._flat_weight" in key}  # read again on the way out
@@ -347,7 +348,7 @@ def test_contexts_leave_nothing_behind(tree: Tree) -> None:
         with context(model):
             inside = of_model(model, identity=True)
             for site in [site for site in wn.sites(model) if site.normed]:
-                with pytest.raises(wn.FoldedModelError):
+                with pytest.raises((wn.FoldedModelError, wn.StackedParametrizationError)):
                     wn.remove(site.module)
             assert_same(inside, of_model(model, identity=True))
             assert outputs(model) == results

@@ -232,8 +232,9 @@ class _HookFold(_Fold):
     def _end(self) -> None:
         hooks = self._module._forward_pre_hooks
         hooks.update({key: hook for key, hook in self._hooks.items() if key in hooks})
-        self._module.__dict__.pop(self._param, None)
-        self._module.__dict__.update(self._stale)
+        if not self._stale:
+            self._module.__dict__.pop(self._param, None)
+        self._module.__dict__.update(self._stale)  # in its place among the attributes
 
 
 def _of_another_thread(name: str) -> str:
