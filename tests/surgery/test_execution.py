@@ -560,3 +560,50 @@ def test_a_leftover_is_gone_where_weight_norm_comes_or_goes(make: Maker) -> None
         pickle.dumps(layer)
     assert wn.remove(layer).leftovers == ()  # it went with the weight norm
     assert not layer._load_state_dict_pre_hooks
+
+
+# Beside what others compute in the same module ---------------------------------------------------
+
+
+def test_the_order_of_parameters_where_torch_has_taken_one_out_first() -> None:
+    model = nn.LSTM(2, 3)
+    order = [name for name, _ in model.named_parameters()]
+    parametrizations.weight_norm(model, "weight_ih_l0")
+    wn.apply(model, params="weight_hh_l0")
+    wn.remove(model)
+    assert [name for name, _ in model.named_parameters()] == order
+
+
+def test_surgery_takes_no_step_of_spectral_norm() -> None:
+    model = nn.LSTM(2, 3)
+    parametrizations.spectral_norm(model, "weight_ih_l0")
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert before
+    wn.apply(model, params="weight_hh_l0")
+    with torch.no_grad(), wn.folded(model):
+        pass
+    wn.remove(model)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_the_training_flags_of_others_stay() -> None:
+    model = nn.LSTM(2, 3)
+    parametrizations.spectral_norm(model, "weight_ih_l0")
+    model.parametrizations.weight_ih_l0.eval()  # type: ignore[union-attr, index, operator]
+    wn.apply(model, params="weight_hh_l0")
+    lists: Any = model.parametrizations
+    flags = [each.training for each in (lists, *lists.weight_hh_l0.modules())]
+    assert flags == [True] * 3
+    assert not any(each.training for each in lists.weight_ih_l0.modules())
+
+
+def test_a_glob_is_about_the_same_parameters_after_surgery() -> None:
+    rules = [{"params": ["bias"], "names": "0"}, {"params": "*", "names": "0", "eps": 1e-3}]
+    model = nn.Sequential(nn.Linear(3, 3))
+    assert wn.apply(model, rules).changed == ("0.weight", "0.bias")
+    assert wn.apply(model, rules).changed == ()
+    assert {site.name: site.norm and site.norm.eps for site in wn.sites(model)} == {
+        "0.weight": 1e-3,
+        "0.bias": 0.0,
+    }
+    assert len(wn.remove(model, params="*").changed) == 2

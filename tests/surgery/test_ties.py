@@ -211,6 +211,36 @@ def test_parameters_are_counted_where_ends_share_memory(tied: Any, ends: int) ->
     assert sum(p.numel() for p in model.parameters()) == expected
 
 
+@pytest.mark.parametrize("tied", ["together", "untie"])
+def test_an_optimizer_holds_each_once_where_ends_share_memory(tied: Any) -> None:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    model[1].weight = nn.Parameter(model[0].weight.detach())
+    optimizer = torch.optim.AdamW(model.parameters())
+    wn.apply(model, names="*", tied=tied, optimizers=optimizer)
+    held = [id(p) for p in optimizer.param_groups[0]["params"]]
+    assert sorted(held) == sorted({id(p) for p in model.parameters()})
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_weight_in_the_memory_of_a_legacy_v() -> None:
+    def half_tied() -> nn.Module:
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        model[1].weight = nn.Parameter(model[0].weight.detach())
+        torch.nn.utils.weight_norm(model[0])  # its v stays in that memory
+        return model
+
+    model = half_tied()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    says = r"1\.weight has its values in the memory of 0\.weight_v"
+    with pytest.raises(wn.TiedParameterError, match=says):
+        wn.apply(model, names="1", tied="together")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    wn.apply(model, names="1", tied="untie")
+    with torch.no_grad():
+        model[0].weight_v.zero_()
+    assert torch.equal(model[1].weight, before["1.weight"])
+
+
 def test_the_half_tie_that_torch_leaves_is_not_a_tie() -> None:
     model = Language()
     parametrizations.weight_norm(model.head)  # v aliases the embedding's memory
