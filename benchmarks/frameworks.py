@@ -82,10 +82,10 @@ class _EpochClock(lc.Callback):
 
     spent = 0.0
 
-    def on_train_epoch_start(self, *_: Any) -> None:
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._start = time.process_time()
 
-    def on_train_epoch_end(self, *_: Any) -> None:
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self.spent = time.process_time() - self._start
 
 
