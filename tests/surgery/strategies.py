@@ -7,6 +7,7 @@ which hypothesis prints when a property fails.
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -198,7 +199,8 @@ def _put(module: nn.Module, norm: Norm) -> None:
         elif norm.maker == "ours":
             eps = 1e-4 if norm.which % 2 or zero_slices(weight, dim) else 0.0
             rule = wn.Rule(names="", params=name, dim=dim, eps=eps, tied="together")
-            wn.apply(owner, rule)
+            with suppress(wn.TiedParameterError):  # it lies in the memory of a legacy v
+                wn.apply(owner, rule)
         elif norm.maker == "stacked":
             parametrizations.weight_norm(owner, name, dim)
             nn.utils.parametrize.register_parametrization(owner, name, Double())
