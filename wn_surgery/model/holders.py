@@ -47,6 +47,8 @@ def in_parts(tensor: Tensor) -> bool:
 
 def axes(tensor: Tensor) -> int:
     """How many axes the whole parameter has. A nested one has axes, but no shape."""
+    if is_ordinary(tensor):
+        return tensor.ndim
     return len(_marks(tensor).get("ds_shape", ())) or tensor.ndim
 
 

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from torch import Tensor, nn
 
 from wn_surgery.errors import RuleError
-from wn_surgery.model.holders import axes, in_parts, is_ordinary
+from wn_surgery.model.holders import axes, in_parts
 from wn_surgery.model.sites import Node, Site, sites_of
 from wn_surgery.rules.rule import (
     Rule,
@@ -85,15 +85,10 @@ def eligible(site: Site, rule: Rule, path: str) -> bool:
     if site.held is not None and tensor is not None and rule.action != "remove":
         # As before it had weight norm: a rule that names it may have put it on.
         return takes_rank(rule, site.param, axes(tensor)) or in_parts(tensor)
-    if site.held is not None or tensor is None:
-        return True
-    if is_ordinary(tensor):
-        if not takes_rank(rule, site.param, tensor.ndim):
-            return False
-    elif nn.parameter.is_lazy(tensor):
+    if site.held is not None or tensor is None or nn.parameter.is_lazy(tensor):
         return True
     # FSDP1 has one dimension for everything, and does not say what its parts are parts of.
-    elif not takes_rank(rule, site.param, axes(tensor)) and not in_parts(tensor):
+    if not takes_rank(rule, site.param, axes(tensor)) and not in_parts(tensor):
         return False
     # A rule that is about everything means everything it can mean; one that names
     # modules or types means these, and the plan says why they cannot be.
