@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import wn_surgery as wn
 from tests.fused.models import spec_of
+from wn_surgery.fused import shared
 from wn_surgery.fused.evaluator import Evaluator, Spec, evaluate
 from wn_surgery.norm.math import Axes, g_shape
 from wn_surgery.norm.operator import weight_norm
@@ -220,3 +223,33 @@ def test_non_leaf_inputs() -> None:
     w = evaluate(Evaluator(SPECS[:1]), [2 * v], [3 * g])[0]
     wanted = torch.autograd.grad(formula(SPECS[0], 2 * v, 3 * g).sum(), (v, g))
     torch.testing.assert_close(torch.autograd.grad(w.sum(), (v, g)), wanted)
+
+
+@pytest.mark.parametrize("frozen", [(), ("original0",), ("original1",), ("original0", "original1")])
+@pytest.mark.parametrize("options", [{}, {"dim": None}, {"eps": 0.5}, {"norm_dtype": "float64"}])
+def test_a_weight_without_others_is_computed_as_if_it_were_not_fused(
+    options: dict[str, Any], frozen: tuple[str, ...]
+) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(4, 3)
+    model = nn.Sequential(linear, nn.Tanh(), nn.Linear(3, 4), nn.Tanh(), linear)
+    wn.apply(model, {"names": "0", **options})
+    for name in frozen:
+        getattr(linear.parametrizations["weight"], name).requires_grad_(False)
+    apart = copy.deepcopy(model)
+    wn.fuse(model)
+    x = torch.randn(2, 4)
+    for each in (model, apart):
+        each(x).square().sum().backward()
+    for mine, other in zip(model.parameters(), apart.parameters(), strict=True):
+        assert (mine.grad is None) == (other.grad is None)
+        assert mine.grad is None or torch.allclose(mine.grad, other.grad, rtol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(model(x), apart(x))
+    with torch.inference_mode():
+        assert torch.equal(model(x), apart(x))
+    with shared(model):
+        weight = linear.weight
+        assert linear.weight is weight
+        node, other = weight.grad_fn, apart[0].weight.grad_fn
+        assert type(node) is type(other)

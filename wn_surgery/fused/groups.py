@@ -16,7 +16,9 @@ from wn_surgery.fused.sharing import (  # fmt: skip
     gradient_hooks,
     infrastructure_mode,
 )
+from wn_surgery.norm.math import values
 from wn_surgery.norm.modes import builds_graph, traced, transformed
+from wn_surgery.norm.nodes import recorded_weight
 from wn_surgery.norm.parametrization import WeightNormList
 
 __all__ = ["EvaluatedGroup", "Group"]
@@ -76,8 +78,8 @@ class Group:
         if wanted.lasts(builds):
             lasting = Lasting([slot.name for slot in self.slots], self.scope.reuse)
             self.scope.kept.add(self)
-        elif self not in self.scope.filled:
-            self.scope.filled.append(self)
+        else:
+            self.scope.filled[self] = None
         weights = self._values(wanted, True, extent, lasting)
         if weights is None:
             self.scope.stale = True
@@ -116,6 +118,8 @@ class EvaluatedGroup(Group):
         self._slots: list[Slot] = []
         self._evaluator = evaluator
         self._stacks = stacks
+        # Whether one weight is best computed like one of a model that is not fused.
+        self._by_itself = type(evaluator) is Evaluator
 
     @property
     def slots(self) -> Sequence[Slot]:
@@ -137,6 +141,9 @@ class EvaluatedGroup(Group):
     ) -> Sequence[Tensor] | None:
         assert isinstance(wanted, Slot)
         slots = self._slots if whole else [wanted]
+        out_dtype = wanted.out_dtype()
+        if len(slots) == 1 and self._by_itself and lasting is None and out_dtype is None:
+            return self._one(wanted, extent)
         hooks = builds_graph() and len(slots) > 1
         states: list[tuple[object, ...]] = []
         g: list[Tensor] = []
@@ -153,7 +160,22 @@ class EvaluatedGroup(Group):
         if not whole:
             evaluator, stacks = wanted.alone or Evaluator([wanted.spec]), None
             wanted.alone = evaluator
-        weights = evaluate(evaluator, v, g, wanted.out_dtype(), stacks, lasting)
+        weights = evaluate(evaluator, v, g, out_dtype, stacks, lasting)
         for slot, weight, now, m, x in zip(slots, weights, states, g, v, strict=True):
             slot.put(weight, extent, now, m, x)
         return weights
+
+    def _one(self, slot: Slot, extent: Hashable) -> Sequence[Tensor] | None:
+        """The weight of one slot, without what several of them need."""
+        state = slot.state()
+        pair = slot.tensors(state, self.dtype, self.device)
+        if state is None or pair is None:
+            return None
+        g, v = pair
+        if builds_graph() and (v.requires_grad or g.requires_grad):
+            weight = recorded_weight(v, g, *slot.spec.norm)
+        else:
+            with torch.inference_mode(False), torch.no_grad():  # as in evaluate()
+                weight = values(v, g, *slot.spec.norm)[0]
+        slot.put(weight, extent, state, g, v)
+        return (weight,)

@@ -87,7 +87,8 @@ class Scope:
         # With such weights. Weak, since a group holds its scope.
         self.kept: WeakSet[AnyGroup] = WeakSet()
         self.reuse = Reuse()  # of such weights, since the last step
-        self.filled: list[AnyGroup] = []  # with values that were computed since forget()
+        # With values that were computed since forget(), in this order.
+        self.filled: dict[AnyGroup, None] = {}
         self.last: AnyGroup | None = None  # of them, the last to compute without a graph
         self.stale = False  # whether the groups no longer fit the model
         self._thread: int | None = None
@@ -128,7 +129,7 @@ class Scope:
 
         After an optimizer's ``step``, those that last until then as well.
         """
-        filled, self.filled, self.last = self.filled, [], None
+        filled, self.filled, self.last = [*self.filled], {}, None
         if step:
             filled += self.kept
             self.kept.clear()
