@@ -43,7 +43,6 @@ __all__ = ["CASES", "main"]
 RESULTS = Path(__file__).parent / "results" / "frameworks.json"
 LINEARS, CONVOLUTIONS = {"types": "Linear"}, {"types": "Conv1d"}
 ENCODER = {"types": "Linear", "names": "bert.encoder.**"}
-TOKENS = 16
 
 
 class Row:
@@ -252,8 +251,7 @@ def _minilm(steps: int) -> dict[str, Row]:
     }
 
 
-def _generate(steps: int) -> dict[str, Row]:
-    del steps
+def _generate(tokens: int) -> dict[str, Row]:
     config = transformers.LlamaConfig(
         vocab_size=1000, hidden_size=256, intermediate_size=704, num_hidden_layers=4,
         num_attention_heads=8, num_key_value_heads=8,
@@ -263,7 +261,7 @@ def _generate(steps: int) -> dict[str, Row]:
     patch_model(ours, LINEARS)
     theirs = ("plain", "plain (A/A)", "legacy", "torch")
     models = {**{name: _theirs(name, model, LINEARS) for name in theirs}, "ours": ours}
-    return {name: _Generate(each, TOKENS) for name, each in models.items()}
+    return {name: _Generate(each, tokens) for name, each in models.items()}
 
 
 class Case(NamedTuple):
@@ -274,7 +272,7 @@ class Case(NamedTuple):
     judged: tuple[str, ...]  # the first of these rows that is there
     ratio: float
     speed: float
-    steps: int = 20  # of a training, in each round
+    steps: int = 20  # of a training, in each round; of generate, tokens
 
 
 TRAINED = ("ours native", "ours fused")
@@ -290,10 +288,13 @@ CASES = {
     ),
     "trainer-minilm": Case(
         "transformers' Trainer, MiniLM, 8 sentences of 32 tokens",
-        _minilm, TRAINED, 1.10, 1.05, steps=4,
+        _minilm, TRAINED, 1.10, 1.05, 4,
     ),
-    "generate": Case(
-        f"generate, a Llama of 4 layers of 256, {TOKENS} tokens", _generate, ("ours",), 1.02, 1.2
+    "generate-16": Case(
+        "generate, a Llama of 4 layers of 256, 16 tokens", _generate, ("ours",), 1.02, 1.2, 16
+    ),
+    "generate-64": Case(
+        "generate, a Llama of 4 layers of 256, 64 tokens", _generate, ("ours",), 1.02, 1.2, 64
     ),
 }  # fmt: skip
 
@@ -316,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m benchmarks.frameworks", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--rounds", type=int, default=16)
-    parser.add_argument("--steps", type=int, help="of a training, in each round")
+    parser.add_argument("--steps", type=int, help="of a training, or tokens, in each round")
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON goes")
     args = parser.parse_args(argv)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "fused": {"fused": True},
 }
 ONCE = "ours once per step"
+PARTS = ("zero_grad", "forward", "backward", "clipping", "optimizer")
 NATIVE, NATIVE_ONCE = "ours native", "ours native once per step"
 
 
@@ -57,28 +60,49 @@ def prepared(name: str, workload: Workload, options: dict[str, Any]) -> tuple[nn
     return model, optimizer
 
 
-def step_of(
-    workload: Workload, model: nn.Module, optimizer: Any, micro_batches: int
-) -> Callable[[], Tensor]:
-    """One training step; its result is the loss of the last micro-batch."""
+class Step:
+    """One training step; what it returns is the loss of the last micro-batch.
 
-    def step() -> Tensor:
-        optimizer.zero_grad()
-        loss: Any = torch.zeros(())
-        for _ in range(micro_batches):
-            loss = workload.forward(model).square().mean()
+    ``parts`` has the seconds of CPU time of each of :data:`PARTS`, for each call.
+    """
+
+    def __init__(
+        self, workload: Workload, model: nn.Module, optimizer: Any, micro_batches: int
+    ) -> None:
+        self._forward, self._model, self._optimizer = workload.forward, model, optimizer
+        self._micro_batches = micro_batches
+        self.parts: list[tuple[float, ...]] = []
+
+    def medians(self) -> dict[str, float]:
+        """Milliseconds of each part."""
+        columns = zip(PARTS, zip(*self.parts, strict=True), strict=True)
+        return {f"{part}, ms": 1e3 * statistics.median(seconds) for part, seconds in columns}
+
+    def __call__(self) -> Tensor:
+        """Take the step."""
+        now = time.process_time
+        start = now()
+        self._optimizer.zero_grad()
+        zeroed = now()
+        backward = 0.0
+        for _ in range(self._micro_batches):
+            loss: Any = self._forward(self._model).square().mean()
+            before = now()
             loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+            backward += now() - before
+        gone_back = now()
+        nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        clipped = now()
+        self._optimizer.step()
+        forward = gone_back - zeroed - backward
+        self.parts.append((zeroed - start, forward, backward, clipped - gone_back, now() - clipped))
         result: Tensor = loss.detach()
         return result
-
-    return step
 
 
 def alternatives(
     workload: Workload, micro_batches: int, options: dict[str, Any]
-) -> dict[str, Callable[[], Tensor]]:
+) -> dict[str, Step]:
     """A step of each row.
 
     Raises:
@@ -88,9 +112,11 @@ def alternatives(
     if not why_not():
         rows += [NATIVE, NATIVE_ONCE]
     calls = {
-        name: step_of(workload, *prepared(name, workload, options), micro_batches) for name in rows
+        name: Step(workload, *prepared(name, workload, options), micro_batches) for name in rows
     }
     losses = {name: [float(call()) for _ in range(5)] for name, call in calls.items()}
+    for call in calls.values():
+        call.parts.clear()
     normed = (("torch", name) for name in rows if not name.startswith("plain"))
     for pair in (("plain", "plain (A/A)"), *normed):
         one, other = (torch.tensor(losses[name]) for name in pair)
@@ -147,13 +173,14 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"\n## {name}, AdamW {optimizer}, {count} micro-batch(es)\n", flush=True)
                 calls = alternatives(workload, count, OPTIMIZERS[optimizer])
                 found = compare(calls, base="plain", rounds=args.rounds)
-                print(markdown(found, {}), flush=True)
+                parts = {row: call.medians() for row, call in calls.items()}
+                print(markdown(found, parts), flush=True)
                 tables.append(
                     {
                         "model": name,
                         "optimizer": optimizer,
                         "micro_batches": count,
-                        "rows": as_data(found, {}),
+                        "rows": as_data(found, parts),
                     }
                 )
                 write(

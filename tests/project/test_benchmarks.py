@@ -331,7 +331,7 @@ def test_training_and_generating_as_users_do(
 ) -> None:
     frameworks = importlib.import_module("benchmarks.frameworks")
     out = tmp_path / "frameworks.json"
-    cases = ["lightning-mlp-8x64", "generate"]
+    cases = ["lightning-mlp-8x64", "generate-16"]
     code = frameworks.main(["--rounds", "1", "--steps", "1", "--out", str(out), "--only", *cases])
     assert code in (0, 1)  # a target says how long something takes
     tables = json.loads(out.read_text())["tables"]
@@ -344,6 +344,20 @@ def test_training_and_generating_as_users_do(
         [*theirs, "ours"],
     ]
     assert capsys.readouterr().out.count("at least") == 2
+
+
+def test_a_step_and_its_parts(
+    threads: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = importlib.import_module("benchmarks.steps")
+    out = tmp_path / "steps.json"
+    asked = ["--models", "tcn", "--optimizers", "fused", "--micro-batches", "2"]
+    assert steps.main([*asked, "--rounds", "1", "--out", str(out)]) == 0
+    (table,) = json.loads(out.read_text())["tables"]
+    for row in table["rows"]:
+        parts = [row[f"{part}, ms"] for part in steps.PARTS]
+        assert min(parts) >= 0 and max(parts) > 0
+    assert "| clipping, ms |" in capsys.readouterr().out
 
 
 def test_rows_that_do_not_train_alike_are_found() -> None:
