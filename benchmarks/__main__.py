@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import alone, gpu, plan, report
 from benchmarks.cases import CASES, Case, Table
-from benchmarks.measure import Comparison, Timer, clocked, compare
+from benchmarks.measure import Comparison, Timer, clocked, compare, keep_memory
 from benchmarks.peers import Alternative, DisagreementError, agree
 from benchmarks.targets import GPU_TARGETS, TARGETS, Verdict, judge
 
@@ -233,4 +233,5 @@ def _plan_arguments(args: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
+    keep_memory()
     sys.exit(main())

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import CASES
-from benchmarks.measure import clocked
+from benchmarks.measure import clocked, keep_memory
 
 __all__ = ["Process", "processes", "timed"]
 
@@ -83,6 +83,7 @@ def processes(
 
 def _serve(connection: Connection, case: str, place: int, quick: bool, name: str) -> None:
     torch.set_num_threads(1)
+    keep_memory()
     tables = next(each for each in CASES if each.name == case).tables(quick, False, "cpu")
     table = next(islice(tables, place, None))
     timer = clocked()

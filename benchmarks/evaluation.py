@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.measure import keep_memory
 from benchmarks.models import TCN, WaveNet
 from benchmarks.report import environment, write
 from wn_surgery.callbacks.lightning import WeightNorm
@@ -181,4 +182,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_memory()
     raise SystemExit(main())

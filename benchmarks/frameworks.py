@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import wn_surgery as wn
 from benchmarks.alone import timed
-from benchmarks.measure import compare
+from benchmarks.measure import compare, keep_memory
 from benchmarks.models import TCN
 from benchmarks.peers import PEERS, Workload
 from benchmarks.report import as_data, environment, markdown, verdicts_as_data, write
@@ -372,4 +372,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_memory()
     raise SystemExit(main())

@@ -7,6 +7,8 @@ ratios of the rounds, not the ratio of two medians.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import gc
 import math
 import random
@@ -17,11 +19,44 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
-__all__ = ["Call", "Comparison", "Timer", "Timing", "clocked", "compare", "orders"]
+__all__ = [
+    "Call",
+    "Comparison",
+    "Timer",
+    "Timing",
+    "clocked",
+    "compare",
+    "keep_memory",
+    "memory_is_kept",
+    "orders",
+]
 
 Call: TypeAlias = Callable[[], object]
 # Calls so many times, and says how many seconds that took altogether.
 Timer: TypeAlias = Callable[[Call, int], float]
+
+
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+@functools.cache
+def keep_memory() -> bool:
+    """Let malloc give no memory back to the system while this process lasts; whether it can.
+
+    Otherwise chance decides, by what lies at the end of the heap, whether a step gets its memory
+    anew from the system, which takes as long as weight norm.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc's
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def memory_is_kept() -> bool:
+    """Whether :func:`keep_memory` was called in this process, with success."""
+    return keep_memory.cache_info().currsize > 0 and keep_memory()
 
 
 @dataclass(frozen=True)

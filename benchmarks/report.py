@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Comparison
+from benchmarks.measure import Comparison, memory_is_kept
 from benchmarks.targets import Verdict
 
 __all__ = [
@@ -81,6 +81,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "torch": str(torch.__version__),
         **versions,
         "threads": torch.get_num_threads(),
+        "memory_is_kept": memory_is_kept(),
     }
     if device == "cuda":
         found["cuda"] = torch.version.cuda

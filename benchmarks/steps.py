@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import wn_surgery as wn
 from benchmarks.cases import vocoder
-from benchmarks.measure import compare
+from benchmarks.measure import compare, keep_memory
 from benchmarks.models import RNN, TCN, WaveNet
 from benchmarks.peers import PEERS, Workload
 from benchmarks.report import as_data, environment, markdown, write
@@ -197,4 +197,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_memory()
     raise SystemExit(main())

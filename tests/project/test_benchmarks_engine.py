@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -228,3 +229,21 @@ def test_the_numbers_of_a_part() -> None:
         ],
     )
     assert met.met and not missed.met
+
+
+def test_memory_is_kept() -> None:
+    code = (
+        "import resource; from benchmarks.measure import keep_memory, memory_is_kept\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "assert not memory_is_kept()\n"
+        "if not keep_memory(): raise SystemExit('no')\n"
+        "assert memory_is_kept()\n"
+        "def fill(): return [b'x' * 2**23 for _ in range(4)] and None\n"
+        "fill(); before = faults(); fill(); print(faults() - before)\n"
+    )
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+    if run.stderr.strip() == "no":
+        pytest.skip("malloc is not glibc's")
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) < 1000  # of 8,192 pages
