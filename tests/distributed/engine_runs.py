@@ -26,8 +26,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import wn_surgery as wn
-from tests.distributed.launching import leave
-from tests.distributed.parallel_runs import (
+from tests.distributed.cut_models import (
     ALL,
     USUAL,
     Block,
@@ -39,10 +38,11 @@ from tests.distributed.parallel_runs import (
     state,
     tokens,
     train,
-    two_dimensions,
     weight_of,
     whole,
 )
+from tests.distributed.fsdp_cases import two_dimensions
+from tests.distributed.launching import leave
 
 warnings.filterwarnings("ignore")
 

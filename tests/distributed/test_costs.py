@@ -38,7 +38,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.processes
 @pytest.mark.parametrize("name", ENGINES)
 def test_the_model_is_what_is_measured(measured: Any, name: str) -> None:
-    from tests.distributed.parallel_runs import Net
+    from tests.distributed.cut_models import Net
 
     plain, added = scaling.costs(Net(), {"types": "Linear"}, ENGINES[name], STYLES, TOKENS)
     state, weights, sent = measured[f"{name} plain"]
