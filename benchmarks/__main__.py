@@ -14,7 +14,7 @@ from benchmarks import alone, gpu, plan, report
 from benchmarks.cases import CASES, Case, Table
 from benchmarks.measure import Comparison, Timer, clocked, compare, keep_memory
 from benchmarks.peers import Alternative, DisagreementError, agree
-from benchmarks.targets import GPU_TARGETS, TARGETS, Verdict, judge
+from benchmarks.targets import COMPILED_TARGETS, GPU_TARGETS, TARGETS, Verdict, judge
 
 PLAN = "plan"
 RESULTS = Path(__file__).parent / "results"
@@ -96,9 +96,10 @@ def run_table(
             times = compare(calls, base=table.base, rounds=rounds, timer=alone.timed)
     print(report.markdown(times, extra), flush=True)
     verdicts: list[Verdict] = []
-    # The targets are about full sizes, eager.
-    if not table.compiled and not args.quick:
-        verdicts = judge(case.name, table.mode, times, GPU_TARGETS if args.gpu else TARGETS)
+    # The targets are about full sizes, and on a GPU about eager mode.
+    if not args.quick and not (table.compiled and args.gpu):
+        targets = GPU_TARGETS if args.gpu else COMPILED_TARGETS if table.compiled else TARGETS
+        verdicts = judge(case.name, table.mode, times, targets)
     show(verdicts)
     data = {
         "case": case.name,

@@ -199,10 +199,13 @@ def _small(quick: bool, device: str) -> Workload:
     return _plain(Small().to(device), CONVOLUTIONS, x, f"batch 1, {x.shape[-1]} samples")
 
 
-def _wavenet(quick: bool, device: str) -> Workload:
-    model = WaveNet().to(device)
-    x = torch.randn(1, 1, 128 if quick else 256, device=device)
-    return _plain(model, CONVOLUTIONS, x, f"batch 1, {x.shape[-1]} samples")
+def _wavenet(blocks: int) -> Build:
+    def build(quick: bool, device: str) -> Workload:
+        model = WaveNet(blocks=blocks).to(device)
+        x = torch.randn(1, 1, 128 if quick else 256, device=device)
+        return _plain(model, CONVOLUTIONS, x, f"batch 1, {x.shape[-1]} samples")
+
+    return build
 
 
 def _rnn(quick: bool, device: str) -> Workload:
@@ -289,7 +292,9 @@ CASES: tuple[Case, ...] = (
     Case("tcn", "17 small convolutions", _models(("", _tcn, MODES))),
     Case("small", "92 convolutions of 24 channels", _models(("", _small, MODES))),
     Case("wavenet", "93 small convolutions in gated residual blocks",
-         _models(("", _wavenet, MODES))),
+         _models(("", _wavenet(30), MODES))),
+    Case("wavenet-8", "8 of its blocks, of which --compiled takes minutes",
+         _models(("", _wavenet(8), (FORWARD, STEP)))),
     Case(
         "wav2vec2", "wav2vec 2.0 base: its positional convolution, or every Linear",
         _models(

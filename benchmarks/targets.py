@@ -11,6 +11,7 @@ from benchmarks.measure import Comparison
 from benchmarks.peers import FORWARD, NO_GRAD, STEP, Mode
 
 __all__ = [
+    "COMPILED_TARGETS",
     "GPU_TARGETS",
     "PART_TARGETS",
     "SCALE_TARGETS",
@@ -63,7 +64,13 @@ TARGETS: tuple[Target, ...] = (
     Target(("llama-step",), (STEP,), FUSED, speed=1.0, against=TORCH_PEERS),
     Target(("middle-dim",), (STEP,), NATIVE, ratio=7.0, speed=3.0),
 )
-"""On the CPU."""
+"""On the CPU, eager."""
+
+COMPILED_TARGETS: tuple[Target, ...] = (
+    Target(("wavenet-8",), (FORWARD,), ("ours",), ratio=1.10, speed=1.05),
+    Target(("wavenet-8",), (STEP,), ("ours",), ratio=1.15, speed=1.05),
+)
+"""On the CPU, under torch.compile."""
 
 GPU_TARGETS: tuple[Target, ...] = (
     Target(("tcn", "wavenet"), (FORWARD, NO_GRAD, STEP), FUSED, ratio=1.08, speed=1.6),
