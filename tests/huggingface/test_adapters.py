@@ -221,7 +221,12 @@ def test_weight_norm_under_adapters_that_are_there_already(dora: bool) -> None:
 
 def test_adapters_are_saved_alone(tmp_path: Path) -> None:
     model = patched()
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    try:
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(str(error))
     model.save_pretrained(tmp_path)
     written = {path.name for path in tmp_path.iterdir()}
     assert "adapter_model.safetensors" in written and "config.json" not in written

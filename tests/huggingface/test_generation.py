@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import pickle
 import threading
 import weakref
@@ -176,7 +177,7 @@ def test_without_memory_it_warns_and_generates(
 
 def test_gradients_through_what_no_grad_wraps() -> None:
     model = patched()
-    found = model.generate.__wrapped__(
+    found = inspect.unwrap(type(model).generate)(
         model, IDS, max_new_tokens=2, do_sample=False, return_dict_in_generate=True,
         output_logits=True,
     )  # fmt: skip

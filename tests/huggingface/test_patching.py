@@ -498,7 +498,10 @@ def test_broken_folders(tmp_path: Path) -> None:
 def test_the_table_of_removers_is_up_to_date() -> None:
     import importlib.util
 
-    path = Path(__file__).parents[2] / "docs" / "make_removers_table.py"
+    root = Path(__file__).parents[2]
+    if f"transformers=={hf.__version__}\n" not in (root / "constraints.txt").read_text():
+        pytest.skip("the table is of the pinned transformers")
+    path = root / "docs" / "make_removers_table.py"
     spec = importlib.util.spec_from_file_location("_removers", path)
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)

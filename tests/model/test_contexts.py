@@ -186,6 +186,7 @@ def test_copies_made_inside_are_live(make: Maker) -> None:
     layer = make(nn.Linear(3, 4))
     with torch.no_grad(), wn.folded(layer):
         other = copy.deepcopy(layer)
+    assert other.__dict__.keys() == layer.__dict__.keys()
     before = other(X)
     with torch.no_grad():
         for key, parameter in other.named_parameters():

@@ -220,6 +220,21 @@ def _encodec() -> nn.Module:
     return hf.EncodecModel(config)
 
 
+def _wavtokenizer() -> nn.Module:
+    config = hf.WavTokenizerConfig(
+        num_filters=4,
+        hidden_size=32,
+        upsampling_ratios=[4, 2],
+        num_lstm_layers=1,
+        codebook_size=16,
+        codebook_dim=32,
+        decoder_hidden_size=32,
+        decoder_intermediate_size=16,
+        decoder_num_layers=1,
+    )
+    return hf.WavTokenizerModel(config)
+
+
 def _mimi() -> nn.Module:
     config = hf.MimiConfig(
         **MIMI,
@@ -314,6 +329,8 @@ TRANSFORMERS: dict[str, Model] = {
     ),
     "xcodec": Model(_xcodec, _audio, _in("acoustic_{encoder,decoder}.**"), "", own_remover=True),
 }
+if hasattr(hf, "WavTokenizerModel"):  # transformers 5.24
+    TRANSFORMERS["wavtokenizer"] = Model(_wavtokenizer, _audio, _in("encoder_model.encoder.**"))
 
 
 def _oobleck() -> nn.Module:

@@ -15,6 +15,7 @@ from wn_surgery.model import layouts
 from wn_surgery.model.exact import shown
 from wn_surgery.model.gathering import FSDP2, gather, release
 from wn_surgery.model.sites import NormedSite, whole
+from wn_surgery.norm.cuts import is_dtensor
 from wn_surgery.norm.modes import builds_graph
 from wn_surgery.norm.module_class import (
     FOLDED,
@@ -25,7 +26,7 @@ from wn_surgery.norm.module_class import (
     forget,
     is_managed,
 )
-from wn_surgery.norm.slots import NotCopied
+from wn_surgery.norm.slots import NEAR, Near, NotCopied
 
 __all__ = ["folded"]
 
@@ -150,7 +151,7 @@ class _Fold(NotCopied):
             self._begin()
             FOLDED.setdefault(self._module, {})[self._param] = self
         self._values.setdefault(get_ident(), []).append(value)
-        self._show(value)
+        self._show(get_ident(), value)
 
     def leave(self) -> bool:
         """Drop this context's value and say whether it was in its place; the last one restores."""
@@ -159,7 +160,7 @@ class _Fold(NotCopied):
         if not mine:
             del self._values[get_ident()]
         if self._values:
-            self._show((mine or next(iter(self._values.values())))[-1])
+            self._show(*self._last())
         else:
             forget(self._module, self._param)
             self._end()
@@ -182,9 +183,21 @@ class _Fold(NotCopied):
             }
             object.__setattr__(module, "__class__", class_for(below, live))
 
-    def _show(self, value: Tensor) -> None:
+    def _last(self) -> tuple[int, Tensor]:
+        """A thread with values, this one if it has any, and its last."""
+        thread = get_ident()
+        thread = thread if thread in self._values else next(iter(self._values))
+        return thread, self._values[thread][-1]
+
+    def _show(self, thread: int, value: Tensor) -> None:
         """Exchange the value."""
         self.traced = value
+        near = self._module.__dict__.setdefault(NEAR, {})
+        # The parts of a DTensor may be shown in its place: norm/local_reads.py.
+        if is_dtensor(value):
+            near.pop(self._param, None)
+        else:
+            near[self._param] = Near(thread, value)
 
     def _is_shown(self, value: Tensor) -> bool:  # noqa: ARG002 - the other fold needs it
         """Whether nobody has put something else in its place."""
@@ -192,6 +205,10 @@ class _Fold(NotCopied):
 
     def _end(self) -> None:
         """Make the module compute its weight again."""
+        near = self._module.__dict__.get(NEAR, {})
+        near.pop(self._param, None)
+        if not near:
+            self._module.__dict__.pop(NEAR, None)
         self._list.__dict__.pop("hold", None)
         # Where parametrizations have come or gone since, the old class would have properties too
         # few or too many.
@@ -221,7 +238,7 @@ class _HookFold(_Fold):
         }
         hooks.update({key: _QuietHook(hook, self._name) for key, hook in self._hooks.items()})
 
-    def _show(self, value: Tensor) -> None:
+    def _show(self, thread: int, value: Tensor) -> None:  # noqa: ARG002 - there is one attribute
         self._module.__dict__[self._param] = value
 
     def _is_shown(self, value: Tensor) -> bool:

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from importlib import import_module
+from threading import get_ident
 from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -23,6 +24,7 @@ from wn_surgery.norm.drafts import following
 from wn_surgery.norm.naming import NormedLayout, keys_for
 from wn_surgery.norm.options import NormOptions
 from wn_surgery.norm.parametrization import WeightNorm, is_weight_norm, parts_of
+from wn_surgery.norm.slots import NEAR
 from wn_surgery.norm.writers import follow_writes, is_writer
 
 __all__ = [
@@ -122,11 +124,20 @@ def _computed(name: str) -> property:
     """A parameter that the instance's parametrization computes, if it has one."""
 
     def get(self: Any) -> Tensor:
+        # torch.compile must look neither at the slot nor at the thread.
+        compiling = _is_compiling()
+        if (
+            not compiling
+            and (near := self.__dict__.get(NEAR)) is not None
+            and (mine := near.get(name)) is not None
+            and mine.thread == get_ident()
+            and "peft" not in _modules
+        ):
+            return cast(Tensor, mine.weight)
         lists = self.__dict__["_modules"].get("parametrizations")
         plist = None if lists is None else lists._modules.get(name)
         if plist is not None:
-            # torch.compile must look neither at the slot nor at the thread.
-            if _is_compiling():
+            if compiling:
                 hold = getattr(plist, "hold", None)
                 traced: Tensor | None = None if hold is None else hold.traced
                 return cast(Tensor, plist()) if traced is None else traced
@@ -142,13 +153,7 @@ def _computed(name: str) -> property:
             if "peft" in _modules and is_writer(sys._getframe(1)):
                 return follow_writes(weight, self, name)
             return weight
-        # torch may have given the shared class this name for another of its modules: here it
-        # is then a plain attribute or a Parameter. nn.Module.__getattr__ would find the latter as
-        # well, but torch.compile does not ask it after a property has raised.
-        for held in (self.__dict__, self.__dict__["_parameters"]):
-            if name in held:
-                return cast(Tensor, held[name])
-        raise AttributeError(name)
+        return _held(self, name)
 
     def put(self: Any, value: object) -> None:
         if not _carries(self, name):
@@ -161,6 +166,16 @@ def _computed(name: str) -> property:
 
     cast(Any, get).computes = True
     return property(get, put, lambda self: _drop(self, name))
+
+
+def _held(module: nn.Module, name: str) -> Tensor:
+    # torch may have given the shared class this name for another of its modules: here it is then a
+    # plain attribute or a Parameter. nn.Module.__getattr__ would find the latter as well, but
+    # torch.compile does not ask it after a property has raised.
+    for held in (module.__dict__, module.__dict__["_parameters"]):
+        if name in held:
+            return cast(Tensor, held[name])
+    raise AttributeError(name)
 
 
 def _drop(module: nn.Module, name: str) -> None:
@@ -286,8 +301,8 @@ def _reduce(module: nn.Module, base: type[nn.Module], protocol: int) -> tuple[An
         reduced = cast("tuple[Any, ...]", base.__reduce_ex__(module, max(protocol, 2)))
     constructor, args, state, *rest = reduced
     if isinstance(state, dict):
-        folded = FOLDED.get(module, ())
-        state = {k: value for k, value in state.items() if k not in folded}
+        left_out = {*FOLDED.get(module, ()), NEAR}
+        state = {k: value for k, value in state.items() if k not in left_out}
         if "_flat_weights" in state:
             # What an RNN read from its properties; with a graph it could not be copied.
             read = state["_flat_weights"]
