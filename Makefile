@@ -70,7 +70,6 @@ soak: $(STAMP) ## a training with operations at random moments, 300,000 steps of
 
 matrix: ## the tests on the oldest and newest versions, in .matrix (CELLS=oldest for one)
 	$(PYTHON) tests/project/matrix.py $(CELLS) --torch-arguments='$(TORCH_PIP_ARGS)' $(MATRIX_ARGS)
-	$(PYTHON) docs/make_versions_table.py
 
 flaky: $(STAMP) ## the tests with processes, threads and kills, ROUNDS times beside two busy processes
 	$(ONE_THREAD) $(BIN)/python tests/project/flaky.py $(ROUNDS) -n $(WORKERS) --dist loadgroup $(TEST_ARGS)

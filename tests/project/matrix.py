@@ -1,9 +1,10 @@
 """Run the tests on other versions of torch, Lightning, transformers and Python.
 
 ``python tests/project/matrix.py [CELL ...]`` makes an environment for each cell in ``.matrix/``,
-runs each folder of tests by itself, and writes ``docs/matrix/CELL.json`` after each of them. So a
-run may be stopped, and ``--only norm model`` runs again what those folders hold. ``--python``
-names an interpreter that is not on the path. It needs no package: any Python 3.11 runs it.
+runs each folder of tests by itself, and writes ``docs/matrix/CELL.json`` and the table of
+docs/versions.md after each of them. So a run may be stopped, and ``--only norm model`` runs again
+what those folders hold. ``--python`` names an interpreter that is not on the path. It needs no
+package: any Python 3.11 runs it.
 """
 
 from __future__ import annotations
@@ -184,6 +185,8 @@ def main() -> int:
             found = tested(there, folder, strict, place / f"{folder}.xml")
             bad |= bool(found["failed"])
             record(RESULTS / f"{name}.json", versions(there), folder, found)
+            # A test compares the two.
+            subprocess.run([sys.executable, ROOT / "docs" / "make_versions_table.py"], check=True)
     return int(bad)
 
 

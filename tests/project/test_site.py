@@ -14,6 +14,7 @@ import pytest
 
 import wn_surgery
 
+pytest.importorskip("mkdocs")
 pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).parents[2]
