@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import wn_surgery as wn
 from tests.fingerprints import assert_same, of_model
+from tests.torch_facts.versions import OLD
 from wn_surgery.export import check, stripped_copy, verify
 
 if folder := os.environ.get("WN_TORCHAO"):  # one that is not installed: pip install --target
@@ -116,6 +117,8 @@ def operators(model: nn.Module, x: Tensor) -> int:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "attention"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_exported_programs_compute_each_weight(kind: str, layout: str) -> None:
+    if OLD and layout == "legacy" and kind in ("lstm", "gru"):
+        pytest.skip("torch exports no legacy weight norm of an RNN")
     model, x = build(kind, layout)
     assert effects(model, "torch.export") == effects(model, "aotinductor") == {"bloats"}
     plain = stripped_copy(model)
@@ -162,6 +165,7 @@ def to_onnx(model: nn.Module, x: Tensor, path: Path) -> list[str]:
     return [node.op_type for node in onnx.load(path).graph.node]
 
 
+@pytest.mark.skipif(OLD, reason="torch's ONNX exporter did otherwise")
 @pytest.mark.parametrize("rows", [128, 129])
 def test_the_onnx_exporter_folds_small_weights_itself(rows: int, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(64, rows)).eval()
@@ -201,6 +205,7 @@ def sizes_in_eight_bits(model: nn.Module, x: Tensor, folder: Path) -> set[int]:
     return {math.prod(each.dims) for each in initializers if each.data_type in kinds}
 
 
+@pytest.mark.skipif(OLD, reason="torch's ONNX exporter did otherwise")
 def test_onnxruntime_passes_over_computed_weights_in_silence(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = Chain().eval(), torch.tensor([[1, 2, 3]])

@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.torch_facts.versions import OLD
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -37,6 +39,8 @@ def test_the_page_says_what_is_found(
     script: ModuleType, rows: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, *targets = rows
+    if OLD and "ort-quantize" in targets:
+        pytest.skip("the page is of a newer ONNX exporter")
     assert script.main(["--check", "--models", model, "--targets", *targets]) == 0
     assert capsys.readouterr().out.count("\n") >= len(targets)
 

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 import wn_surgery as wn
 from tests.fused.models import X, fused, gradients, normed
+from tests.torch_facts.versions import OLD
 
 pytestmark = pytest.mark.usefixtures("both_paths")
 
@@ -107,6 +108,8 @@ def test_a_parametrization_of_another_layer_stays_its_own() -> None:
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_export_has_the_formula(strict: bool) -> None:
+    if OLD and strict:
+        pytest.skip("torch.export in strict mode refuses hooks that ask for a frame")
     model = fused().eval()
     model(X)
     exported = torch.export.export(model, (X,), strict=strict)

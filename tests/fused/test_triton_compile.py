@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from tests.fused.models import spec_of
+from tests.torch_facts.versions import OLD_TRITON
 from wn_surgery.norm.math import g_shape
 
 pytestmark = [
     pytest.mark.processes,
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton not installed"),
+    pytest.mark.skipif(OLD_TRITON, reason="older than the kernels need"),
     pytest.mark.skipif(
         os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
     ),

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from tests.fused.models import spec_of
+from tests.torch_facts.versions import OLD_TRITON
 from wn_surgery.fused.triton.evaluator import why_not
 from wn_surgery.fused.triton.tables import Work
 
@@ -39,7 +40,7 @@ if INTERPRETED:
 
 else:
 
-    @pytest.mark.skipif(find_spec("triton") is None, reason="triton not installed")
+    @pytest.mark.skipif(find_spec("triton") is None or OLD_TRITON, reason="no triton 3.7")
     def test_in_the_interpreter() -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
         run = subprocess.run(

@@ -311,6 +311,7 @@ TRANSFORMERS: dict[str, Model] = {
         _vits, _run_vits, _in("decoder.{upsampler,resblocks}.**"), "decoder", own_remover=False
     ),
     "dac": Model(_dac, _audio, CONVOLUTIONS, "", own_remover=False),
+    "wavtokenizer": Model(_wavtokenizer, _audio, _in("encoder_model.encoder.**")),
     "mimi": Model(_mimi, _audio, _in("**.conv"), "each", own_remover=False),
     "pocket_tts": Model(_pocket_tts, _audio, _in("**.conv"), "each", own_remover=False),
     "seamless_m4t": Model(
@@ -329,8 +330,13 @@ TRANSFORMERS: dict[str, Model] = {
     ),
     "xcodec": Model(_xcodec, _audio, _in("acoustic_{encoder,decoder}.**"), "", own_remover=True),
 }
-if hasattr(hf, "WavTokenizerModel"):  # transformers 5.24
-    TRANSFORMERS["wavtokenizer"] = Model(_wavtokenizer, _audio, _in("encoder_model.encoder.**"))
+# What came with transformers 5.24, and what 5.8 does not have.
+for family, name in (
+    ("wavtokenizer", "WavTokenizerConfig"),
+    ("pocket_tts", "PocketTTSAudioTokenizerConfig"),
+):
+    if not hasattr(hf, name):
+        del TRANSFORMERS[family]
 
 
 def _oobleck() -> nn.Module:

@@ -30,7 +30,7 @@ SHOWN = (*PACKAGES, "peft", "numpy", "triton")
 # Not `dev`, whose triton is one that an old torch does not allow, and whose linters are not needed.
 EXTRAS = "yaml,lightning,plot,transformers,cli,export,demo"
 TOOLS = (
-    "hypothesis", "jsonargparse[signatures]", "peft", "pytest", "pytest-xdist", "setuptools",
+    "hypothesis", "jsonargparse[signatures]", "peft", "pytest", "pytest-xdist", "setuptools>=77",
     "tensorboard", "coverage",
 )  # fmt: skip
 

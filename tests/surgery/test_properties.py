@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -33,6 +33,7 @@ from tests.surgery.property_tools import (
     ties_of_one_parameter,
 )
 from tests.surgery.strategies import Case, Tree, cases, trees
+from tests.torch_facts.versions import OLD
 from wn_surgery.model.layouts import Normed
 from wn_surgery.surgery import execution
 from wn_surgery.surgery.checks import runs_no_hook
@@ -201,6 +202,8 @@ def _sorted(facts: dict[str, Any]) -> dict[str, Any]:
 def test_migration_there_and_back(tree: Tree) -> None:
     # A pickle ends a tie by memory, with or without surgery.
     model = ties_of_one_parameter(tree).build()
+    # Without a kernel for float16, torch's legacy hook rounds at each step.
+    assume(not (OLD and any(p.dtype is torch.float16 for p in model.parameters())))
     outputs(model)  # hooks of others have run, also those that attention does not call
     pairs, weights, results = _pairs(model), effective(model), outputs(model)
     trained = [(name, p.requires_grad) for name, p in _g_and_v(model)]

@@ -24,6 +24,9 @@ _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "b
 _CAPABILITY = {torch.float32: (7, 0), torch.float16: (7, 0), torch.bfloat16: (8, 0)}
 
 
+_OLDEST = (3, 7)  # as pyproject.toml says
+
+
 def why_not(device: torch.device, dtype: torch.dtype, spec: Spec) -> str | None:
     """Why the Triton kernels cannot compute a weight on ``device``; ``None`` if they can.
 
@@ -43,8 +46,8 @@ def why_not(device: torch.device, dtype: torch.dtype, spec: Spec) -> str | None:
         return "it has no elements"
     if size > 2**31 - 1:
         return f"it has {size} elements; the Triton kernels count to 2147483647"
-    if not _is_installed("triton"):
-        return "triton is not installed; pip install 'wn-surgery[triton]'"
+    if why := _why_not_triton():
+        return why
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type == "cpu":
         return None if interpreted else "Triton has no kernels for the CPU"
@@ -60,6 +63,18 @@ def why_not(device: torch.device, dtype: torch.dtype, spec: Spec) -> str | None:
             f"{dtype_name(dtype)} needs compute capability {needed[0]}.{needed[1]}; "
             f"{torch.cuda.get_device_name(device)} has {has[0]}.{has[1]}"
         )
+    return None
+
+
+def _why_not_triton() -> str | None:
+    if not _is_installed("triton"):
+        return "triton is not installed; pip install 'wn-surgery[triton]'"
+    import triton
+
+    found = str(triton.__version__)
+    if tuple(map(int, found.split(".")[:2])) < _OLDEST:
+        wanted = ".".join(map(str, _OLDEST))
+        return f"triton {found} is installed; the kernels need {wanted} or newer"
     return None
 
 
