@@ -112,16 +112,19 @@ def alternatives() -> dict[str, Callable[[], list[Any]]]:
 
 
 def measure(model: nn.Module, x: Tensor, batches: int, rounds: int) -> dict[str, Any]:
-    """Times and ratios of every alternative, round by round in turn."""
-    rows = {name: Alternative(model, make(), batches, x) for name, make in alternatives().items()}
-    times: dict[str, list[float]] = {name: [] for name in rows}
-    for turn in range(rounds + 1):
+    """Times and ratios of every alternative, round by round in turn.
+
+    Each round has models of its own: where in memory a model lies decides about some percent.
+    """
+    makers = alternatives()
+    times: dict[str, list[float]] = {name: [] for name in makers}
+    for turn in range(rounds):
+        rows = {name: Alternative(model, make(), batches, x) for name, make in makers.items()}
         names = list(rows)
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            spent = rows[name].measure()
-            if turn:  # the first round warms up
-                times[name].append(spent)
+            rows[name].measure()  # warms up
+            times[name].append(rows[name].measure())
     found = {}
     for name, mine in times.items():
         base = times["plain, averaged" if name.endswith("averaged") else "plain"]
