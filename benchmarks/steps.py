@@ -85,8 +85,9 @@ class Step:
         self._optimizer.zero_grad()
         zeroed = now()
         backward = 0.0
+        loss: Any = torch.zeros(())
         for _ in range(self._micro_batches):
-            loss: Any = self._forward(self._model).square().mean()
+            loss = self._forward(self._model).square().mean()
             before = now()
             loss.backward()
             backward += now() - before
