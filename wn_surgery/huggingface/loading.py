@@ -57,7 +57,7 @@ class WeightNormQuantizer(HfQuantizer):
     ) -> list[Any]:
         """Let plain weights be read, too; transformers itself reads weight_g and weight_v.
 
-        Before 5.23 it does not say of which model.
+        Before 5.22 it does not say of which model.
         """
         model = self._model() if model is None else model
         return weight_conversions + reading_plain(model, self.quantization_config.sites)
