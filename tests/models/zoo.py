@@ -330,13 +330,8 @@ TRANSFORMERS: dict[str, Model] = {
     ),
     "xcodec": Model(_xcodec, _audio, _in("acoustic_{encoder,decoder}.**"), "", own_remover=True),
 }
-# What came with transformers 5.24, and what 5.8 does not have.
-for family, name in (
-    ("wavtokenizer", "WavTokenizerConfig"),
-    ("pocket_tts", "PocketTTSAudioTokenizerConfig"),
-):
-    if not hasattr(hf, name):
-        del TRANSFORMERS[family]
+if not hasattr(hf, "WavTokenizerConfig"):  # it came with transformers 5.24
+    del TRANSFORMERS["wavtokenizer"]
 
 
 def _oobleck() -> nn.Module:

@@ -9,14 +9,21 @@ Imports: errors, norm, rules, model, checkpoints.
 """
 
 try:
-    # What transformers 5.6 added.
-    from transformers.core_model_loading import PrefixChange as _PrefixChange  # noqa: F401
+    import transformers as _transformers
 except ImportError as error:
     raise ModuleNotFoundError(
-        "wn_surgery.huggingface needs transformers 5.6 or newer: "
+        "wn_surgery.huggingface needs transformers 5.23 or newer: "
         "pip install 'wn-surgery[transformers]'",
         name=error.name,
     ) from error
+
+# An older one takes weights of another shape without a word: docs/versions.md.
+if tuple(int(part) for part in _transformers.__version__.split(".")[:2]) < (5, 23):
+    raise ImportError(
+        f"wn_surgery.huggingface needs transformers 5.23 or newer, and {_transformers.__version__} "
+        "is installed: pip install 'wn-surgery[transformers]'",
+        name="transformers",
+    )
 
 import warnings
 from contextlib import suppress

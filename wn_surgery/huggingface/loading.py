@@ -8,11 +8,9 @@ loaded model is not quantized, trains in a Trainer, and accepts adapters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
-from weakref import ref
 
 from transformers import PreTrainedModel, fusion_mapping
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -38,28 +36,17 @@ class WeightNormQuantizer(HfQuantizer):
     requires_calibration = False
     is_trainable: Any = True
     quantization_config: WeightNormConfig
-    _model: Callable[[], PreTrainedModel | None]
 
     def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
         """Put weight norm on the empty model."""
-        self._model = ref(model)
-        if not hasattr(HfQuantizer, "get_new_dtype"):
-            # Before 5.22 a quantized checkpoint keeps the dtype of renamed keys, whatever is asked.
-            self.pre_quantized = False
         put(model, self.quantization_config, replace=True)
         # Until the model is loaded, on the instance: to initialize a g and v that the checkpoint
         # lacks, or has in another shape. The class would write into ``layer.weight`` alone, which
         # is a computed tensor.
         vars(model)[_INITIALIZE] = partial(_initialize, model, self.quantization_config)
 
-    def update_weight_conversions(
-        self, weight_conversions: list[Any], model: Any = None
-    ) -> list[Any]:
-        """Let plain weights be read, too; transformers itself reads weight_g and weight_v.
-
-        Before 5.22 it does not say of which model.
-        """
-        model = self._model() if model is None else model
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Let plain weights be read, too; transformers itself reads weight_g and weight_v."""
         return weight_conversions + reading_plain(model, self.quantization_config.sites)
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> Any:  # noqa: ARG002
