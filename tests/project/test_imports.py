@@ -316,6 +316,20 @@ except SystemExit as error:
     assert "pip install 'wn-surgery[transformers]'" in out
 
 
+def test_an_older_transformers_is_refused() -> None:
+    out = python(
+        """
+import transformers
+transformers.__version__ = "5.22.1"
+try:
+    import wn_surgery.huggingface
+except ImportError as error:
+    print(error)
+"""
+    )
+    assert "needs transformers 5.23 or newer, and 5.22.1 is installed" in out
+
+
 # Rooms ------------------------------------------------------------------------------------------
 
 GROUND = {"differences", "errors", "moved", "tables"}
