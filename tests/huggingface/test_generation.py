@@ -214,6 +214,9 @@ def test_the_model_is_freed_at_once() -> None:
         gc.enable()
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_exporting"), reason="compiled, transformers asks for it"
+)
 def test_compiled_it_is_compiled_once() -> None:
     torch._dynamo.reset()
     model = patched()
