@@ -202,7 +202,7 @@ def _sorted(facts: dict[str, Any]) -> dict[str, Any]:
 def test_migration_there_and_back(tree: Tree) -> None:
     # A pickle ends a tie by memory, with or without surgery.
     model = ties_of_one_parameter(tree).build()
-    # An older torch's legacy hook rounds at each step in float16, and sums a whole tensor otherwise.
+    # An older legacy hook rounds each step in float16, and sums a whole tensor in another order.
     norms = [site.norm for site in wn.sites(model) if site.norm is not None]
     half = any(p.dtype is torch.float16 for p in model.parameters())
     assume(not (OLD and (half or any(norm.dim in (None, ()) for norm in norms))))
