@@ -5,8 +5,8 @@ hold, which is asked first, while the weight is folded or an initializer runs. T
 returns the weight, or ``None`` where it must be computed; torch.compile gets a hold's ``traced``.
 
 A fold lays its weight into the module's own dictionary as well, as a :class:`Near`. On the way to a
-hold lie eight objects, and where a layer is small each of them is a cache miss: a forward of a
-WaveNet took 1.05 of the plain model's time by the hold, and takes 1.01.
+hold lie eight objects, and where other code has used the caches each of them is a miss: a forward
+of a WaveNet took 1.05 of the plain model's time by the hold, and takes 1.01.
 """
 
 from __future__ import annotations
